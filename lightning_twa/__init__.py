@@ -1,0 +1,18 @@
+"""Trainable Weight Averaging for PyTorch Lightning."""
+
+from importlib.metadata import version
+
+from lightning_twa.callback import TWACallback
+from lightning_twa.config import CollectConfig, SolverConfig, SubspaceConfig
+from lightning_twa.subspace import Subspace, SubspaceOptimizer, build_subspace
+
+__all__ = [
+    "CollectConfig",
+    "SolverConfig",
+    "Subspace",
+    "SubspaceConfig",
+    "SubspaceOptimizer",
+    "TWACallback",
+    "build_subspace",
+]
+__version__ = version("lightning-twa")

@@ -1,0 +1,84 @@
+"""Re-estimation of BatchNorm statistics.
+
+Averaged weights meet activations that no snapshot's running statistics describe, so the statistics
+are computed anew: the cumulative average over training batches of each batch's mean and variance
+(the procedure of Izmailov et al., arXiv 1803.05407, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_twa.distributed import mean_over_ranks_
+
+__all__ = ["reestimate", "tracked_batch_norms"]
+
+
+def tracked_batch_norms(model: nn.Module, training: Collection[nn.Module]) -> list[_BatchNorm]:
+    """The BatchNorm layers with running statistics that training updates.
+
+    Args:
+        model: The model.
+        training: Modules that are in training mode during training; a BatchNorm that the user keeps
+            in evaluation mode has statistics of its own that must not change.
+    """
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        and module.running_mean is not None
+        and module.running_var is not None
+        and module in training
+    ]
+
+
+def reestimate(layers: Collection[_BatchNorm], forward: Callable[[], int]) -> int:
+    """Compute the layers' running statistics anew and average them over ranks.
+
+    Args:
+        layers: From :func:`tracked_batch_norms`.
+        forward: Runs training batches through the model, without gradients and with the layers in
+            training mode; returns the number of batches.
+
+    Returns:
+        The number of batches. With 0 of them, or on an error, the statistics are as before.
+    """
+    with _cumulative(layers) as keep_old:
+        batches = forward()
+        if batches == 0:
+            keep_old()
+    mean_over_ranks_(layer.running_mean for layer in layers)  # type: ignore[misc]
+    mean_over_ranks_(layer.running_var for layer in layers)  # type: ignore[misc]
+    return batches
+
+
+@contextmanager
+def _cumulative(layers: Collection[_BatchNorm]) -> Iterator[Callable[[], None]]:
+    """Reset the statistics and make them a cumulative average; momentum is restored at the end, and
+    the statistics too if the body fails or calls what it is given.
+    """
+    momenta = [layer.momentum for layer in layers]
+    saved = [
+        {name: b.clone() for name, b in layer.named_buffers(recurse=False)} for layer in layers
+    ]
+
+    def keep_old() -> None:
+        for layer, buffers in zip(layers, saved, strict=True):
+            for name, value in buffers.items():
+                getattr(layer, name).copy_(value)
+
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # torch's sign for a cumulative average
+        yield keep_old
+    except BaseException:
+        keep_old()
+        raise
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum

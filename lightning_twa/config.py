@@ -1,0 +1,221 @@
+"""What a user can set, as frozen keyword-only dataclasses that are checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["CollectConfig", "SolverConfig", "SubspaceConfig"]
+
+BASES = ("pca", "candidates", "orthonormal")
+SOLVERS = ("full_matrix_adam", "adamw", "sgd")
+SCHEDULES = ("cosine", "linear", "step", "constant")
+
+
+def is_int(value: object) -> bool:
+    """True for an integer that is not a bool (``True`` is an ``int`` in Python)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> bool:
+    """True for a finite int or float that is not a bool."""
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def check_epoch_or_fraction(name: str, value: object) -> None:
+    """An epoch (int >= 0) or a fraction of ``max_epochs`` (float in [0, 1))."""
+    if is_int(value) and value >= 0:  # type: ignore[operator]
+        return
+    if isinstance(value, float) and 0.0 <= value < 1.0:
+        return
+    raise ValueError(
+        f"Invalid {name}={value!r}. Must be an epoch (int >= 0) "
+        f"or a fraction of max_epochs (float in [0, 1))."
+    )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"Invalid {name}={value!r}. Must be one of {', '.join(map(repr, choices))}."
+        )
+
+
+def _check_count(name: str, value: object, minimum: int, none_means: str | None = None) -> None:
+    if none_means is not None and value is None:
+        return
+    if not (is_int(value) and value >= minimum):  # type: ignore[operator]
+        alternative = f", or None ({none_means})" if none_means is not None else ""
+        raise ValueError(f"Invalid {name}={value!r}. Must be an int >= {minimum}{alternative}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """When the weights are kept as candidates.
+
+    Args:
+        start: First epoch (0-based int) whose weights may be kept, or a fraction of ``max_epochs``
+            (float in [0, 1)). ``None`` means halfway to ``start_epoch``, and earlier where that
+            would give fewer than two candidates: early weights are far from the late ones and
+            mostly make the average worse.
+        every_n_epochs: Keep the weights at the end of every epoch ``e`` with
+            ``(e + 1) % every_n_epochs == 0``, as ``ModelCheckpoint`` counts.
+        every_n_train_steps: Keep them after every so many optimizer steps instead of at epoch ends.
+        max_candidates: Keep only the newest so many candidates. ``None`` keeps all.
+
+    Raises:
+        ValueError: When a value is outside its range, or both intervals are given.
+    """
+
+    start: int | float | None = None
+    every_n_epochs: int = 1
+    every_n_train_steps: int | None = None
+    max_candidates: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.start is not None:
+            check_epoch_or_fraction("CollectConfig.start", self.start)
+        _check_count("CollectConfig.every_n_epochs", self.every_n_epochs, 1)
+        _check_count(
+            "CollectConfig.every_n_train_steps",
+            self.every_n_train_steps,
+            1,
+            "collect at epoch ends",
+        )
+        _check_count("CollectConfig.max_candidates", self.max_candidates, 2, "keep all")
+        if self.every_n_train_steps is not None and self.every_n_epochs != 1:
+            raise ValueError(
+                f"CollectConfig got every_n_epochs={self.every_n_epochs} and "
+                f"every_n_train_steps={self.every_n_train_steps}. Give one of them."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceConfig:
+    """Which subspace the candidates span and how its coefficients are grouped.
+
+    Args:
+        basis: ``"pca"``: principal directions of the centered candidates, each scaled so that one
+            unit of its coefficient is one standard deviation of the candidates along it.
+            ``"candidates"``: the centered candidates scaled to unit norm (arXiv 2205.13104v4).
+            ``"orthonormal"``: Gram-Schmidt of the uncentered candidates (the ICLR 2023 version).
+        blocks: ``"global"``: one coefficient per direction for the whole model. ``"tensor"``: one
+            per direction and parameter tensor. An int: consecutive tensors are grouped until a
+            group holds at least so many elements.
+        rank: Keep only the so many largest principal directions (``basis="pca"`` only).
+
+    Raises:
+        ValueError: When a value is outside its range or ``rank`` goes with another basis.
+    """
+
+    basis: Literal["pca", "candidates", "orthonormal"] = "pca"
+    blocks: Literal["global", "tensor"] | int = "global"
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("SubspaceConfig.basis", self.basis, BASES)
+        if self.blocks not in ("global", "tensor") and not (
+            is_int(self.blocks) and self.blocks >= 1  # type: ignore[operator]
+        ):
+            raise ValueError(
+                f"Invalid SubspaceConfig.blocks={self.blocks!r}. Must be 'global', 'tensor', or an "
+                f"int >= 1, the minimum number of elements per block."
+            )
+        _check_count("SubspaceConfig.rank", self.rank, 1, "keep all directions")
+        if self.rank is not None and self.basis != "pca":
+            raise ValueError(
+                f"SubspaceConfig.rank={self.rank} needs basis='pca', where directions are ordered "
+                f"by "
+                f"variance, but basis={self.basis!r}. Use CollectConfig.max_candidates to have "
+                f"fewer."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverConfig:
+    """How the coefficients are trained.
+
+    Args:
+        name: ``"full_matrix_adam"``, ``"adamw"`` or ``"sgd"``.
+        radius: Step budget: the length of the path of each block's coefficients over the whole
+            phase is at most this, in standard deviations of the candidates (``basis="pca"``), so
+            the learning rate is ``radius / sum(schedule factors)``. Not used when ``lr`` is given.
+        lr: Peak learning rate of the coefficients, instead of ``radius``. Required for ``"sgd"``
+            and for every basis but ``"pca"``, where steps have no common unit.
+        schedule: ``"cosine"`` to zero, ``"linear"`` to zero, ``"step"`` (a tenth at 50 % and again
+            at 75 % of the phase), or ``"constant"``.
+        warmup: Fraction of the phase's optimizer steps over which the learning rate rises linearly.
+        weight_decay: Pull of the coefficients towards the uniform average; decoupled from the
+            gradient for the Adam solvers, added to it for ``"sgd"``, as in ``torch.optim``.
+        momentum: Momentum of ``"sgd"``.
+        betas: Decay rates of the first and second moment of the Adam solvers.
+
+    Raises:
+        ValueError: When a value is outside its range, or given to a solver that does not use it.
+    """
+
+    name: Literal["full_matrix_adam", "adamw", "sgd"] = "full_matrix_adam"
+    radius: float = 2.0
+    lr: float | None = None
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    warmup: float = 0.2
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        _check_choice("SolverConfig.name", self.name, SOLVERS)
+        _check_choice("SolverConfig.schedule", self.schedule, SCHEDULES)
+        for field in ("radius", "lr"):
+            value = getattr(self, field)
+            if not (field == "lr" and value is None) and not (is_real(value) and value > 0):
+                raise ValueError(f"Invalid SolverConfig.{field}={value!r}. Must be a number > 0.")
+        for field, value in (("warmup", self.warmup), ("momentum", self.momentum)):
+            if not (is_real(value) and 0 <= value < 1):
+                raise ValueError(f"Invalid SolverConfig.{field}={value!r}. Must be in [0, 1).")
+        if not (is_real(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(
+                f"Invalid SolverConfig.weight_decay={self.weight_decay!r}. Must be a number >= 0."
+            )
+        if len(self.betas) != 2 or not all(is_real(b) and 0 <= b < 1 for b in self.betas):
+            raise ValueError(
+                f"Invalid SolverConfig.betas={self.betas!r}. Must be two numbers in [0, 1)."
+            )
+        self._check_unused()
+
+    def _check_unused(self) -> None:
+        """An option that the chosen solver would ignore is an error."""
+        if self.lr is None and self.name == "sgd":
+            raise ValueError(
+                "SolverConfig.name='sgd' needs lr: its step has the scale of the gradient, so a "
+                "radius in standard deviations has no meaning. Pass lr=..., or use an Adam solver."
+            )
+        if self.lr is not None and self.radius != 2.0:
+            raise ValueError(
+                f"SolverConfig got lr={self.lr} and radius={self.radius}. Give one of them."
+            )
+        if self.name != "sgd" and self.momentum != 0.9:
+            raise ValueError(
+                f"SolverConfig.momentum={self.momentum} needs name='sgd', but name={self.name!r}. "
+                f"Use betas."
+            )
+        if self.name == "sgd" and tuple(self.betas) != (0.9, 0.999):
+            raise ValueError(
+                f"SolverConfig.betas={self.betas} needs an Adam solver, but name='sgd'. Use "
+                f"momentum."
+            )
+
+
+def check_unit_of_steps(subspace: SubspaceConfig, solver: SolverConfig) -> None:
+    """A radius is measured in standard deviations, which only the ``pca`` basis is scaled to.
+
+    Raises:
+        ValueError: When another basis goes with a radius.
+    """
+    if subspace.basis != "pca" and solver.lr is None:
+        raise ValueError(
+            f"SubspaceConfig.basis={subspace.basis!r} needs SolverConfig.lr: only basis='pca' "
+            f"measures "
+            f"coefficients in standard deviations, which SolverConfig.radius={solver.radius} means."
+        )

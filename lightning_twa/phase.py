@@ -1,0 +1,469 @@
+"""What the phase changes in a Trainer, and its undo. The only file that knows private Trainer
+names.
+
+``PRIVATE_NAMES`` lists them; ``tests/test_private_names.py`` says which one a Lightning release
+changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.trainer.connectors.data_connector import (
+    _DataLoaderSource,
+    _request_dataloader,
+)
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torchmetrics import Metric
+
+__all__ = ["TrainerSwitch"]
+
+# Attribute paths from a Trainer that this file uses and that are no public API.
+PRIVATE_NAMES = (
+    "strategy.optimizers",
+    "strategy.lr_scheduler_configs",
+    "strategy.optimizer_state",
+    "strategy.batch_to_device",
+    "strategy.root_device",
+    "precision_plugin.convert_input",
+    "precision_plugin.train_step_context",
+    "fit_loop.setup_data",
+    "fit_loop.max_batches",
+    "fit_loop._data_source",
+    "fit_loop._data_fetcher",
+    "fit_loop._combined_loader",
+    "fit_loop._can_stop_early",
+    "fit_loop.epoch_progress.current.processed",
+    "fit_loop.epoch_loop._build_kwargs",
+    "fit_loop.epoch_loop._num_ready_batches_reached",
+    "fit_loop.epoch_loop._should_accumulate",
+    "fit_loop.epoch_loop.batch_progress.current.ready",
+    "fit_loop.epoch_loop.batch_progress.is_last_batch",
+    "fit_loop.epoch_loop.val_loop._data_source",
+    "fit_loop.epoch_loop.val_loop._module_mode",
+    "val_check_interval",
+    "val_check_batch",
+)
+
+
+# --- reading the Trainer
+
+
+def max_epochs(trainer: Trainer) -> int | None:
+    """Number of epochs of the run, ``None`` without a limit."""
+    limit = trainer.fit_loop.max_epochs
+    return None if limit is None or limit == -1 else int(limit)
+
+
+def batches_per_epoch(trainer: Trainer) -> int | None:
+    """Batches of the current training loader per epoch, ``None`` when it has no length."""
+    batches = trainer.fit_loop.max_batches
+    return None if math.isinf(batches) else int(batches)
+
+
+def steps_for(trainer: Trainer, batches: int | None) -> int | None:
+    """Optimizer steps that so many batches give; the last one of an epoch always steps."""
+    return None if batches is None else math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def steps_per_epoch(trainer: Trainer) -> int | None:
+    """Optimizer steps of the current training loader per epoch, ``None`` when it has no length."""
+    return steps_for(trainer, batches_per_epoch(trainer))
+
+
+def at_epoch_start(trainer: Trainer) -> bool:
+    """In ``on_train_start``: whether the run starts at the beginning of an epoch."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.current.ready == 0 or progress.is_last_batch
+
+
+def batches_seen(trainer: Trainer) -> int:
+    """Batches of the current epoch that have been fetched for training."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def run_is_ending(trainer: Trainer) -> bool:
+    """Whether the batch that was just trained on is the last of the run."""
+    loop = trainer.fit_loop
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    if trainer.should_stop and loop._can_stop_early:
+        return True
+    limit = max_epochs(trainer)
+    last_batch = loop.epoch_loop._num_ready_batches_reached()
+    return limit is not None and last_batch and trainer.current_epoch + 1 >= limit
+
+
+def step_was_taken(trainer: Trainer) -> bool:
+    """Whether the batch that was just trained on ended with an optimizer step."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def has_validation_data(trainer: Trainer) -> bool:
+    """Whether the run has a validation dataloader, from ``fit`` or from a hook."""
+    return bool(trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()) and (
+        trainer.fit_loop.epoch_loop.val_loop._data_source.instance is not None
+    )
+
+
+def strategy_names(trainer: Trainer) -> set[str]:
+    """Names of the strategy's class and its bases."""
+    return {cls.__name__ for cls in type(trainer.strategy).__mro__}
+
+
+# --- the data of the phase
+
+
+def validation_loader(trainer: Trainer) -> Any:
+    """The user's validation dataloader(s), requested anew."""
+    return _request_dataloader(trainer.fit_loop.epoch_loop.val_loop._data_source)
+
+
+def has_length(loader: Any) -> bool:
+    """Whether a loader knows its number of batches."""
+    return sized_len(loader) is not None
+
+
+def hook_loader(trainer: Trainer, name: str) -> Any:
+    """What the hook ``name`` of the datamodule, or else of the module, returns; ``None`` without "
+    "one.
+    """
+    for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+        if callable(getattr(owner, name, None)):
+            return _request_dataloader(_DataLoaderSource(owner, name))
+    return None
+
+
+def shuffled(loader: Any) -> Any:
+    """A validation loader as training uses it: in random order, without a last batch of one sample.
+
+    Validation sets are often sorted by class, and a batch of one sample breaks BatchNorm in
+    training mode. Anything but a plain ``DataLoader`` in sequential order is returned as it is.
+    """
+    plain = (
+        type(loader) is DataLoader
+        and type(loader.sampler) is SequentialSampler
+        and type(loader.batch_sampler) is BatchSampler
+    )
+    if not plain:
+        return loader
+    leftover = len(loader.dataset) % loader.batch_size
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        shuffle=True,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last or (leftover == 1 and len(loader.dataset) > 1),
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+# --- the switch
+
+
+class TrainerSwitch:
+    """Puts the phase's optimizer and data into a Trainer and takes them out again.
+
+    The user's optimizers and schedulers are neither stepped nor lost meanwhile. Schedulers stay
+    visible (``self.lr_schedulers()`` in a module keeps working) with a frequency that never comes
+    round.
+
+    Args:
+        trainer: The Trainer to change.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.user_optimizers: list[Optimizer] = []
+        self.validates_each_epoch = False
+        self._user_source: Any = None
+        self._user_combined_loader: Any = None
+        self._undo = ExitStack()
+
+    def install_optimizer(self, optimizer: Optimizer) -> None:
+        """Let the Trainer step ``optimizer`` from the next batch on, and no scheduler."""
+        strategy = self.trainer.strategy
+        self.user_optimizers = list(strategy.optimizers)
+        schedulers = strategy.lr_scheduler_configs
+        self._undo.callback(setattr, strategy, "optimizers", self.user_optimizers)
+        self._undo.callback(setattr, strategy, "lr_scheduler_configs", schedulers)
+        # The setter rebuilds the wrappers that are stepped; changing the list in place would not.
+        strategy.optimizers = [optimizer]
+        strategy.lr_scheduler_configs = [
+            dataclasses.replace(config, frequency=sys.maxsize) for config in schedulers
+        ]
+
+    def install_loader(
+        self, loader: Any, *, set_up: bool, validate_each_epoch: bool = False
+    ) -> None:
+        """Train on ``loader`` from the next epoch on.
+
+        A ``val_check_interval`` that does not fit its length is replaced by validation at the end
+        of each epoch (``validates_each_epoch``).
+
+        Args:
+            loader: What a ``train_dataloader`` hook may return.
+            set_up: Prepare it now (at the start of an epoch, where the Trainer has already prepared
+                the user's), rather than where the Trainer does.
+            validate_each_epoch: ``validates_each_epoch`` of the run that is resumed.
+        """
+        loop, trainer = self.trainer.fit_loop, self.trainer
+        source = loop._data_source
+        self._undo.callback(
+            self._restore_loader,
+            source.instance,
+            loop._combined_loader,
+            loop.max_batches,
+            trainer.val_check_interval,
+            trainer.val_check_batch if set_up else None,
+        )
+        self._user_source, self._user_combined_loader = source.instance, loop._combined_loader
+        _tear_down_fetcher(trainer)
+        source.instance = loader
+        loop._combined_loader = None
+        if validate_each_epoch:
+            self._validate_each_epoch()
+        if not set_up:
+            return
+        try:
+            loop.setup_data()
+        except Exception as error:
+            if "val_check_interval" not in str(error):
+                raise
+            loop._combined_loader = None
+            self._validate_each_epoch()
+            loop.setup_data()
+        for dataloader in loop._combined_loader.flattened:  # type: ignore[attr-defined]
+            _set_sampler_epoch(dataloader, loop.epoch_progress.current.processed)
+
+    def _validate_each_epoch(self) -> None:
+        self.validates_each_epoch = True
+        self.trainer.val_check_interval = 1.0
+
+    def user_training_loader(self) -> Any:
+        """The user's prepared training data (a ``CombinedLoader``), also while other data is "
+        "installed.
+        """
+        loop, trainer = self.trainer.fit_loop, self.trainer
+        if self._user_source is None:
+            return loop._combined_loader
+        if (
+            self._user_combined_loader is None
+        ):  # resumed in the phase: never prepared in this process
+            source = loop._data_source
+            names = ("_combined_loader", "_data_fetcher", "max_batches")
+            kept = {name: getattr(loop, name) for name in names}
+            instance, check_batch = source.instance, trainer.val_check_batch
+            try:
+                source.instance = self._user_source
+                loop._combined_loader = loop._data_fetcher = None
+                loop.setup_data()
+                self._user_combined_loader = loop._combined_loader
+                _tear_down_fetcher(trainer)
+            finally:
+                source.instance, trainer.val_check_batch = instance, check_batch
+                for name, value in kept.items():
+                    setattr(loop, name, value)
+        return self._user_combined_loader
+
+    def _restore_loader(
+        self, instance: Any, combined: Any, batches: Any, interval: Any, check_batch: Any
+    ) -> None:
+        loop, trainer = self.trainer.fit_loop, self.trainer
+        _tear_down_fetcher(trainer)
+        loop._data_source.instance = instance
+        loop._combined_loader = combined
+        loop.max_batches = batches
+        trainer.val_check_interval = interval
+        if check_batch is not None:
+            trainer.val_check_batch = check_batch
+
+    def user_optimizer_states(self) -> list[dict[str, Any]]:
+        """The states that the user's optimizers had at the switch, for a checkpoint."""
+        return [self.trainer.strategy.optimizer_state(o) for o in self.user_optimizers]
+
+    def restore(self) -> None:
+        """Undo everything, last change first. May be called again."""
+        self._undo.close()
+
+
+def _tear_down_fetcher(trainer: Trainer) -> None:
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is not None:
+        fetcher.teardown()
+        trainer.fit_loop._data_fetcher = None
+
+
+# --- forward passes over the training data
+
+
+def loader_batches(combined_loader: Any) -> int | None:
+    """Batches that a prepared loader gives in an epoch, limits included; ``None`` without a "
+    "length.
+    """
+    limits = combined_loader.limits
+    if limits is None or any(math.isinf(limit) for limit in limits):
+        return None
+    return int(max(limits))
+
+
+def can_forward(trainer: Trainer) -> bool:
+    """Whether batches can be fed to ``training_step``; not when it takes the iterator itself."""
+    return not isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
+
+
+def modules_in_training(trainer: Trainer, module: LightningModule) -> set[nn.Module]:
+    """The modules that are in training mode during training, also while validation runs."""
+    if not trainer.validating:
+        return {m for m in module.modules() if m.training}
+    captured = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode
+    return {m for name, m in module.named_modules() if captured.get(name, m.training)}
+
+
+def forward_training_data(
+    trainer: Trainer,
+    module: LightningModule,
+    combined_loader: Any,
+    training: Collection[nn.Module],
+    max_batches: int | None,
+) -> int:
+    """Run ``training_step`` on the training data without gradients and without traces.
+
+    Nothing is logged, metrics keep their state, the random state and the modules' modes are as
+    before.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        combined_loader: From :meth:`TrainerSwitch.user_training_loader`.
+        training: The modules to have in training mode.
+        max_batches: At most so many batches.
+
+    Returns:
+        The number of batches.
+    """
+    batches = 0
+    strategy, precision = trainer.strategy, trainer.precision_plugin
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(isolate_rng())
+        stack.enter_context(_modes(module, training))
+        stack.enter_context(_logging_off(module))
+        stack.enter_context(_metrics_kept(module))
+        for batch in _second_pass(combined_loader, stack.callback):
+            if max_batches is not None and batches >= max_batches:
+                break
+            batch = precision.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = strategy.batch_to_device(batch, dataloader_idx=0)
+            kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batches)
+            with precision.train_step_context():
+                module.training_step(*kwargs.values())
+            batches += 1
+    return batches
+
+
+def _second_pass(combined_loader: Any, at_exit: Callable[..., Any]) -> Iterator[Any]:
+    """Batches of a loader that may be in the middle of an epoch, which is not disturbed.
+
+    The loaders are shallow copies: iterating a ``DataLoader`` with persistent workers a second time
+    would restart its first iterator.
+    """
+    second = copy.copy(combined_loader)
+    copies = []
+    for loader in combined_loader.flattened:
+        clone = copy.copy(loader)
+        if isinstance(clone, DataLoader):
+            clone._iterator = None
+        copies.append(clone)
+    second.flattened = copies
+    second._iterator = None
+    generators = {
+        id(g): (g, g.get_state())
+        for loader in copies
+        for g in (
+            getattr(loader, "generator", None),
+            getattr(getattr(loader, "sampler", None), "generator", None),
+        )
+        if isinstance(g, torch.Generator)
+    }
+    for generator, state in generators.values():
+        at_exit(generator.set_state, state)
+    at_exit(second.reset)
+    for batch, _, _ in iter(second):
+        yield batch
+
+
+@contextmanager
+def _modes(module: nn.Module, training: Collection[nn.Module]) -> Iterator[None]:
+    """Have exactly the given modules in training mode, then as before."""
+    before = {m: m.training for m in module.modules()}
+    try:
+        for m in before:
+            m.training = m in training
+        yield
+    finally:
+        for m, mode in before.items():
+            m.training = mode
+
+
+@contextmanager
+def _logging_off(module: LightningModule) -> Iterator[None]:
+    """``self.log`` and ``self.log_dict`` of the module do nothing."""
+
+    def ignore(*args: Any, **kwargs: Any) -> None: ...
+
+    hidden = {
+        name: module.__dict__[name] for name in ("log", "log_dict") if name in module.__dict__
+    }
+    try:
+        module.__dict__.update({"log": ignore, "log_dict": ignore})
+        yield
+    finally:
+        del module.__dict__["log"], module.__dict__["log_dict"]
+        module.__dict__.update(hidden)
+
+
+@contextmanager
+def _metrics_kept(module: nn.Module) -> Iterator[None]:
+    """Metrics in the module are reset, and have their state again afterwards."""
+    bookkeeping = ("_update_count", "_computed", "_forward_cache", "_is_synced", "_cache")
+    saved = []
+    for metric in module.modules():
+        if isinstance(metric, Metric):
+            # reset() clears lists in place and replaces tensors.
+            state = {
+                name: list(value) if isinstance(value, list) else value
+                for name, value in metric.metric_state.items()
+            }
+            state.update({n: metric.__dict__[n] for n in bookkeeping if n in metric.__dict__})
+            saved.append((metric, state))
+    try:
+        for metric, _ in saved:
+            metric.reset()
+        yield
+    finally:
+        for metric, state in saved:
+            for name, value in state.items():
+                setattr(metric, name, value)

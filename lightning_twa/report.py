@@ -1,0 +1,81 @@
+"""The text a person reads."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_twa.subspace import SubspaceOptimizer
+
+__all__ = ["effective_candidates", "finish_report", "switch_report"]
+
+PRESSED = 0.9  # of the budget used in one direction: the optimum is probably further away
+
+
+def effective_candidates(averaging_weights: Tensor) -> float:
+    """How many equally weighted candidates have the same ``sum beta^2``: ``n`` for the uniform
+    average.
+
+    Args:
+        averaging_weights: ``(n, B)``; the mean over the blocks is taken.
+    """
+    return float(averaging_weights.square().sum(dim=0).reciprocal().mean())
+
+
+def switch_report(optimizer: SubspaceOptimizer, names: list[str], data: str, epoch: int) -> str:
+    """What the phase starts with, in one line.
+
+    Args:
+        optimizer: The phase's optimizer.
+        names: Names of the candidates.
+        data: What the coefficients are trained on, in words.
+        epoch: Epoch at which the phase starts.
+    """
+    subspace, config = optimizer.subspace, optimizer.config
+    length = (
+        "" if optimizer.total_steps is None else f" for {optimizer.total_steps} optimizer steps"
+    )
+    budget = f"lr {config.lr:g}" if config.lr is not None else f"radius {config.radius:g}"
+    blocks = f"{subspace.num_blocks} block{'s' if subspace.num_blocks > 1 else ''}"
+    return (
+        f"TWA: from epoch {epoch} only averaging coefficients are trained{length}, on {data}. "
+        f"{len(names)} candidates ({names[0]} .. {names[-1]}), {subspace.num_directions} "
+        f"directions "
+        f"({subspace.config.basis}) of {subspace.layout.numel:,} parameters in {blocks}, "
+        f"{subspace.nbytes / 2**20:.1f} MiB on {subspace.center.device}; {config.name}, {budget}."
+    )
+
+
+def finish_report(optimizer: SubspaceOptimizer, batchnorm_batches: int | None) -> list[str]:
+    """What the phase did, one line, and a second one where the user may want to act.
+
+    Args:
+        optimizer: The phase's optimizer.
+        batchnorm_batches: Batches that BatchNorm statistics were re-estimated over; ``None`` if
+            there were none to re-estimate.
+    """
+    beta = optimizer.averaging_weights
+    unit = " standard deviations" if optimizer.subspace.config.basis == "pca" else ""
+    line = (
+        f"TWA: phase finished after {optimizer.steps} optimizer steps; coefficients are "
+        f"{optimizer.coefficient_norm:.2f}{unit} from the uniform average, effective number of "
+        f"candidates "
+        f"{effective_candidates(beta):.1f} of {beta.shape[0]}."
+    )
+    if batchnorm_batches is not None:
+        line += f" BatchNorm statistics re-estimated over {batchnorm_batches} training batches."
+    lines = [line]
+    if optimizer.skipped_steps:
+        lines.append(
+            f"TWA: {optimizer.skipped_steps} steps were skipped because the gradient was not "
+            f"finite."
+        )
+    if optimizer.config.lr is None:
+        reach = float(optimizer.coefficients.norm(dim=0).max())
+        if reach > PRESSED * optimizer.config.radius:
+            lines.append(
+                f"TWA: the coefficients pressed against their budget: {reach:.2f} of "
+                f"SolverConfig.radius={optimizer.config.radius:g} were used in one direction. A "
+                f"better "
+                f"average may lie further out: try a larger radius, or later candidates."
+            )
+    return lines

@@ -1,0 +1,164 @@
+"""When to collect and when the phase starts: pure functions of epoch and optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_twa.config import CollectConfig
+
+__all__ = ["CollectPlan", "resolve_epoch", "resolve_plan"]
+
+
+def resolve_epoch(name: str, value: int | float, max_epochs: int | None) -> int:
+    """The 0-based epoch that ``value`` means.
+
+    Args:
+        name: Name of the setting, for the error.
+        value: An epoch, or a fraction of ``max_epochs``.
+        max_epochs: Number of epochs of the run; ``None`` when the run has no limit in epochs.
+
+    Raises:
+        ValueError: When a fraction is given and the run has no limit in epochs.
+    """
+    if isinstance(value, int):
+        return value
+    if max_epochs is None:
+        raise ValueError(
+            f"{name}={value} is a fraction of max_epochs, but this Trainer has none "
+            f"(max_epochs=-1, or max_steps alone). Pass {name} as an int, or set "
+            f"Trainer(max_epochs=...)."
+        )
+    # 0.7 * 10 is 7.000000000000001 and 0.29 * 100 is 28.999999999999996: round off the float noise.
+    return int(round(value * max_epochs, 6))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectPlan:
+    """The resolved schedule. Epochs are 0-based; steps count optimizer steps taken.
+
+    Args:
+        collect_start: First epoch that gives candidates.
+        start_epoch: First epoch of the phase; no candidate is taken from here on.
+        every_n_epochs: See :class:`~lightning_twa.CollectConfig`.
+        every_n_train_steps: See :class:`~lightning_twa.CollectConfig`.
+        max_candidates: See :class:`~lightning_twa.CollectConfig`.
+    """
+
+    collect_start: int
+    start_epoch: int
+    every_n_epochs: int
+    every_n_train_steps: int | None
+    max_candidates: int | None
+
+    def takes_epoch_end(self, epoch: int) -> bool:
+        """Whether the weights at the end of ``epoch`` become a candidate."""
+        return (
+            self.every_n_train_steps is None
+            and self.collect_start <= epoch < self.start_epoch
+            and (epoch + 1) % self.every_n_epochs == 0
+        )
+
+    def takes_step(self, epoch: int, steps_taken: int) -> bool:
+        """Whether the weights after ``steps_taken`` optimizer steps become a candidate."""
+        return (
+            self.every_n_train_steps is not None
+            and self.collect_start <= epoch < self.start_epoch
+            and steps_taken > 0
+            and steps_taken % self.every_n_train_steps == 0
+        )
+
+    def count_ahead(self, epoch: int, steps_taken: int, steps_per_epoch: int | None) -> int | None:
+        """How many candidates are still to come from the start of ``epoch`` on.
+
+        Args:
+            epoch: Epoch that is about to start.
+            steps_taken: Optimizer steps taken before it.
+            steps_per_epoch: Optimizer steps per epoch, ``None`` when unknown.
+
+        Returns:
+            The number of candidates, or ``None`` when it depends on an unknown number of steps.
+        """
+        if self.every_n_train_steps is None:
+            return sum(self.takes_epoch_end(e) for e in range(epoch, self.start_epoch))
+        if steps_per_epoch is None:
+            return None
+        first = steps_taken + max(self.collect_start - epoch, 0) * steps_per_epoch
+        last = steps_taken + max(self.start_epoch - epoch, 0) * steps_per_epoch
+        n = self.every_n_train_steps
+        return max(last // n - first // n, 0)
+
+    def describe(self) -> str:
+        """The window in words, for errors and reports."""
+        if self.every_n_train_steps is None:
+            how = (
+                "every epoch" if self.every_n_epochs == 1 else f"every {self.every_n_epochs} epochs"
+            )
+        else:
+            how = f"every {self.every_n_train_steps} optimizer steps"
+        return f"{how} of epochs {self.collect_start} to {self.start_epoch - 1}"
+
+
+def resolve_plan(
+    start_epoch: int | float, collect: CollectConfig, max_epochs: int | None
+) -> CollectPlan:
+    """Turn the user's settings into epochs of this run.
+
+    Args:
+        start_epoch: First epoch of the phase, or a fraction of ``max_epochs``.
+        collect: When candidates are kept.
+        max_epochs: Number of epochs of the run; ``None`` when it has no limit in epochs.
+
+    Raises:
+        ValueError: When the phase would never start, or the window cannot hold two candidates.
+    """
+    start = resolve_epoch("start_epoch", start_epoch, max_epochs)
+    given = f"start_epoch={start_epoch}" + (f" (epoch {start})" if start != start_epoch else "")
+    if max_epochs is not None and start >= max_epochs:
+        raise ValueError(
+            f"{given} must be below max_epochs={max_epochs}: the phase trains the averaging "
+            f"coefficients in the epochs from start_epoch on. Lower start_epoch or raise "
+            f"max_epochs."
+        )
+    if start < 1:
+        raise ValueError(
+            f"{given} leaves no epoch to collect candidates in. Pass start_epoch >= 1."
+        )
+    if collect.start is None:
+        # Halfway, but early enough for two candidates at epoch ends.
+        last = start - start % collect.every_n_epochs - 1
+        collect_start = max(min(start // 2, last - collect.every_n_epochs), 0)
+    else:
+        collect_start = resolve_epoch("CollectConfig.start", collect.start, max_epochs)
+    plan = CollectPlan(
+        collect_start=collect_start,
+        start_epoch=start,
+        every_n_epochs=collect.every_n_epochs,
+        every_n_train_steps=collect.every_n_train_steps,
+        max_candidates=collect.max_candidates,
+    )
+    if collect_start >= start:
+        raise ValueError(
+            f"CollectConfig.start={collect.start} (epoch {collect_start}) must be below {given}: "
+            f"candidates are kept before the phase starts."
+        )
+    check_enough_candidates(plan, plan.count_ahead(0, 0, None))
+    return plan
+
+
+def check_enough_candidates(plan: CollectPlan, expected: int | None) -> None:
+    """Two points span the smallest subspace.
+
+    Args:
+        plan: The schedule, for the message.
+        expected: Number of candidates there will be; ``None`` when it cannot be known.
+
+    Raises:
+        ValueError: When fewer than two candidates are to be expected.
+    """
+    if expected is not None and expected < 2:
+        raise ValueError(
+            f"TWA needs at least two candidates, but collecting {plan.describe()} gives {expected} "
+            f"before start_epoch={plan.start_epoch}. Start collecting earlier "
+            f"(CollectConfig.start), "
+            f"collect more often (every_n_epochs, every_n_train_steps), or raise start_epoch."
+        )

@@ -1,0 +1,314 @@
+"""The subspace that candidates span: center and directions, and the maps to and from coefficients.
+
+With candidates ``w_1..w_n`` and, per block ``b`` of parameter tensors, center ``c_b = mean_i
+w_i,b`` and directions ``u_1,b..u_k,b``, the weights are (Li et al., arXiv 2205.13104v4, eq. 3, with
+a center)::
+
+    theta_b(x) = c_b + sum_j x[j, b] * u[j, b]
+
+Every basis is a mix of the candidates, ``u[j, b] = sum_i mixing[b, j, i] * a[i, b]``, where ``a_i =
+w_i - c`` (``w_i`` itself for ``orthonormal``). So the averaging weights follow from the
+coefficients in closed form.
+
+Deviations from the paper: the default basis is the whitened principal directions (``pca``); the
+paper's normalised candidates are ``candidates`` (v4), its Gram-Schmidt is ``orthonormal`` (ICLR
+2023). Directions without extent (frozen or identical tensors) are zero instead of 0/0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_twa.config import SubspaceConfig
+from lightning_twa.subspace.layout import ParameterLayout
+
+__all__ = ["Subspace", "build_subspace"]
+
+TILE_COLUMNS = 1 << 16  # columns of the candidates held in float64 at a time while building
+EIGENVALUE_FLOOR = (
+    1e-6  # of the largest: directions below it are noise (EIGENVALUE_FLOOR * variance)
+)
+ROUNDING = (
+    4 * torch.finfo(torch.float64).eps
+)  # extent below this share of the center's norm is none
+
+
+class Subspace:
+    """Center and directions of the candidates. Made by :func:`build_subspace`.
+
+    Attributes:
+        config: The configuration it was built with.
+        layout: Names, shapes and blocks of the tensors in the flat vector of ``D`` numbers.
+        center: ``(D,)`` the uniform average ``c``, in the layout's dtype.
+        directions: ``(k, D)`` the directions ``u``, in the layout's dtype. Rows of a block that has
+            fewer than ``k`` directions are zero there.
+        mixing: ``(B, k, n)`` float64 on the CPU, how each block's directions are mixed of
+            candidates.
+    """
+
+    def __init__(
+        self,
+        config: SubspaceConfig,
+        layout: ParameterLayout,
+        center: Tensor,
+        directions: Tensor,
+        mixing: Tensor,
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.center = center
+        self.directions = directions
+        self.mixing = mixing
+
+    @property
+    def num_candidates(self) -> int:
+        """``n``."""
+        return self.mixing.shape[2]
+
+    @property
+    def num_directions(self) -> int:
+        """``k``, the largest number of directions of any block."""
+        return self.mixing.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        """``B``."""
+        return self.mixing.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by center and directions."""
+        return self.center.nbytes + self.directions.nbytes
+
+    def __repr__(self) -> str:
+        return (
+            f"Subspace(basis={self.config.basis!r}, n={self.num_candidates}, "
+            f"k={self.num_directions}, "
+            f"D={self.layout.numel}, B={self.num_blocks}, dtype={self.layout.dtype}, "
+            f"bytes={self.nbytes}, device={self.center.device})"
+        )
+
+    @torch.no_grad()
+    def project(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The gradient in the coefficients, ``dL/dx[j, b] = u[j, b] . g_b`` (eq. 5 of the paper).
+
+        Args:
+            gradients: One per tensor of the layout, in its order, in the tensor's shape and any
+                floating-point dtype; ``None`` counts as zero.
+
+        Returns:
+            ``(k, B)`` float64 on the CPU.
+        """
+        result = self.directions.new_zeros(self.num_directions, self.num_blocks)
+        for spec, gradient in zip(self.layout.specs, gradients, strict=True):
+            if gradient is None or spec.start == spec.stop:
+                continue
+            flat = gradient.reshape(-1).to(self.directions)
+            result[:, spec.block] += self.directions[:, spec.start : spec.stop] @ flat
+        return result.to(device="cpu", dtype=torch.float64)
+
+    @torch.no_grad()
+    def expand(self, coefficients: Tensor, out: Sequence[Tensor]) -> None:
+        """Write ``theta(x)`` into tensors, without a vector of ``D`` elements in between.
+
+        Args:
+            coefficients: ``(k, B)``, any floating-point dtype and device.
+            out: One per tensor of the layout, in its order and the tensor's shape; any
+                floating-point dtype, to which the result is rounded.
+        """
+        x = coefficients.to(self.directions)
+        for spec, target in zip(self.layout.specs, out, strict=True):
+            columns = slice(spec.start, spec.stop)
+            theta = torch.addmv(
+                self.center[columns], self.directions[:, columns].T, x[:, spec.block]
+            )
+            target.copy_(theta.view(spec.shape))
+
+    def averaging_weights(self, coefficients: Tensor) -> Tensor:
+        """The weights ``beta`` with ``theta_b = sum_i beta[i, b] * w_i``.
+
+        Args:
+            coefficients: ``(k, B)``.
+
+        Returns:
+            ``(n, B)`` float64 on the CPU. Columns sum to 1 in the centered bases.
+        """
+        x = coefficients.to(device="cpu", dtype=torch.float64)
+        mix = torch.einsum("bkn,kb->nb", self.mixing, x)
+        if self.config.basis != "orthonormal":
+            # sum_i m_i (w_i - c) with c = mean(w): the mean of m comes back through the center.
+            mix = mix - mix.mean(dim=0, keepdim=True)
+        return mix + 1.0 / self.num_candidates
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What cannot be rebuilt bitwise from the candidates on another machine: the mixing "
+        "matrix.
+        """
+        return {"mixing": self.mixing}
+
+
+def build_subspace(
+    candidates: Iterable[Mapping[str, Tensor]],
+    config: SubspaceConfig | None = None,
+    *,
+    names: Iterable[str] | None = None,
+    device: torch.device | str | None = None,
+    mixing: Tensor | None = None,
+) -> Subspace:
+    """Build the subspace that candidates span.
+
+    The candidates are read tile by tile in three passes (center, Gram matrices, directions), so
+    beyond candidates and result only ``n * 65536`` float64 numbers are held.
+
+    Args:
+        candidates: At least two mappings from name to tensor (state dicts), on any device.
+        config: Basis, blocks and rank.
+        names: The tensors to span, normally ``[name for name, _ in model.named_parameters()]``. All
+            tensors of the first candidate if not given; then none may be integer, and a state
+            dict's buffers would count as weights.
+        device: Where center and directions are kept; the first candidate's device by default.
+        mixing: ``(B, k, n)``, the mixing of an earlier subspace of the same candidates, to have
+            exactly its directions again.
+
+    Returns:
+        The subspace. Float64 if any tensor is float64, else float32.
+
+    Raises:
+        ValueError: With fewer than two candidates; or naming a tensor that is missing, misshapen or
+            not finite.
+        TypeError: When a tensor to span is not floating-point.
+    """
+    config = config or SubspaceConfig()
+    members = list(candidates)
+    if len(members) < 2:
+        raise ValueError(f"A subspace needs at least two candidates, got {len(members)}.")
+    first = members[0]
+    if names is None:
+        chosen = dict(first)
+    else:
+        names = list(names)
+        missing = [name for name in names if name not in first]
+        if missing:
+            raise ValueError(f"Candidate 0 has no tensor {missing[0]!r}, which names asks for.")
+        chosen = {name: first[name] for name in names}
+    layout = ParameterLayout.from_tensors(chosen, config.blocks)
+    for i, member in enumerate(members):
+        layout.check(member, f"Candidate {i}")
+    target = torch.device(device) if device is not None else next(iter(chosen.values())).device
+
+    center = torch.empty(layout.numel, dtype=layout.dtype)
+    for columns, rows in _tiles(layout, members):
+        center[columns] = rows.mean(dim=0).to(layout.dtype)
+    if mixing is None:
+        mixing = _mixing(config, layout, members, center)
+    elif mixing.shape[0] != layout.num_blocks or mixing.shape[2] != len(members):
+        raise ValueError(
+            f"mixing has shape {tuple(mixing.shape)}, but there are {layout.num_blocks} blocks and "
+            f"{len(members)} candidates."
+        )
+    mixing = mixing.to(device="cpu", dtype=torch.float64)
+    directions = torch.empty(mixing.shape[1], layout.numel, dtype=layout.dtype, device=target)
+    for columns, block, rows in _block_tiles(config, layout, members, center):
+        directions[:, columns] = (mixing[block] @ rows).to(directions)
+    return Subspace(config, layout, center.to(target), directions, mixing)
+
+
+def _tiles(
+    layout: ParameterLayout, members: Sequence[Mapping[str, Tensor]]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Columns of all candidates at a time: slice and ``(n, columns)`` float64 on the CPU."""
+    for spec in layout.specs:
+        rows = [member[spec.name].detach().reshape(-1) for member in members]
+        for start in range(spec.start, spec.stop, TILE_COLUMNS):
+            stop = min(start + TILE_COLUMNS, spec.stop)
+            local = slice(start - spec.start, stop - spec.start)
+            tile = torch.stack([row[local].to(device="cpu", dtype=torch.float64) for row in rows])
+            yield slice(start, stop), tile
+
+
+def _block_tiles(
+    config: SubspaceConfig,
+    layout: ParameterLayout,
+    members: Sequence[Mapping[str, Tensor]],
+    center: Tensor,
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """Tiles of what the directions are mixed of: the candidates, centered unless "
+    "``orthonormal``.
+    """
+    block_at = {spec.start: spec.block for spec in layout.specs if spec.start < spec.stop}
+    block = 0
+    for columns, rows in _tiles(layout, members):
+        block = block_at.get(columns.start, block)
+        if config.basis != "orthonormal":
+            rows -= center[columns].double()
+        yield columns, block, rows
+
+
+def _mixing(
+    config: SubspaceConfig,
+    layout: ParameterLayout,
+    members: Sequence[Mapping[str, Tensor]],
+    center: Tensor,
+) -> Tensor:
+    """``(B, k, n)`` the mix of candidates that gives each block's directions."""
+    n = len(members)
+    gram = torch.zeros(layout.num_blocks, n, n, dtype=torch.float64)
+    norm2 = torch.zeros(layout.num_blocks, dtype=torch.float64)
+    for columns, block, rows in _block_tiles(config, layout, members, center):
+        gram[block] += rows @ rows.T
+        norm2[block] += center[columns].double().square().sum()
+    mix = {"pca": _pca, "candidates": _normalised, "orthonormal": _gram_schmidt}[config.basis]
+    per_block = [mix(gram[b], float(ROUNDING**2 * norm2[b])) for b in range(layout.num_blocks)]
+    if config.rank is not None:
+        per_block = [m[: config.rank] for m in per_block]
+    k = max(1, max(m.shape[0] for m in per_block))
+    result = torch.zeros(layout.num_blocks, k, n, dtype=torch.float64)
+    for b, m in enumerate(per_block):
+        result[b, : m.shape[0]] = m
+    return result
+
+
+def _pca(gram: Tensor, floor: float) -> Tensor:
+    """Whitened principal directions: ``p_j = v_j A / sqrt(l_j)`` times the standard deviation
+    ``sqrt(l_j / n)`` of the candidates along it, which is ``v_j A / sqrt(n)``.
+    """
+    n = gram.shape[0]
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0), vectors.flip(1)
+    if values[0] <= floor * n:
+        return gram.new_zeros(0, n)
+    kept = vectors[:, values > EIGENVALUE_FLOOR * values[0]].T
+    # An eigenvector's sign is arbitrary: its largest entry is made positive.
+    sign = kept.gather(1, kept.abs().argmax(dim=1, keepdim=True)).sign()
+    scaled: Tensor = kept * sign / n**0.5
+    return scaled
+
+
+def _normalised(gram: Tensor, floor: float) -> Tensor:
+    """``u_i = (w_i - c) / ||w_i - c||`` (v4, section 3.2), zero where a candidate is at the "
+    "center.
+    """
+    norm2 = gram.diagonal()
+    scale = torch.where(norm2 > floor, norm2.clamp_min(torch.finfo(norm2.dtype).tiny).rsqrt(), 0.0)
+    return torch.diag(scale)
+
+
+def _gram_schmidt(gram: Tensor, floor: float) -> Tensor:
+    """Gram-Schmidt of the candidates in terms of their Gram matrix; a candidate that depends on the
+    ones before it (to the rounding of the Gram matrix) gives no direction.
+    """
+    n = gram.shape[0]
+    rows: list[Tensor] = []
+    for i in range(n):
+        row = torch.zeros(n, dtype=gram.dtype)
+        row[i] = 1.0
+        for _ in range(2):  # twice is enough for orthogonality to rounding
+            for other in rows:
+                row = row - (other @ gram @ row) * other
+        norm2 = row @ gram @ row
+        if norm2 > max(1e-12 * float(gram[i, i]), floor):
+            rows.append(row / norm2.sqrt())
+    return torch.stack(rows) if rows else gram.new_zeros(0, n)

@@ -1,0 +1,236 @@
+"""The optimizer that moves a model inside a subspace."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_twa.config import SolverConfig, check_unit_of_steps
+from lightning_twa.subspace.basis import Subspace
+from lightning_twa.subspace.solvers import make_solver, schedule_factor, schedule_sum
+
+__all__ = ["SubspaceOptimizer"]
+
+
+class SubspaceOptimizer(Optimizer):
+    """Train averaging coefficients by back-propagation through the model (arXiv 2205.13104v4, alg.
+    1).
+
+    ``step()`` projects the parameters' gradients onto the subspace, lets the solver step the
+    coefficients, and writes the parameters. Making it writes the center, the uniform average, into
+    them. Parameters, gradients and ``zero_grad`` are used as with any other optimizer; so are
+    gradient clipping and ``GradScaler``.
+
+    Args:
+        params: ``model.named_parameters()``, or parameters in the layout's order. Parameters that
+            the subspace does not span are not touched.
+        subspace: Made by :func:`~lightning_twa.build_subspace`.
+        solver: How the coefficients are trained.
+        total_steps: Optimizer steps of the whole phase, which the schedule and ``radius`` need. May
+            be left out with ``schedule="constant"`` and ``lr``.
+
+    Attributes:
+        coefficients: ``(k, B)`` float64 on the CPU, ``x``; zero at the start.
+        steps: Optimizer steps taken.
+        path_length: ``(B,)`` float64, the length of the path of each block's coefficients.
+        skipped_steps: Steps not taken because the gradient was not finite.
+
+    Raises:
+        ValueError: When parameters and subspace do not match, or ``total_steps`` is needed.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        subspace: Subspace,
+        solver: SolverConfig | None = None,
+        *,
+        total_steps: int | None = None,
+    ) -> None:
+        solver = solver or SolverConfig()
+        check_unit_of_steps(subspace.config, solver)
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"Invalid {total_steps=}. Must be an int >= 1.")
+        if total_steps is None and (solver.lr is None or solver.schedule != "constant"):
+            raise ValueError(
+                f"total_steps is needed for schedule={solver.schedule!r} and for a radius. Pass "
+                f"the number "
+                f"of optimizer steps of the phase, or SolverConfig(schedule='constant', lr=...)."
+            )
+        self._outputs = _match(params, subspace)
+        self.subspace = subspace
+        self.config = solver
+        self.total_steps = total_steps
+        self.steps = 0
+        self.skipped_steps = 0
+        self.path_length = torch.zeros(subspace.num_blocks, dtype=torch.float64)
+        if solver.lr is not None:
+            self.peak_lr = float(solver.lr)
+        else:
+            assert total_steps is not None
+            self.peak_lr = solver.radius / schedule_sum(solver, total_steps)
+        self.coefficients = torch.zeros(
+            subspace.num_directions, subspace.num_blocks, dtype=torch.float64
+        )
+        self._solver = make_solver(solver, self.coefficients, self.peak_lr)
+        # lr, momentum and weight_decay are in the group for those who log them.
+        defaults = {
+            "lr": self.peak_lr * schedule_factor(solver, 0, total_steps),
+            "weight_decay": solver.weight_decay,
+            "momentum": solver.momentum if solver.name == "sgd" else solver.betas[0],
+        }
+        super().__init__(self._outputs, defaults)
+        self.write_parameters()
+
+    @torch.no_grad()
+    def write_parameters(self) -> None:
+        """Write ``theta(x)`` into the parameters."""
+        self.subspace.expand(self.coefficients, self._outputs)
+
+    @property
+    def averaging_weights(self) -> Tensor:
+        """``(n, B)`` float64: the parameters are ``sum_i averaging_weights[i] * candidate_i``."""
+        return self.subspace.averaging_weights(self.coefficients)
+
+    @property
+    def coefficient_norm(self) -> float:
+        """Distance from the center in coefficients (standard deviations with ``basis="pca"``): the
+        root mean square over the blocks.
+        """
+        return float(self.coefficients.square().sum(dim=0).mean().sqrt())
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step in the subspace.
+
+        Without any gradient nothing moves. With a gradient that is not finite the step is skipped,
+        with a warning, and counted in ``skipped_steps``.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss; it is called first.
+
+        Returns:
+            The closure's value.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = [parameter.grad for parameter in self._outputs]
+        if all(gradient is None for gradient in gradients):
+            return loss
+        gradient = self.subspace.project(gradients)
+        if not bool(torch.isfinite(gradient).all()):
+            self.skipped_steps += 1
+            warnings.warn(
+                f"The gradient at optimizer step {self.steps} of the TWA phase is not finite; the "
+                f"step is "
+                f"skipped ({self.skipped_steps} so far) and the weights stay as they are.",
+                stacklevel=2,
+            )
+            return loss
+        self._step_coefficients(gradient)
+        self.write_parameters()
+        return loss
+
+    def _step_coefficients(self, gradient: Tensor) -> None:
+        """Let the solver move ``x``, and hold each block's step to its share of the budget."""
+        group = self.param_groups[0]
+        lr = float(group["lr"])
+        before = self.coefficients.clone()
+        self._solver.param_groups[0]["lr"] = lr
+        self.coefficients.grad = gradient
+        self._solver.step()
+        self.coefficients.grad = None
+        moved = self.coefficients - before
+        length = moved.norm(dim=0)
+        if self.config.lr is None:
+            # Adam's steps are about one unit long, not at most one: the radius is a promise.
+            scale = (lr / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1.0)
+            self.coefficients.copy_(before + moved * scale)
+            length = length * scale
+        self.path_length += length
+        self.steps += 1
+        if self.total_steps is not None:
+            group["lr"] = self.peak_lr * schedule_factor(self.config, self.steps, self.total_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Coefficients, solver state and step count: tensors, numbers, strings, lists and dicts "
+        "only.
+        """
+        return {
+            "coefficients": self.coefficients.clone(),
+            "path_length": self.path_length.clone(),
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+            "lr": float(self.param_groups[0]["lr"]),
+            "solver": self._solver.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`; the parameters are written.
+
+        Raises:
+            ValueError: When the state belongs to a subspace of another size.
+        """
+        coefficients = state_dict["coefficients"]
+        if coefficients.shape != self.coefficients.shape:
+            raise ValueError(
+                f"The state has coefficients of shape {tuple(coefficients.shape)}, but this "
+                f"subspace needs "
+                f"{tuple(self.coefficients.shape)} (directions, blocks)."
+            )
+        self.coefficients.copy_(coefficients)
+        self.path_length = state_dict["path_length"].clone()
+        self.steps = state_dict["steps"]
+        self.skipped_steps = state_dict["skipped_steps"]
+        self._solver.load_state_dict(state_dict["solver"])
+        if self.total_steps is None:
+            self.param_groups[0]["lr"] = state_dict["lr"]
+        else:
+            factor = schedule_factor(self.config, self.steps, self.total_steps)
+            self.param_groups[0]["lr"] = self.peak_lr * factor
+        self.write_parameters()
+
+
+def _match(
+    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]], subspace: Subspace
+) -> list[Tensor]:
+    """The parameters in the layout's order, by name where names are given."""
+    given = list(params)
+    specs = subspace.layout.specs
+    if given and isinstance(given[0], tuple):
+        named: dict[str, Tensor] = dict(given)  # type: ignore[arg-type]
+        missing = [spec.name for spec in specs if spec.name not in named]
+        if missing:
+            raise ValueError(
+                f"The subspace spans {missing[0]!r}, which is not among the parameters given"
+                f"{_and_more(missing)}. Build it with names=[name for name, _ in "
+                f"model.named_parameters()]."
+            )
+        outputs = [named[spec.name] for spec in specs]
+    else:
+        outputs = given  # type: ignore[assignment]
+        if len(outputs) != len(specs):
+            raise ValueError(
+                f"Got {len(outputs)} parameters, but the subspace spans {len(specs)} tensors. "
+                f"Pass model.named_parameters() to match them by name."
+            )
+    for spec, parameter in zip(specs, outputs, strict=True):
+        if parameter.shape != spec.shape:
+            raise ValueError(
+                f"The parameter for {spec.name!r} has shape {tuple(parameter.shape)}, but the "
+                f"candidates "
+                f"have {tuple(spec.shape)}. Pass model.named_parameters() to match them by name."
+            )
+    return outputs
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (nor {len(names) - 1} more)" if len(names) > 1 else ""
