@@ -7,28 +7,22 @@ changed.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.trainer.connectors.data_connector import (
     _DataLoaderSource,
     _request_dataloader,
 )
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
-from torchmetrics import Metric
 
 __all__ = ["TrainerSwitch"]
 
@@ -47,7 +41,6 @@ PRIVATE_NAMES = (
     "fit_loop._data_fetcher",
     "fit_loop._combined_loader",
     "fit_loop._can_stop_early",
-    "fit_loop.epoch_progress.current.processed",
     "fit_loop.epoch_loop._build_kwargs",
     "fit_loop.epoch_loop._num_ready_batches_reached",
     "fit_loop.epoch_loop._should_accumulate",
@@ -255,22 +248,18 @@ class TrainerSwitch:
             self._validate_each_epoch()
             loop.setup_data()
         for dataloader in loop._combined_loader.flattened:  # type: ignore[attr-defined]
-            _set_sampler_epoch(dataloader, loop.epoch_progress.current.processed)
+            _set_sampler_epoch(dataloader, trainer.current_epoch)
 
     def _validate_each_epoch(self) -> None:
         self.validates_each_epoch = True
         self.trainer.val_check_interval = 1.0
 
     def user_training_loader(self) -> Any:
-        """The user's prepared training data (a ``CombinedLoader``), also while other data is "
-        "installed.
-        """
+        """The user's prepared training data (a ``CombinedLoader``), whatever is installed now."""
         loop, trainer = self.trainer.fit_loop, self.trainer
         if self._user_source is None:
             return loop._combined_loader
-        if (
-            self._user_combined_loader is None
-        ):  # resumed in the phase: never prepared in this process
+        if self._user_combined_loader is None:  # resumed in the phase: not prepared so far
             source = loop._data_source
             names = ("_combined_loader", "_data_fetcher", "max_batches")
             kept = {name: getattr(loop, name) for name in names}
@@ -319,18 +308,11 @@ def _tear_down_fetcher(trainer: Trainer) -> None:
 
 
 def loader_batches(combined_loader: Any) -> int | None:
-    """Batches that a prepared loader gives in an epoch, limits included; ``None`` without a "
-    "length.
-    """
+    """Batches of a prepared loader in an epoch, limits included; ``None`` without a length."""
     limits = combined_loader.limits
     if limits is None or any(math.isinf(limit) for limit in limits):
         return None
     return int(max(limits))
-
-
-def can_forward(trainer: Trainer) -> bool:
-    """Whether batches can be fed to ``training_step``; not when it takes the iterator itself."""
-    return not isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
 
 
 def modules_in_training(trainer: Trainer, module: LightningModule) -> set[nn.Module]:
@@ -341,129 +323,11 @@ def modules_in_training(trainer: Trainer, module: LightningModule) -> set[nn.Mod
     return {m for name, m in module.named_modules() if captured.get(name, m.training)}
 
 
-def forward_training_data(
-    trainer: Trainer,
-    module: LightningModule,
-    combined_loader: Any,
-    training: Collection[nn.Module],
-    max_batches: int | None,
-) -> int:
-    """Run ``training_step`` on the training data without gradients and without traces.
-
-    Nothing is logged, metrics keep their state, the random state and the modules' modes are as
-    before.
-
-    Args:
-        trainer: The Trainer.
-        module: The module.
-        combined_loader: From :meth:`TrainerSwitch.user_training_loader`.
-        training: The modules to have in training mode.
-        max_batches: At most so many batches.
-
-    Returns:
-        The number of batches.
-    """
-    batches = 0
-    strategy, precision = trainer.strategy, trainer.precision_plugin
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(isolate_rng())
-        stack.enter_context(_modes(module, training))
-        stack.enter_context(_logging_off(module))
-        stack.enter_context(_metrics_kept(module))
-        for batch in _second_pass(combined_loader, stack.callback):
-            if max_batches is not None and batches >= max_batches:
-                break
-            batch = precision.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            batch = strategy.batch_to_device(batch, dataloader_idx=0)
-            kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batches)
-            with precision.train_step_context():
-                module.training_step(*kwargs.values())
-            batches += 1
-    return batches
-
-
-def _second_pass(combined_loader: Any, at_exit: Callable[..., Any]) -> Iterator[Any]:
-    """Batches of a loader that may be in the middle of an epoch, which is not disturbed.
-
-    The loaders are shallow copies: iterating a ``DataLoader`` with persistent workers a second time
-    would restart its first iterator.
-    """
-    second = copy.copy(combined_loader)
-    copies = []
-    for loader in combined_loader.flattened:
-        clone = copy.copy(loader)
-        if isinstance(clone, DataLoader):
-            clone._iterator = None
-        copies.append(clone)
-    second.flattened = copies
-    second._iterator = None
-    generators = {
-        id(g): (g, g.get_state())
-        for loader in copies
-        for g in (
-            getattr(loader, "generator", None),
-            getattr(getattr(loader, "sampler", None), "generator", None),
-        )
-        if isinstance(g, torch.Generator)
-    }
-    for generator, state in generators.values():
-        at_exit(generator.set_state, state)
-    at_exit(second.reset)
-    for batch, _, _ in iter(second):
-        yield batch
-
-
-@contextmanager
-def _modes(module: nn.Module, training: Collection[nn.Module]) -> Iterator[None]:
-    """Have exactly the given modules in training mode, then as before."""
-    before = {m: m.training for m in module.modules()}
-    try:
-        for m in before:
-            m.training = m in training
-        yield
-    finally:
-        for m, mode in before.items():
-            m.training = mode
-
-
-@contextmanager
-def _logging_off(module: LightningModule) -> Iterator[None]:
-    """``self.log`` and ``self.log_dict`` of the module do nothing."""
-
-    def ignore(*args: Any, **kwargs: Any) -> None: ...
-
-    hidden = {
-        name: module.__dict__[name] for name in ("log", "log_dict") if name in module.__dict__
-    }
-    try:
-        module.__dict__.update({"log": ignore, "log_dict": ignore})
-        yield
-    finally:
-        del module.__dict__["log"], module.__dict__["log_dict"]
-        module.__dict__.update(hidden)
-
-
-@contextmanager
-def _metrics_kept(module: nn.Module) -> Iterator[None]:
-    """Metrics in the module are reset, and have their state again afterwards."""
-    bookkeeping = ("_update_count", "_computed", "_forward_cache", "_is_synced", "_cache")
-    saved = []
-    for metric in module.modules():
-        if isinstance(metric, Metric):
-            # reset() clears lists in place and replaces tensors.
-            state = {
-                name: list(value) if isinstance(value, list) else value
-                for name, value in metric.metric_state.items()
-            }
-            state.update({n: metric.__dict__[n] for n in bookkeeping if n in metric.__dict__})
-            saved.append((metric, state))
-    try:
-        for metric, _ in saved:
-            metric.reset()
-        yield
-    finally:
-        for metric, state in saved:
-            for name, value in state.items():
-                setattr(metric, name, value)
+def training_step(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+    """Run the module's ``training_step`` on a batch from a loader, as the Trainer would."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
+    with trainer.precision_plugin.train_step_context():
+        module.training_step(*arguments.values())

@@ -37,6 +37,7 @@ class SubspaceOptimizer(Optimizer):
     Attributes:
         coefficients: ``(k, B)`` float64 on the CPU, ``x``; zero at the start.
         steps: Optimizer steps taken.
+        last_lr: Learning rate of the last step taken; ``param_groups`` hold that of the next.
         path_length: ``(B,)`` float64, the length of the path of each block's coefficients.
         skipped_steps: Steps not taken because the gradient was not finite.
 
@@ -68,6 +69,7 @@ class SubspaceOptimizer(Optimizer):
         self.total_steps = total_steps
         self.steps = 0
         self.skipped_steps = 0
+        self.last_lr = 0.0
         self.path_length = torch.zeros(subspace.num_blocks, dtype=torch.float64)
         if solver.lr is not None:
             self.peak_lr = float(solver.lr)
@@ -105,7 +107,7 @@ class SubspaceOptimizer(Optimizer):
         return float(self.coefficients.square().sum(dim=0).mean().sqrt())
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step in the subspace.
 
         Without any gradient nothing moves. With a gradient that is not finite the step is skipped,
@@ -155,6 +157,7 @@ class SubspaceOptimizer(Optimizer):
             self.coefficients.copy_(before + moved * scale)
             length = length * scale
         self.path_length += length
+        self.last_lr = lr
         self.steps += 1
         if self.total_steps is not None:
             group["lr"] = self.peak_lr * schedule_factor(self.config, self.steps, self.total_steps)

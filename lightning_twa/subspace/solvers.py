@@ -47,7 +47,7 @@ class FullMatrixAdam(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step. ``closure`` re-evaluates the loss, as in ``torch.optim``."""
         loss = None
         if closure is not None:

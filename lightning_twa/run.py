@@ -1,0 +1,437 @@
+"""One ``fit`` with TWA: its candidates, its phase, and the moments at which something happens.
+
+The callback's hooks call these methods; Trainer internals are behind :mod:`lightning_twa.phase`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_twa import phase, replay, report
+from lightning_twa.batchnorm import reestimate, tracked_batch_norms
+from lightning_twa.candidates import MemoryStore, persistent_buffers
+from lightning_twa.config import CollectConfig, SolverConfig, SubspaceConfig
+from lightning_twa.distributed import all_ranks
+from lightning_twa.schedule import CollectPlan, check_enough_candidates, resolve_plan
+from lightning_twa.subspace import SubspaceOptimizer, build_subspace
+
+__all__ = ["Run", "Settings"]
+
+FORMAT_VERSION = 1
+STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+UNSUPPORTED = ("XLAStrategy", "SingleDeviceXLAStrategy")
+DATA = {
+    "train": "the training data",
+    "val": "the validation data",
+    "twa": "the data of twa_dataloader()",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of the callback."""
+
+    start_epoch: int | float
+    data: Literal["train", "val", "twa"]
+    collect: CollectConfig
+    subspace: SubspaceConfig
+    solver: SolverConfig
+    validate_average: bool
+
+
+class Run:
+    """State of one ``fit``. Every rank of a distributed run holds one and goes through the same
+    moments.
+
+    Args:
+        settings: The arguments of the callback.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.phase: Literal["collect", "optimize", "done"] = "collect"
+        self.store = MemoryStore(settings.collect.max_candidates)
+        self.optimizer: SubspaceOptimizer | None = None
+        self.averaging_weights: Tensor | None = None
+        self.block_names: list[str] = []
+        self._candidate_names: list[str] = []  # of a finished run that was restored without them
+        self._plan: CollectPlan | None = None
+        self._loader: Any = None
+        self._switch: phase.TrainerSwitch | None = None
+        self._started: dict[str, Any] = {}  # epoch and optimizer step of the switch, and its data
+        self._restored: dict[str, Any] | None = None  # what load_state_dict() left for enter()
+        self._raw: dict[str, Tensor] | None = None  # the weights, while the average is validated
+        self._epoch_batches: int | None = None  # batches of the last whole epoch of collecting
+
+    @property
+    def plan(self) -> CollectPlan:
+        """The resolved schedule."""
+        assert self._plan is not None, "check() comes before every training hook"
+        return self._plan
+
+    @property
+    def candidate_names(self) -> list[str]:
+        """Names of the candidates, oldest first."""
+        return self.store.names or list(self._candidate_names)
+
+    # --- checks
+
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """What can be said before any data is there.
+
+        Raises:
+            ValueError: Naming the setting that does not fit this Trainer, and what to do instead.
+        """
+        names = phase.strategy_names(trainer)
+        if not names & set(STRATEGIES) or names & set(UNSUPPORTED):
+            raise ValueError(
+                f"TWACallback does not support {type(trainer.strategy).__name__}. Use one device "
+                f"or strategy='ddp' (supported: {', '.join(STRATEGIES)})."
+            )
+        if not module.automatic_optimization:
+            raise ValueError(
+                "TWACallback needs automatic optimization: with automatic_optimization=False, and "
+                "with several optimizers, the module steps its own optimizers and the phase could "
+                "not replace them. Average the weights in your own loop with build_subspace() and "
+                "SubspaceOptimizer."
+            )
+        settings = self.settings
+        self._plan = resolve_plan(settings.start_epoch, settings.collect, phase.max_epochs(trainer))
+        if settings.data == "val" and not phase.has_validation_data(trainer):
+            raise ValueError(
+                "TWACallback(data='val') trains the coefficients on the validation data, but there "
+                "is none. Pass val_dataloaders to fit, define val_dataloader(), or use "
+                "data='train'."
+            )
+
+    def check_data(self, trainer: Trainer) -> None:
+        """What can be said once the data is there and before training starts.
+
+        Raises:
+            ValueError: When there will be too few candidates, or the schedule's length is unknown.
+        """
+        ahead = self.plan.count_ahead(
+            trainer.current_epoch, trainer.global_step, phase.steps_per_epoch(trainer)
+        )
+        check_enough_candidates(self.plan, None if ahead is None else ahead + len(self.store))
+        solver, data = self.settings.solver, self.settings.data
+        endless = phase.max_epochs(trainer) is None or not (
+            data == "train" or phase.has_length(self._loader)
+        )
+        known = solver.lr is not None and solver.schedule == "constant"
+        if endless and trainer.max_steps == -1 and not known:
+            raise ValueError(
+                f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
+                f"max_steps={trainer.max_steps}, data={data!r}), but schedule={solver.schedule!r} "
+                f"with radius={solver.radius} needs it. Set max_epochs or max_steps, or use "
+                f"SolverConfig(schedule='constant', lr=...)."
+            )
+
+    def request_data(self, trainer: Trainer) -> None:
+        """Get the data of the phase, early, so that what is wrong with it shows before training.
+
+        Raises:
+            ValueError: When there is none, or more than one dataloader.
+        """
+        if self.settings.data == "val":
+            loader = phase.validation_loader(trainer)
+            if isinstance(loader, (list, tuple, dict)):
+                if len(loader) != 1:
+                    raise ValueError(
+                        f"TWACallback(data='val') needs one validation dataloader, but there are "
+                        f"{len(loader)}. Return the one to use from a twa_dataloader() hook and "
+                        f"pass data='twa'."
+                    )
+                loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
+            self._loader = phase.shuffled(loader)
+        elif self.settings.data == "twa":
+            self._loader = phase.hook_loader(trainer, "twa_dataloader")
+            if self._loader is None:
+                raise ValueError(
+                    "TWACallback(data='twa') needs a twa_dataloader() hook on the LightningModule "
+                    "or LightningDataModule, but neither has one or it returned None. Define it, "
+                    "or use data='train' or data='val'."
+                )
+
+    # --- collecting
+
+    def add_candidate(self, module: LightningModule, name: str) -> None:
+        """Keep the weights under a name, unless it is there (a resumed run comes by twice)."""
+        if name not in self.store.names:
+            self.store.add(module, name)
+
+    def after_step(self, trainer: Trainer, module: LightningModule) -> None:
+        """After a batch: take a candidate where one is due by optimizer steps."""
+        if phase.step_was_taken(trainer) and self.plan.takes_step(
+            trainer.current_epoch, trainer.global_step
+        ):
+            self.add_candidate(module, f"step={trainer.global_step}")
+
+    def after_epoch(self, trainer: Trainer, module: LightningModule) -> None:
+        """At the end of an epoch: take a candidate where one is due."""
+        self._epoch_batches = phase.batches_seen(trainer)
+        if self.plan.takes_epoch_end(trainer.current_epoch):
+            self.add_candidate(module, f"epoch={trainer.current_epoch}")
+
+    def start_collecting(self, trainer: Trainer, module: LightningModule) -> None:
+        """At the start of training. Resumed from a checkpoint that was written after the last batch
+        of an epoch, neither that epoch's end nor the next one's start is run again; both are made up for.
+        """
+        at_start = phase.at_epoch_start(trainer)
+        epoch = trainer.current_epoch
+        if at_start and self.plan.takes_epoch_end(epoch - 1):
+            self.add_candidate(module, f"epoch={epoch - 1}")
+        self.request_data(trainer)
+        self.check_data(trainer)
+        if at_start:
+            self.enter_if_due(trainer, module)
+
+    # --- the phase
+
+    def enter_if_due(self, trainer: Trainer, module: LightningModule) -> None:
+        """At the start of an epoch: switch into the phase when its epoch has come."""
+        if self.phase != "collect" or trainer.current_epoch < self.plan.start_epoch:
+            return
+        if len(self.store) < 2:
+            # Only data without a length gets here: otherwise check_data() has seen it coming.
+            rank_zero_warn(
+                f"TWA needs at least two candidates, but collecting {self.plan.describe()} gave "
+                f"{len(self.store)}. Ordinary training goes on."
+            )
+            return
+        self._switch = phase.TrainerSwitch(trainer)
+        self._started = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "epoch_batches": self._epoch_batches,
+        }
+        if self._loader is not None:
+            self._switch.install_loader(self._loader, set_up=True)
+        self._started["validates_each_epoch"] = self._switch.validates_each_epoch
+        self.enter(trainer, module)
+
+    def prepare_resume(self, trainer: Trainer) -> None:
+        """Resumed inside the phase: its data must be there before the Trainer's loops start."""
+        self._switch = phase.TrainerSwitch(trainer)
+        self.request_data(trainer)
+        if self._loader is not None:
+            self._switch.install_loader(
+                self._loader,
+                set_up=False,
+                validate_each_epoch=bool(self._started["validates_each_epoch"]),
+            )
+
+    def enter(self, trainer: Trainer, module: LightningModule) -> None:
+        """Build the subspace, move the model into it, and let the Trainer step the coefficients."""
+        assert self._switch is not None
+        named = dict(module.named_parameters())
+        optimized = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
+        subspace = build_subspace(
+            (candidate.parameters for candidate in self.store),
+            self.settings.subspace,
+            names=self.store.varying(also={n for n, p in named.items() if id(p) in optimized}),
+            device=trainer.strategy.root_device,
+            mixing=None if self._restored is None else self._restored["mixing"],
+        )
+        self.optimizer = SubspaceOptimizer(
+            named.items(), subspace, self.settings.solver, total_steps=self._total_steps(trainer)
+        )
+        self.block_names = list(subspace.layout.block_names)
+        if self._restored is None:
+            copy_into(persistent_buffers(module), self.store.mean_buffers())
+        else:
+            self.optimizer.load_state_dict(self._restored["optimizer"])
+            self._restored = None
+        self._switch.install_optimizer(self.optimizer)
+        self.phase = "optimize"
+        data = self.settings.data
+        epoch = self._started["epoch"]
+        rank_zero_info(report.switch_report(self.optimizer, self.store.names, DATA[data], epoch))
+        if data == "val":
+            rank_zero_warn(
+                "TWACallback(data='val') trains the averaging coefficients on the validation data: "
+                "from here on validation metrics are not held out. Judge the result on test data."
+            )
+
+    def _total_steps(self, trainer: Trainer) -> int | None:
+        """Optimizer steps of the whole phase; the same number when the phase is resumed."""
+        per_epoch = phase.steps_per_epoch(trainer)
+        if per_epoch is None and self.settings.data == "train":
+            per_epoch = phase.steps_for(trainer, self._started["epoch_batches"])
+        limits = []
+        if trainer.max_steps != -1:
+            limits.append(trainer.max_steps - self._started["step"])
+        epochs = phase.max_epochs(trainer)
+        if epochs is not None and per_epoch is not None:
+            limits.append((epochs - self._started["epoch"]) * per_epoch)
+        return max(min(limits), 1) if limits else None
+
+    def finish_if_ending(self, trainer: Trainer, module: LightningModule) -> None:
+        """Finish when the batch just trained on is the last of the run. Called wherever that can
+        first be known, so that the last validation and the last checkpoint see the finished
+        average.
+        """
+        if self.phase == "optimize" and phase.run_is_ending(trainer):
+            self.finish(trainer, module)
+
+    def finish(self, trainer: Trainer, module: LightningModule) -> None:
+        """Complete the learned average with BatchNorm statistics of its own."""
+        assert self.optimizer is not None
+        batches = self._reestimate_batchnorm(trainer, module)
+        self.averaging_weights = self.optimizer.averaging_weights
+        self.phase = "done"
+        first, *advice = report.finish_report(self.optimizer, batches)
+        rank_zero_info(first)
+        for line in advice:
+            rank_zero_warn(line)
+
+    def _reestimate_batchnorm(self, trainer: Trainer, module: LightningModule) -> int | None:
+        """Returns the number of batches; ``None`` when there was nothing to do, or no way to."""
+        training = phase.modules_in_training(trainer, module)
+        layers = tracked_batch_norms(module, training)
+        if not layers:
+            return None
+        switch = self._switch or phase.TrainerSwitch(trainer)
+        loader = switch.user_training_loader()
+        limit = phase.loader_batches(loader)
+        if limit is None:
+            limit = max(self._epoch_batches or 0, phase.batches_seen(trainer))
+        problem: Exception | None = None
+
+        def forward() -> int:
+            nonlocal problem
+            batches = 0
+            try:
+                batches = replay.training_steps(trainer, module, loader, training, limit)
+            except Exception as error:  # a training_step that needs gradients, say
+                problem = error
+            device = trainer.strategy.root_device
+            return batches if all_ranks(problem is None and batches > 0, device) else 0
+
+        batches = reestimate(layers, forward)
+        if batches == 0:
+            reason = f"{type(problem).__name__}: {problem}" if problem else "there was no batch"
+            rank_zero_warn(
+                f"BatchNorm statistics could not be re-estimated for the averaged weights "
+                f"({reason}); they are left as training had them. Re-estimate them with "
+                f"torch.optim.swa_utils.update_bn before you use the model."
+            )
+            return None
+        return batches
+
+    # --- validation of the uniform average while collecting
+
+    def swap_average_in(self, trainer: Trainer, module: LightningModule) -> None:
+        """Put the uniform average of the candidates so far into the model."""
+        if len(self.store) == 0:
+            return
+        state = _state(module)
+        self._raw = {name: tensor.detach().clone() for name, tensor in state.items()}
+        copy_into(state, dict(self.store.mean_parameters()))
+        copy_into(state, self.store.mean_buffers())
+        self._reestimate_batchnorm(trainer, module)
+
+    def swap_average_out(self, module: LightningModule) -> None:
+        """Put the weights back; does nothing where they are in place."""
+        if self._raw is not None:
+            copy_into(_state(module), self._raw)
+            self._raw = None
+
+    # --- the end
+
+    def release(self, module: LightningModule) -> None:
+        """Undo every change to Trainer and weights; keep what was learned. May be called again."""
+        self.swap_average_out(module)
+        if self._switch is not None:
+            self._switch.restore()
+            self._switch = None
+        self._loader = None
+        if self.phase == "done":
+            self.optimizer = None  # frees the basis
+
+    # --- checkpoints
+
+    def user_optimizer_states(self) -> list[dict[str, Any]] | None:
+        """The states of the user's optimizers where the phase has replaced them, else ``None``."""
+        if self._switch is None or not self._switch.user_optimizers:
+            return None
+        return self._switch.user_optimizer_states()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to go on with, in tensors, numbers, strings, lists and dicts; empty before the
+        first candidate. A finished run needs no candidates any more.
+        """
+        if self.phase == "collect" and len(self.store) == 0:
+            return {}
+        state: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "phase": self.phase,
+            "epoch_batches": self._epoch_batches,
+            "candidate_names": self.candidate_names,
+        }
+        if self.phase != "done":
+            state["candidates"] = self.store.state_dict()
+        if self.phase == "optimize":
+            if self._restored is not None:
+                state.update(self._restored)
+            elif self.optimizer is not None:
+                state["optimizer"] = self.optimizer.state_dict()
+                state["mixing"] = self.optimizer.subspace.mixing
+            state["started"] = dict(self._started)
+            state["subspace"] = self._subspace_identity()
+        weights = self.averaging_weights
+        if self.optimizer is not None:
+            weights = self.optimizer.averaging_weights
+        if weights is not None:
+            state.update(averaging_weights=weights, block_names=list(self.block_names))
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: When the state has another format, or the phase another kind of subspace.
+        """
+        version = state.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"The checkpoint holds TWACallback state of format_version={version}, but this "
+                f"version of lightning-twa reads {FORMAT_VERSION}. Use the version that wrote it."
+            )
+        if state["phase"] == "optimize" and state["subspace"] != self._subspace_identity():
+            raise ValueError(
+                f"The checkpoint's phase was started with SubspaceConfig {state['subspace']}, but "
+                f"this callback has {self._subspace_identity()}. Resume with the same settings."
+            )
+        self.phase = state["phase"]
+        self._epoch_batches = state["epoch_batches"]
+        self._candidate_names = list(state["candidate_names"])
+        self.store = MemoryStore(self.settings.collect.max_candidates)
+        self.store.load_state_dict(state.get("candidates", []))
+        self.averaging_weights = state.get("averaging_weights")
+        self.block_names = list(state.get("block_names", []))
+        if self.phase == "optimize":
+            self._started = dict(state["started"])
+            self._restored = {key: state[key] for key in ("optimizer", "mixing")}
+
+    def _subspace_identity(self) -> dict[str, Any]:
+        """The settings without which a phase cannot go on as it began."""
+        subspace = self.settings.subspace
+        return {"basis": subspace.basis, "blocks": subspace.blocks, "rank": subspace.rank}
+
+
+def _state(module: LightningModule) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **persistent_buffers(module)}
+
+
+@torch.no_grad()
+def copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy each value into the target of its name."""
+    for name, value in values.items():
+        targets[name].copy_(value)
