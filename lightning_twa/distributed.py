@@ -1,6 +1,4 @@
-"""Every collective of the package. All ranks call each function; without a process group it does "
-"nothing.
-"""
+"""Every collective of the package, called by every rank; no-ops without a process group."""
 
 from __future__ import annotations
 

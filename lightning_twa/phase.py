@@ -132,9 +132,7 @@ def has_length(loader: Any) -> bool:
 
 
 def hook_loader(trainer: Trainer, name: str) -> Any:
-    """What the hook ``name`` of the datamodule, or else of the module, returns; ``None`` without "
-    "one.
-    """
+    """What the datamodule's hook ``name``, or else the module's, returns; ``None`` without one."""
     for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
         if callable(getattr(owner, name, None)):
             return _request_dataloader(_DataLoaderSource(owner, name))

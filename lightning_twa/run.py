@@ -180,8 +180,10 @@ class Run:
             self.add_candidate(module, f"epoch={trainer.current_epoch}")
 
     def start_collecting(self, trainer: Trainer, module: LightningModule) -> None:
-        """At the start of training. Resumed from a checkpoint that was written after the last batch
-        of an epoch, neither that epoch's end nor the next one's start is run again; both are made up for.
+        """At the start of training; takes a candidate, and switches, where a resumed run would not.
+
+        A checkpoint that was written after the last batch of an epoch resumes behind that epoch's
+        end and behind the start of the next.
         """
         at_start = phase.at_epoch_start(trainer)
         epoch = trainer.current_epoch

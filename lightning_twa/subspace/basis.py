@@ -144,9 +144,7 @@ class Subspace:
         return mix + 1.0 / self.num_candidates
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What cannot be rebuilt bitwise from the candidates on another machine: the mixing "
-        "matrix.
-        """
+        """What other hardware would not rebuild bitwise from the candidates: the mixing matrix."""
         return {"mixing": self.mixing}
 
 
@@ -235,9 +233,7 @@ def _block_tiles(
     members: Sequence[Mapping[str, Tensor]],
     center: Tensor,
 ) -> Iterator[tuple[slice, int, Tensor]]:
-    """Tiles of what the directions are mixed of: the candidates, centered unless "
-    "``orthonormal``.
-    """
+    """Tiles of what is mixed into directions: candidates, centered unless ``orthonormal``."""
     block_at = {spec.start: spec.block for spec in layout.specs if spec.start < spec.stop}
     block = 0
     for columns, rows in _tiles(layout, members):
@@ -288,9 +284,7 @@ def _pca(gram: Tensor, floor: float) -> Tensor:
 
 
 def _normalised(gram: Tensor, floor: float) -> Tensor:
-    """``u_i = (w_i - c) / ||w_i - c||`` (v4, section 3.2), zero where a candidate is at the "
-    "center.
-    """
+    """``u_i = (w_i - c) / ||w_i - c||`` (v4, section 3.2), zero for a candidate at the center."""
     norm2 = gram.diagonal()
     scale = torch.where(norm2 > floor, norm2.clamp_min(torch.finfo(norm2.dtype).tiny).rsqrt(), 0.0)
     return torch.diag(scale)

@@ -1,6 +1,4 @@
-"""Where each parameter tensor lies in the flat vector of ``D`` numbers, and which block it is "
-"in.
-"""
+"""Where each parameter tensor lies in the flat vector of ``D`` numbers, and in which block."""
 
 from __future__ import annotations
 

@@ -163,9 +163,7 @@ class SubspaceOptimizer(Optimizer):
             group["lr"] = self.peak_lr * schedule_factor(self.config, self.steps, self.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Coefficients, solver state and step count: tensors, numbers, strings, lists and dicts "
-        "only.
-        """
+        """Coefficients, solver state and step count: tensors, numbers, strings, lists, dicts."""
         return {
             "coefficients": self.coefficients.clone(),
             "path_length": self.path_length.clone(),
