@@ -191,7 +191,7 @@ class TWACallback(Callback):
             self._run.finish(trainer, pl_module)
         elif self.phase == "collect":
             rank_zero_warn(
-                f"TWA never ran: training stopped in epoch {trainer.current_epoch} after "
+                f"TWA never ran: training stopped after {trainer.current_epoch} epochs and "
                 f"{trainer.global_step} optimizer steps, before start_epoch="
                 f"{self._run.plan.start_epoch} began the phase. The weights are those of ordinary "
                 f"training. Lower start_epoch to run it."

@@ -8,7 +8,7 @@ from lightning_twa.subspace import SubspaceOptimizer
 
 __all__ = ["effective_candidates", "finish_report", "switch_report"]
 
-PRESSED = 0.9  # of the budget used in one direction: the optimum is probably further away
+PRESSED = 0.8  # of the budget used in one direction: the optimum is probably further away
 
 
 def effective_candidates(averaging_weights: Tensor) -> float:
@@ -46,7 +46,7 @@ def switch_report(optimizer: SubspaceOptimizer, names: list[str], data: str, epo
 
 
 def finish_report(optimizer: SubspaceOptimizer, batchnorm_batches: int | None) -> list[str]:
-    """What the phase did, one line, and a second one where the user may want to act.
+    """What the phase did, in one line, and further lines where the user may want to act.
 
     Args:
         optimizer: The phase's optimizer.

@@ -288,10 +288,8 @@ class Run:
         batches = self._reestimate_batchnorm(trainer, module)
         self.averaging_weights = self.optimizer.averaging_weights
         self.phase = "done"
-        first, *advice = report.finish_report(self.optimizer, batches)
-        rank_zero_info(first)
-        for line in advice:
-            rank_zero_warn(line)
+        for line in report.finish_report(self.optimizer, batches):
+            rank_zero_info(line)
 
     def _reestimate_batchnorm(self, trainer: Trainer, module: LightningModule) -> int | None:
         """Returns the number of batches; ``None`` when there was nothing to do, or no way to."""
