@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Recorder, Regressor, loader, trainer, weights
+from common import Recorder, Regressor, loader, mse, trainer, weights
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateFinder,
@@ -103,7 +103,7 @@ def test_phase_equals_a_hand_written_loop(tmp_path) -> None:
     for _ in range(2):
         for x, y in loader():
             optimizer.zero_grad()
-            F.mse_loss(model.net(x), y).backward()
+            mse(model.net(x), y).backward()
             optimizer.step()
     assert torch.equal(weights(model), weights(module))
     assert torch.equal(optimizer.averaging_weights, twa.averaging_weights)

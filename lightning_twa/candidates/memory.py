@@ -55,7 +55,7 @@ def take(module: nn.Module, name: str, previous: Candidate | None = None) -> Can
         previous: The candidate taken before.
 
     Raises:
-        ValueError: Naming the tensor, when a weight is not finite.
+        ValueError: Naming the tensor, when a trainable weight is not finite.
     """
     parameters: dict[str, Tensor] = {}
     for key, parameter in module.named_parameters():
@@ -66,7 +66,8 @@ def take(module: nn.Module, name: str, previous: Candidate | None = None) -> Can
             parameters[key] = old
             continue
         copy = _to_cpu(parameter)
-        check_finite(copy, f"Candidate {name!r}, tensor {key!r},")
+        if parameter.requires_grad:
+            check_finite(copy, f"Candidate {name!r}, tensor {key!r},")
         parameters[key] = copy
     buffers = {key: _to_cpu(buffer) for key, buffer in persistent_buffers(module).items()}
     return Candidate(name, parameters, buffers)

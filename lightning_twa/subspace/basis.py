@@ -143,10 +143,6 @@ class Subspace:
             mix = mix - mix.mean(dim=0, keepdim=True)
         return mix + 1.0 / self.num_candidates
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What other hardware would not rebuild bitwise from the candidates: the mixing matrix."""
-        return {"mixing": self.mixing}
-
 
 def build_subspace(
     candidates: Iterable[Mapping[str, Tensor]],
