@@ -9,13 +9,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.config import (
+    DATA,
     CollectConfig,
+    Settings,
     SolverConfig,
     SubspaceConfig,
     check_epoch_or_fraction,
     check_unit_of_steps,
 )
-from lightning_twa.run import DATA, Run, Settings
+from lightning_twa.run import Run
 
 __all__ = ["TWACallback"]
 
@@ -118,7 +120,7 @@ class TWACallback(Callback):
         self._restore_wanted = True
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self._active:
-            self._run.check(trainer, pl_module)
+            self._run.set_up(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare a phase that is resumed."""

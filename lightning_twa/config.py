@@ -11,6 +11,11 @@ __all__ = ["CollectConfig", "SolverConfig", "SubspaceConfig"]
 BASES = ("pca", "candidates", "orthonormal")
 SOLVERS = ("full_matrix_adam", "adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "step", "constant")
+DATA = {  # what the coefficients can be trained on, in words
+    "train": "the training data",
+    "val": "the validation data",
+    "twa": "the data of twa_dataloader()",
+}
 
 
 def is_int(value: object) -> bool:
@@ -205,6 +210,18 @@ class SolverConfig:
                 f"SolverConfig.betas={self.betas} needs an Adam solver, but name='sgd'. Use "
                 f"momentum."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of :class:`~lightning_twa.TWACallback`, which documents them."""
+
+    start_epoch: int | float
+    data: Literal["train", "val", "twa"]
+    collect: CollectConfig
+    subspace: SubspaceConfig
+    solver: SolverConfig
+    validate_average: bool
 
 
 def check_unit_of_steps(subspace: SubspaceConfig, solver: SolverConfig) -> None:

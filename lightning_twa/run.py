@@ -5,7 +5,6 @@ The callback's hooks call these methods; Trainer internals are behind :mod:`ligh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,36 +12,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_twa import phase, replay, report
+from lightning_twa import checks, phase, replay, report
 from lightning_twa.batchnorm import reestimate, tracked_batch_norms
 from lightning_twa.candidates import MemoryStore, persistent_buffers
-from lightning_twa.config import CollectConfig, SolverConfig, SubspaceConfig
+from lightning_twa.config import DATA, Settings
 from lightning_twa.distributed import all_ranks
-from lightning_twa.schedule import CollectPlan, check_enough_candidates, resolve_plan
+from lightning_twa.schedule import CollectPlan
 from lightning_twa.subspace import SubspaceOptimizer, build_subspace
 
-__all__ = ["Run", "Settings"]
+__all__ = ["Run"]
 
 FORMAT_VERSION = 1
-STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
-UNSUPPORTED = ("XLAStrategy", "SingleDeviceXLAStrategy")
-DATA = {
-    "train": "the training data",
-    "val": "the validation data",
-    "twa": "the data of twa_dataloader()",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The arguments of the callback."""
-
-    start_epoch: int | float
-    data: Literal["train", "val", "twa"]
-    collect: CollectConfig
-    subspace: SubspaceConfig
-    solver: SolverConfig
-    validate_average: bool
 
 
 class Run:
@@ -72,7 +52,7 @@ class Run:
     @property
     def plan(self) -> CollectPlan:
         """The resolved schedule."""
-        assert self._plan is not None, "check() comes before every training hook"
+        assert self._plan is not None, "set_up() comes before every training hook"
         return self._plan
 
     @property
@@ -80,84 +60,14 @@ class Run:
         """Names of the candidates, oldest first."""
         return self.store.names or list(self._candidate_names)
 
-    # --- checks
+    # --- set-up
 
-    def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """What can be said before any data is there.
+    def set_up(self, trainer: Trainer, module: LightningModule) -> None:
+        """Check the settings and resolve the schedule; see :mod:`lightning_twa.checks`."""
+        self._plan = checks.check_trainer(self.settings, trainer, module)
 
-        Raises:
-            ValueError: Naming the setting that does not fit this Trainer, and what to do instead.
-        """
-        names = phase.strategy_names(trainer)
-        if not names & set(STRATEGIES) or names & set(UNSUPPORTED):
-            raise ValueError(
-                f"TWACallback does not support {type(trainer.strategy).__name__}. Use one device "
-                f"or strategy='ddp' (supported: {', '.join(STRATEGIES)})."
-            )
-        if not module.automatic_optimization:
-            raise ValueError(
-                "TWACallback needs automatic optimization: with automatic_optimization=False, and "
-                "with several optimizers, the module steps its own optimizers and the phase could "
-                "not replace them. Average the weights in your own loop with build_subspace() and "
-                "SubspaceOptimizer."
-            )
-        settings = self.settings
-        self._plan = resolve_plan(settings.start_epoch, settings.collect, phase.max_epochs(trainer))
-        if settings.data == "val" and not phase.has_validation_data(trainer):
-            raise ValueError(
-                "TWACallback(data='val') trains the coefficients on the validation data, but there "
-                "is none. Pass val_dataloaders to fit, define val_dataloader(), or use "
-                "data='train'."
-            )
-
-    def check_data(self, trainer: Trainer) -> None:
-        """What can be said once the data is there and before training starts.
-
-        Raises:
-            ValueError: When there will be too few candidates, or the schedule's length is unknown.
-        """
-        ahead = self.plan.count_ahead(
-            trainer.current_epoch, trainer.global_step, phase.steps_per_epoch(trainer)
-        )
-        check_enough_candidates(self.plan, None if ahead is None else ahead + len(self.store))
-        solver, data = self.settings.solver, self.settings.data
-        endless = phase.max_epochs(trainer) is None or not (
-            data == "train" or phase.has_length(self._loader)
-        )
-        known = solver.lr is not None and solver.schedule == "constant"
-        if endless and trainer.max_steps == -1 and not known:
-            raise ValueError(
-                f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
-                f"max_steps={trainer.max_steps}, data={data!r}), but schedule={solver.schedule!r} "
-                f"with radius={solver.radius} needs it. Set max_epochs or max_steps, or use "
-                f"SolverConfig(schedule='constant', lr=...)."
-            )
-
-    def request_data(self, trainer: Trainer) -> None:
-        """Get the data of the phase, early, so that what is wrong with it shows before training.
-
-        Raises:
-            ValueError: When there is none, or more than one dataloader.
-        """
-        if self.settings.data == "val":
-            loader = phase.validation_loader(trainer)
-            if isinstance(loader, (list, tuple, dict)):
-                if len(loader) != 1:
-                    raise ValueError(
-                        f"TWACallback(data='val') needs one validation dataloader, but there are "
-                        f"{len(loader)}. Return the one to use from a twa_dataloader() hook and "
-                        f"pass data='twa'."
-                    )
-                loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
-            self._loader = phase.shuffled(loader)
-        elif self.settings.data == "twa":
-            self._loader = phase.hook_loader(trainer, "twa_dataloader")
-            if self._loader is None:
-                raise ValueError(
-                    "TWACallback(data='twa') needs a twa_dataloader() hook on the LightningModule "
-                    "or LightningDataModule, but neither has one or it returned None. Define it, "
-                    "or use data='train' or data='val'."
-                )
+    def _request_loader(self, trainer: Trainer) -> None:
+        self._loader = checks.request_loader(self.settings, trainer)
 
     # --- collecting
 
@@ -189,8 +99,8 @@ class Run:
         epoch = trainer.current_epoch
         if at_start and self.plan.takes_epoch_end(epoch - 1):
             self.add_candidate(module, f"epoch={epoch - 1}")
-        self.request_data(trainer)
-        self.check_data(trainer)
+        self._request_loader(trainer)
+        checks.check_data(self.settings, self.plan, trainer, self._loader, len(self.store))
         if at_start:
             self.enter_if_due(trainer, module)
 
@@ -201,7 +111,7 @@ class Run:
         if self.phase != "collect" or trainer.current_epoch < self.plan.start_epoch:
             return
         if len(self.store) < 2:
-            # Only data without a length gets here: otherwise check_data() has seen it coming.
+            # Only data without a length gets here: otherwise the checks have seen it coming.
             rank_zero_warn(
                 f"TWA needs at least two candidates, but collecting {self.plan.describe()} gave "
                 f"{len(self.store)}. Ordinary training goes on."
@@ -221,7 +131,7 @@ class Run:
     def prepare_resume(self, trainer: Trainer) -> None:
         """Resumed inside the phase: its data must be there before the Trainer's loops start."""
         self._switch = phase.TrainerSwitch(trainer)
-        self.request_data(trainer)
+        self._request_loader(trainer)
         if self._loader is not None:
             self._switch.install_loader(
                 self._loader,

@@ -131,7 +131,7 @@ def check_finite(tensor: Tensor, what: str) -> None:
     Raises:
         ValueError: With the number of bad entries.
     """
-    # A sum runs at memory speed, unlike isfinite; it is finite unless an entry is not or it overflows.
+    # A sum runs at memory speed, unlike isfinite; an overflow is told apart below.
     if tensor.numel() and not math.isfinite(tensor.sum().item()):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:

@@ -1,0 +1,109 @@
+"""What can be wrong with a run, said before it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_twa import phase
+from lightning_twa.config import Settings
+from lightning_twa.schedule import CollectPlan, check_enough_candidates, resolve_plan
+
+__all__ = ["check_data", "check_trainer", "request_loader"]
+
+STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+UNSUPPORTED = ("XLAStrategy", "SingleDeviceXLAStrategy")  # though derived from those
+
+
+def check_trainer(settings: Settings, trainer: Trainer, module: LightningModule) -> CollectPlan:
+    """What can be said before any data is there.
+
+    Returns:
+        The schedule, resolved for this Trainer.
+
+    Raises:
+        ValueError: Naming the setting that does not fit this Trainer, and what to do instead.
+    """
+    names = phase.strategy_names(trainer)
+    if not names & set(STRATEGIES) or names & set(UNSUPPORTED):
+        raise ValueError(
+            f"TWACallback does not support {type(trainer.strategy).__name__}. Use one device or "
+            f"strategy='ddp' (supported: {', '.join(STRATEGIES)})."
+        )
+    if not module.automatic_optimization:
+        raise ValueError(
+            "TWACallback needs automatic optimization: with automatic_optimization=False, and with "
+            "several optimizers, the module steps its own optimizers and the phase could not "
+            "replace them. Average the weights in your own loop with build_subspace() and "
+            "SubspaceOptimizer."
+        )
+    if settings.data == "val" and not phase.has_validation_data(trainer):
+        raise ValueError(
+            "TWACallback(data='val') trains the coefficients on the validation data, but there is "
+            "none. Pass val_dataloaders to fit, define val_dataloader(), or use data='train'."
+        )
+    return resolve_plan(settings.start_epoch, settings.collect, phase.max_epochs(trainer))
+
+
+def request_loader(settings: Settings, trainer: Trainer) -> Any:
+    """Get the data of the phase, early, so that what is wrong with it shows before training.
+
+    Returns:
+        A dataloader, or ``None`` when the phase uses the training data.
+
+    Raises:
+        ValueError: When there is none, or more than one.
+    """
+    if settings.data == "val":
+        loader = phase.validation_loader(trainer)
+        if isinstance(loader, (list, tuple, dict)):
+            if len(loader) != 1:
+                raise ValueError(
+                    f"TWACallback(data='val') needs one validation dataloader, but there are "
+                    f"{len(loader)}. Return the one to use from a twa_dataloader() hook and pass "
+                    f"data='twa'."
+                )
+            loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
+        return phase.shuffled(loader)
+    if settings.data == "twa":
+        loader = phase.hook_loader(trainer, "twa_dataloader")
+        if loader is None:
+            raise ValueError(
+                "TWACallback(data='twa') needs a twa_dataloader() hook on the LightningModule or "
+                "LightningDataModule, but neither has one or it returned None. Define it, or use "
+                "data='train' or data='val'."
+            )
+        return loader
+    return None
+
+
+def check_data(
+    settings: Settings, plan: CollectPlan, trainer: Trainer, loader: Any, candidates: int
+) -> None:
+    """What can be said once the data is there and before training starts.
+
+    Args:
+        settings: The arguments of the callback.
+        plan: From :func:`check_trainer`.
+        trainer: With its training data set up.
+        loader: From :func:`request_loader`.
+        candidates: Number of candidates a resumed run has already.
+
+    Raises:
+        ValueError: When there will be too few candidates, or the schedule's length is unknown.
+    """
+    per_epoch = phase.steps_per_epoch(trainer)
+    ahead = plan.count_ahead(trainer.current_epoch, trainer.global_step, per_epoch)
+    check_enough_candidates(plan, None if ahead is None else ahead + candidates)
+    solver = settings.solver
+    known = solver.lr is not None and solver.schedule == "constant"
+    sized = settings.data == "train" or phase.has_length(loader)
+    endless = phase.max_epochs(trainer) is None or not sized
+    if endless and trainer.max_steps == -1 and not known:
+        raise ValueError(
+            f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
+            f"max_steps={trainer.max_steps}, data={settings.data!r}), but "
+            f"schedule={solver.schedule!r} with radius={solver.radius} needs it. Set max_epochs or "
+            f"max_steps, or use SolverConfig(schedule='constant', lr=...)."
+        )
