@@ -11,7 +11,8 @@ import dataclasses
 import math
 import sys
 from collections import OrderedDict
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
@@ -20,6 +21,7 @@ from lightning.pytorch.trainer.connectors.data_connector import (
     _DataLoaderSource,
     _request_dataloader,
 )
+from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
@@ -245,15 +247,16 @@ class TrainerSwitch:
             loop._combined_loader = None
             self._validate_each_epoch()
             loop.setup_data()
-        for dataloader in loop._combined_loader.flattened:  # type: ignore[attr-defined]
-            _set_sampler_epoch(dataloader, trainer.current_epoch)
+        _set_epoch(loop._combined_loader, trainer.current_epoch)
 
     def _validate_each_epoch(self) -> None:
         self.validates_each_epoch = True
         self.trainer.val_check_interval = 1.0
 
     def user_training_loader(self) -> Any:
-        """The user's prepared training data (a ``CombinedLoader``), whatever is installed now."""
+        """The user's prepared training data (a ``CombinedLoader``), whatever is installed now, in
+        the order of the current epoch.
+        """
         loop, trainer = self.trainer.fit_loop, self.trainer
         if self._user_source is None:
             return loop._combined_loader
@@ -272,6 +275,7 @@ class TrainerSwitch:
                 source.instance, trainer.val_check_batch = instance, check_batch
                 for name, value in kept.items():
                     setattr(loop, name, value)
+        _set_epoch(self._user_combined_loader, trainer.current_epoch)
         return self._user_combined_loader
 
     def _restore_loader(
@@ -293,6 +297,12 @@ class TrainerSwitch:
     def restore(self) -> None:
         """Undo everything, last change first. May be called again."""
         self._undo.close()
+
+
+def _set_epoch(combined_loader: Any, epoch: int) -> None:
+    """Tell samplers that shuffle by the epoch which one it is."""
+    for dataloader in combined_loader.flattened:
+        _set_sampler_epoch(dataloader, epoch)
 
 
 def _tear_down_fetcher(trainer: Trainer) -> None:
@@ -319,6 +329,17 @@ def modules_in_training(trainer: Trainer, module: LightningModule) -> set[nn.Mod
         return {m for m in module.modules() if m.training}
     captured = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode
     return {m for name, m in module.named_modules() if captured.get(name, m.training)}
+
+
+@contextmanager
+def training_stage(trainer: Trainer) -> Iterator[None]:
+    """Be in the training stage, as a module's hooks see it, also where validation is running."""
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.TRAINING
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
 
 
 def training_step(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -47,6 +47,7 @@ def training_steps(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(isolate_rng())
+        stack.enter_context(phase.training_stage(trainer))
         stack.enter_context(_modes(module, training))
         stack.enter_context(_logging_off(module))
         stack.enter_context(_metrics_kept(module))

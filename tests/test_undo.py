@@ -253,6 +253,22 @@ def test_batchnorm_is_reestimated_over_the_training_data_before_the_last_validat
     assert equal(saved, dict(module.state_dict()))
 
 
+def test_reestimation_sees_the_batches_as_training_does(tmp_path) -> None:
+    class Shifted(Regressor):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return (batch[0] + 10, batch[1]) if self.trainer.training else batch
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            assert batch[0].mean() > 5, "the batch was not augmented"
+            return super().training_step(batch, batch_idx)
+
+    twa = TWACallback(start_epoch=3, validate_average=True)
+    trainer(tmp_path, callbacks=[twa], max_epochs=4).fit(
+        Shifted(batchnorm=True), loader(), loader(32, seed=1)
+    )
+    assert twa.phase == "done"
+
+
 @pytest.mark.parametrize("interval", [1.0, 2])
 def test_reestimation_does_not_show_in_metrics_or_in_training(tmp_path, interval) -> None:
     results = []

@@ -1,0 +1,166 @@
+"""The examples run as a user runs them, and print what they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NUMBER = r"[+-]\d+\.\d+"
+
+
+def run_example(name: str, *arguments: str) -> str:
+    """Standard output of ``examples/<name>``; fails with its errors if it does."""
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def parse_table(output: str) -> dict[str, tuple[int, float, float, float]]:
+    """Name to epochs, mean and deviation of the accuracy, and NLL, of the only table."""
+    header, rule, *body = [line for line in output.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        "weights",
+        "epochs",
+        "test accuracy (%)",
+        "test NLL",
+    ]
+    assert set(rule) <= set("|-:")
+    rows = {}
+    for line in body:
+        name, epochs, accuracy, nll = (cell.strip() for cell in line.strip("|").split("|"))
+        mean, spread = accuracy.split(" ± ")
+        rows[name] = (int(epochs), float(mean), float(spread), float(nll))
+    assert len(rows) == len(body), "two rows have the same name"
+    return rows
+
+
+FAST = ("--full-epochs", "8", "--collect-epochs", "4", "--twa-epochs", "2")
+EPOCHS = {
+    "last iterate (epoch 4)": 4,
+    "uniform over all 4 (SWA)": 4,
+    "uniform over the last half": 4,
+    "EMA 0.97 per step": 4,
+    "ordinary LR drop to 0": 6,
+    "TWA-t (default)": 6,
+    "TWA-t over all 4": 6,
+    'TWA-v (data="val")': 6,
+    "full schedule": 8,
+}
+
+
+@pytest.mark.slow
+def test_digits_prints_every_row_and_says_where_twa_does_not_win() -> None:
+    output = run_example("digits.py", "--seeds", "2", *FAST)
+
+    rows = parse_table(output)
+    assert {name: row[0] for name, row in rows.items()} == EPOCHS
+    for _, mean, spread, nll in rows.values():
+        assert 0 <= mean <= 100
+        assert math.isfinite(spread)
+        assert math.isfinite(nll)
+
+    # the verdicts are computed from the table's numbers
+    for title, column, sign in (("Accuracy in points", 1, 1), ("NLL", 3, -1)):
+        match = re.search(rf"^{title}, against the best fixed average, (.*):$", output, re.M)
+        assert match is not None
+        best = match[1]
+        fixed = [name for name in rows if name.startswith(("uniform", "EMA"))]
+        assert sign * rows[best][column] == max(sign * rows[name][column] for name in fixed)
+        section = output[match.end() :].split("\n\n")[0]
+        found = re.findall(rf"^- (.*): ({NUMBER}) ± (\d+\.\d+), ([a-z ]+)\. ", section, re.M)
+        assert [name for name, *_ in found] == [name for name in rows if name.startswith("TWA")]
+        for name, mean, _, _ in found:
+            difference = sign * (rows[name][column] - rows[best][column])
+            assert float(mean) == pytest.approx(difference, abs=0.02)
+
+    weights = re.search(r"^Averaging weights of TWA-t .*: (.*)$", output, re.M)
+    assert weights is not None
+    learned = re.findall(rf"epoch=(\d+) ({NUMBER})", weights[1])
+    assert [int(epoch) for epoch, _ in learned] == [2, 3]
+    assert sum(float(weight) for _, weight in learned) == pytest.approx(1, abs=0.005)
+
+
+# --- what the verdict says of made-up scores
+
+
+@pytest.fixture(scope="module")
+def digits() -> Any:
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location("digits_example", EXAMPLES / "digits.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where the example's annotations are looked up
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[spec.name]
+
+
+def made_up(digits: Any, twa: list[tuple[float, float]]) -> Any:
+    """Rows with two seeds' worth of baselines, cut to as many seeds as ``twa`` has."""
+
+    def row(kind: str, *scores: tuple[float, float]) -> Any:
+        return digits.Row(kind, 1, [digits.Score(*score) for score in scores[: len(twa)]])
+
+    return {
+        "last": row("trained", (70.0, 0.9), (72.0, 0.8)),
+        "uniform": row("fixed", (80.0, 0.5), (82.0, 0.4)),
+        "EMA": row("fixed", (79.0, 0.9), (81.0, 0.2)),
+        "TWA": row("twa", *twa),
+    }
+
+
+@pytest.mark.parametrize(
+    ("twa", "accuracy", "nll"),
+    [
+        (
+            [(83.0, 0.3), (85.1, 0.19)],
+            "+3.05 ± 0.05, better. Clearly better than all.",
+            "+0.205 ± 0.005, better. No clear difference from: EMA.",
+        ),
+        (
+            [(77.0, 0.6), (79.1, 0.51)],
+            "-2.95 ± 0.05, worse. Clearly worse than: uniform; EMA.",
+            "-0.105 ± 0.005, worse. No clear difference from: EMA. Clearly worse than: uniform.",
+        ),
+        (
+            [(79.0, 0.5), (84.0, 0.4)],
+            "+0.50 ± 1.50, no clear difference. No clear difference from: last; uniform; EMA.",
+            "+0.000 ± 0.000, no clear difference. No clear difference from: uniform; EMA.",
+        ),
+        (
+            [(99.0, 0.1)],
+            "+19.00 ± nan, no clear difference. No clear difference from: last; uniform; EMA.",
+            "+0.400 ± nan, no clear difference. No clear difference from: last; uniform; EMA.",
+        ),
+    ],
+    ids=["better", "worse", "neither", "one seed"],
+)
+def test_verdict(digits: Any, twa: list[tuple[float, float]], accuracy: str, nll: str) -> None:
+    lines = digits.verdict(made_up(digits, twa)).splitlines()
+    assert [line for line in lines if line.startswith("- ")] == [
+        f"- TWA: {accuracy}",
+        f"- TWA: {nll}",
+    ]
+
+
+@pytest.mark.slow
+def test_minimal_prints_accuracy_and_averaging_weights() -> None:
+    output = run_example("minimal.py")
+    accuracy = re.search(r"^test accuracy of the average: (\d+\.\d+) %", output, re.M)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 80  # chance is 10
+    learned = re.findall(rf"^({NUMBER}) of the weights after epoch=(\d+)$", output, re.M)
+    assert [int(epoch) for _, epoch in learned] == list(range(8, 16))
+    assert sum(float(weight) for weight, _ in learned) == pytest.approx(1, abs=0.005)
