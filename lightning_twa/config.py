@@ -108,7 +108,11 @@ class SubspaceConfig:
         blocks: ``"global"``: one coefficient per direction for the whole model. ``"tensor"``: one
             per direction and parameter tensor. An int: consecutive tensors are grouped until a
             group holds at least so many elements.
+        bits: How an entry of a direction is kept: 1 to 8 bits, really packed, with one bfloat16
+            scale per 128 entries; 16, bfloat16; 32, full precision. The center is always exact.
         rank: Keep only the so many largest principal directions (``basis="pca"`` only).
+        device: Where center and directions are kept, as in ``torch.device(...)``; ``None`` means
+            with the model. ``"cpu"`` keeps them off an accelerator, for slower steps.
 
     Raises:
         ValueError: When a value is outside its range or ``rank`` goes with another basis.
@@ -116,7 +120,9 @@ class SubspaceConfig:
 
     basis: Literal["pca", "candidates", "orthonormal"] = "pca"
     blocks: Literal["global", "tensor"] | int = "global"
+    bits: int = 32
     rank: int | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("SubspaceConfig.basis", self.basis, BASES)
@@ -126,6 +132,10 @@ class SubspaceConfig:
             raise ValueError(
                 f"Invalid SubspaceConfig.blocks={self.blocks!r}. Must be 'global', 'tensor', or an "
                 f"int >= 1, the minimum number of elements per block."
+            )
+        if not is_int(self.bits) or self.bits not in (*range(1, 9), 16, 32):
+            raise ValueError(
+                f"Invalid SubspaceConfig.bits={self.bits!r}. Must be 1 to 8, 16 or 32."
             )
         _check_count("SubspaceConfig.rank", self.rank, 1, "keep all directions")
         if self.rank is not None and self.basis != "pca":

@@ -36,12 +36,16 @@ def switch_report(optimizer: SubspaceOptimizer, names: list[str], data: str, epo
     )
     budget = f"lr {config.lr:g}" if config.lr is not None else f"radius {config.radius:g}"
     blocks = f"{subspace.num_blocks} block{'s' if subspace.num_blocks > 1 else ''}"
+    stored = subspace.stored
+    kept = f"{subspace.config.bits} bits, relative error {stored.error:.2g}, {stored.path}"
+    if subspace.config.bits == 32:
+        kept = "full precision"
+    size = f"{subspace.nbytes / 2**20:.1f} MiB on {subspace.center.device}"
     return (
         f"TWA: from epoch {epoch} only averaging coefficients are trained{length}, on {data}. "
         f"{len(names)} candidates ({names[0]} .. {names[-1]}), {subspace.num_directions} "
-        f"directions "
-        f"({subspace.config.basis}) of {subspace.layout.numel:,} parameters in {blocks}, "
-        f"{subspace.nbytes / 2**20:.1f} MiB on {subspace.center.device}; {config.name}, {budget}."
+        f"directions ({subspace.config.basis}; {kept}) of {subspace.layout.numel:,} parameters in "
+        f"{blocks}, {size}; {config.name}, {budget}."
     )
 
 

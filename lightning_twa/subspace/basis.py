@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_twa.config import SubspaceConfig
+from lightning_twa.subspace.directions import DenseDirections, Directions, PackedDirections
 from lightning_twa.subspace.layout import ParameterLayout
 
 __all__ = ["Subspace", "build_subspace"]
@@ -43,8 +44,6 @@ class Subspace:
         config: The configuration it was built with.
         layout: Names, shapes and blocks of the tensors in the flat vector of ``D`` numbers.
         center: ``(D,)`` the uniform average ``c``, in the layout's dtype.
-        directions: ``(k, D)`` the directions ``u``, in the layout's dtype. Rows of a block that has
-            fewer than ``k`` directions are zero there.
         mixing: ``(B, k, n)`` float64 on the CPU, how each block's directions are mixed of
             candidates.
     """
@@ -54,13 +53,13 @@ class Subspace:
         config: SubspaceConfig,
         layout: ParameterLayout,
         center: Tensor,
-        directions: Tensor,
+        stored: Directions,
         mixing: Tensor,
     ) -> None:
         self.config = config
         self.layout = layout
         self.center = center
-        self.directions = directions
+        self.stored = stored
         self.mixing = mixing
 
     @property
@@ -79,16 +78,24 @@ class Subspace:
         return self.mixing.shape[0]
 
     @property
+    def directions(self) -> Tensor:
+        """``(k, D)`` the directions ``u`` as they are stored, in the layout's dtype.
+
+        Zero where a block has fewer than ``k``. Made anew at each call: for inspection.
+        """
+        return self.stored.dense()
+
+    @property
     def nbytes(self) -> int:
         """Bytes held by center and directions."""
-        return self.center.nbytes + self.directions.nbytes
+        return self.center.nbytes + self.stored.nbytes
 
     def __repr__(self) -> str:
         return (
             f"Subspace(basis={self.config.basis!r}, n={self.num_candidates}, "
-            f"k={self.num_directions}, "
-            f"D={self.layout.numel}, B={self.num_blocks}, dtype={self.layout.dtype}, "
-            f"bytes={self.nbytes}, device={self.center.device})"
+            f"k={self.num_directions}, D={self.layout.numel}, B={self.num_blocks}, "
+            f"bits={self.config.bits}, bytes={self.nbytes}, device={str(self.center.device)!r}, "
+            f"relative_error={self.stored.error:.3g})"
         )
 
     @torch.no_grad()
@@ -102,13 +109,7 @@ class Subspace:
         Returns:
             ``(k, B)`` float64 on the CPU.
         """
-        result = self.directions.new_zeros(self.num_directions, self.num_blocks)
-        for spec, gradient in zip(self.layout.specs, gradients, strict=True):
-            if gradient is None or spec.start == spec.stop:
-                continue
-            flat = gradient.reshape(-1).to(self.directions)
-            result[:, spec.block] += self.directions[:, spec.start : spec.stop] @ flat
-        return result.to(device="cpu", dtype=torch.float64)
+        return self.stored.project(gradients)
 
     @torch.no_grad()
     def expand(self, coefficients: Tensor, out: Sequence[Tensor]) -> None:
@@ -119,13 +120,7 @@ class Subspace:
             out: One per tensor of the layout, in its order and the tensor's shape; any
                 floating-point dtype, to which the result is rounded.
         """
-        x = coefficients.to(self.directions)
-        for spec, target in zip(self.layout.specs, out, strict=True):
-            columns = slice(spec.start, spec.stop)
-            theta = torch.addmv(
-                self.center[columns], self.directions[:, columns].T, x[:, spec.block]
-            )
-            target.copy_(theta.view(spec.shape))
+        self.stored.expand(coefficients, self.center, out)
 
     def averaging_weights(self, coefficients: Tensor) -> Tensor:
         """The weights ``beta`` with ``theta_b = sum_i beta[i, b] * w_i``.
@@ -163,7 +158,8 @@ def build_subspace(
         names: The tensors to span, normally ``[name for name, _ in model.named_parameters()]``. All
             tensors of the first candidate if not given; then none may be integer, and a state
             dict's buffers would count as weights.
-        device: Where center and directions are kept; the first candidate's device by default.
+        device: Where center and directions are kept, unless ``config.device`` says; the first
+            candidate's device by default.
         mixing: ``(B, k, n)``, the mixing of an earlier subspace of the same candidates, to have
             exactly its directions again.
 
@@ -191,7 +187,8 @@ def build_subspace(
     layout = ParameterLayout.from_tensors(chosen, config.blocks)
     for i, member in enumerate(members):
         layout.check(member, f"Candidate {i}")
-    target = torch.device(device) if device is not None else next(iter(chosen.values())).device
+    device = config.device or device or next(iter(chosen.values())).device
+    target = torch.device(device)
 
     center = torch.empty(layout.numel, dtype=layout.dtype)
     for columns, rows in _tiles(layout, members):
@@ -204,10 +201,21 @@ def build_subspace(
             f"{len(members)} candidates."
         )
     mixing = mixing.to(device="cpu", dtype=torch.float64)
-    directions = torch.empty(mixing.shape[1], layout.numel, dtype=layout.dtype, device=target)
+    stored = _empty_directions(config, layout, mixing.shape[1], target)
     for columns, block, rows in _block_tiles(config, layout, members, center):
-        directions[:, columns] = (mixing[block] @ rows).to(directions)
-    return Subspace(config, layout, center.to(target), directions, mixing)
+        stored.write(columns, mixing[block] @ rows)
+    stored.close()
+    return Subspace(config, layout, center.to(target), stored, mixing)
+
+
+def _empty_directions(
+    config: SubspaceConfig, layout: ParameterLayout, k: int, device: torch.device
+) -> Directions:
+    """Room for ``k`` directions as the configuration wants them kept."""
+    if config.bits <= 8:
+        return PackedDirections(layout, k, config.bits, device)
+    dtype = layout.dtype if config.bits == 32 else torch.bfloat16
+    return DenseDirections(layout, k, dtype, device)
 
 
 def _tiles(

@@ -1,0 +1,139 @@
+"""Products with packed directions: plain functions of tensors, run tile by tile or compiled.
+
+Shapes: ``N`` tiles of ``M`` groups of ``GROUP`` columns, ``k`` rows. A plane of codes of width
+``w`` is ``(N, k, M * w / 8, GROUP)`` uint8, scales are ``(N, k, M)``. An entry is ``scale * (code -
+z)`` with ``z = (2**bits - 1) / 2``; ``z`` leaves the sums over columns, so what is done per entry
+is shift, mask, convert, multiply, add.
+
+The compiled functions read each byte once at memory speed. The others take one tile after the other
+through the cache; they need no compiler and no memory to speak of.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_twa.subspace.packing import GROUP, PLANES, plane_weights
+
+__all__ = ["compiled_kernels", "expand_by_tile", "expand_tiles", "project_by_tile", "project_tiles"]
+
+Planes = tuple[Tensor, ...]
+Kernel = Callable[[Planes, Tensor, Tensor, int], Tensor]
+
+
+def project_tiles(planes: Planes, scales: Tensor, g: Tensor, bits: int) -> Tensor:
+    """Each tile's part of direction times vector, ``sum_c u[j, c] g[c]``; to be compiled.
+
+    Args:
+        planes: Packed codes.
+        scales: ``(N, k, M)``.
+        g: ``(N, M, GROUP)``, in the dtype to compute in.
+        bits: 1 to 8.
+
+    Returns:
+        ``(N, k)``.
+    """
+    s = scales.to(g.dtype)
+    total = _z(bits) * (s * g.sum(-1).unsqueeze(1)).sum(-1)
+    for plane, width, weight in _parts(planes, bits):
+        for j, groups in _runs(plane.shape[2], width):
+            codes = _codes(plane, width, j).to(g.dtype)
+            sums = (codes * g[:, None, groups]).sum(-1)
+            total = total + weight * (sums * s[:, :, groups]).sum(-1)
+    return total
+
+
+def expand_tiles(planes: Planes, scales: Tensor, x: Tensor, bits: int) -> Tensor:
+    """Each tile's columns of coefficients times directions, ``sum_j x[j] u[j, c]``; to be compiled.
+
+    Args:
+        planes: Packed codes.
+        scales: ``(N, k, M)``.
+        x: ``(N, k)``, the coefficients of each tile's block, in the dtype to compute in.
+        bits: 1 to 8.
+
+    Returns:
+        ``(N, M, GROUP)``.
+    """
+    y = scales.to(x.dtype) * x.unsqueeze(-1)
+    offset = _z(bits) * y.sum(1)
+    result = None
+    for plane, width, weight in _parts(planes, bits):
+        runs = []
+        for j, groups in _runs(plane.shape[2], width):
+            codes = _codes(plane, width, j).to(x.dtype)
+            run = weight * (codes * y[:, :, groups, None]).sum(1)
+            runs.append(run + offset[:, groups, None] if result is None else run)
+        part = torch.cat(runs, dim=1)
+        result = part if result is None else result + part
+    assert result is not None
+    return result
+
+
+def project_by_tile(planes: Planes, scales: Tensor, g: Tensor, bits: int) -> Tensor:
+    """:func:`project_tiles`, as matrix-vector products of one tile after the other."""
+    n, k, _ = scales.shape
+    out = g.new_empty(n, k)
+    for i in range(n):
+        s = scales[i].to(g.dtype)
+        torch.mv(s, g[i].sum(-1), out=out[i]).mul_(_z(bits))
+        for plane, width, weight in _parts(planes, bits):
+            for j, groups in _runs(plane.shape[2], width):
+                rows = _scaled(plane[i], width, j, s[:, groups])
+                out[i].addmv_(rows, g[i, groups].reshape(-1), alpha=weight)
+    return out
+
+
+def expand_by_tile(planes: Planes, scales: Tensor, x: Tensor, bits: int) -> Tensor:
+    """:func:`expand_tiles`, as matrix-vector products of one tile after the other."""
+    n, _, m = scales.shape
+    out = x.new_empty(n, m, GROUP)
+    for i in range(n):
+        s = scales[i].to(x.dtype)
+        out[i] = (torch.mv(s.T, x[i]) * _z(bits)).unsqueeze(-1)
+        for plane, width, weight in _parts(planes, bits):
+            for j, groups in _runs(plane.shape[2], width):
+                rows = _scaled(plane[i], width, j, s[:, groups])
+                out[i, groups].view(-1).addmv_(rows.T, x[i], alpha=weight)
+    return out
+
+
+@functools.cache
+def compiled_kernels() -> tuple[Kernel, Kernel]:
+    """:func:`project_tiles` and :func:`expand_tiles` through ``torch.compile``.
+
+    ``fullgraph`` makes what cannot be compiled an error: uncompiled, they would hold every entry as
+    a float.
+    """
+    return (
+        torch.compile(project_tiles, fullgraph=True, dynamic=False),
+        torch.compile(expand_tiles, fullgraph=True, dynamic=False),
+    )
+
+
+def _z(bits: int) -> float:
+    """Minus the code of value zero."""
+    return (1 - (1 << bits)) / 2
+
+
+def _parts(planes: Planes, bits: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Plane, its width, and what its lowest bit counts."""
+    return zip(planes, PLANES[bits], plane_weights(bits), strict=True)
+
+
+def _runs(groups: int, width: int) -> Iterator[tuple[int, slice]]:
+    """Position in the byte and the groups that are stored there."""
+    return ((j, slice(j * groups, (j + 1) * groups)) for j in range(8 // width))
+
+
+def _codes(plane: Tensor, width: int, j: int) -> Tensor:
+    return plane.bitwise_right_shift(width * j).bitwise_and((1 << width) - 1)
+
+
+def _scaled(plane: Tensor, width: int, j: int, scales: Tensor) -> Tensor:
+    """A run of one tile, ``(k, groups * GROUP)``: scale times code."""
+    return _codes(plane, width, j).to(scales.dtype).mul_(scales.unsqueeze(-1)).flatten(1)
