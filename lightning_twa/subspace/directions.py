@@ -194,6 +194,9 @@ class PackedDirections:
         self._squares = [0.0, 0.0]
         self._tile = 0
         self._buffer = torch.zeros(k, TILE, dtype=torch.float64)
+        self._real = torch.zeros(
+            TILE, dtype=torch.bool
+        )  # columns of the buffer that are no padding
         self._next_piece = 0
 
     @property
@@ -220,9 +223,19 @@ class PackedDirections:
             size = min(piece.source.stop - piece.source.start - done, values.shape[1] - taken)
             start = offset + done
             self._buffer[:, start : start + size] = values[:, taken : taken + size]
+            self._real[start : start + size] = True
             taken += size
             if done + size == piece.source.stop - piece.source.start:
+                self._fill_group(start + size)
                 self._next_piece += 1
+
+    def _fill_group(self, stop: int) -> None:
+        """Pad the group that a tensor ends in with copies of its entries, so that padding does not
+        pull the group's scale.
+        """
+        first = (stop - 1) // GROUP * GROUP
+        padding = torch.arange(stop, first + GROUP)
+        self._buffer[:, padding] = self._buffer[:, first + (padding - stop) % (stop - first)]
 
     def _flush(self) -> None:
         values = self._buffer.view(-1, TILE_GROUPS, GROUP)
@@ -230,12 +243,12 @@ class PackedDirections:
         for plane, packed in zip(self.planes, pack(codes, self.bits), strict=True):
             plane[self._tile] = packed.to(plane.device)
         self.scales[self._tile] = scales.to(self.scales.device)
-        error = dequantize(codes, scales, self.bits, torch.float64) - values
-        # Padding is not part of the basis: its codes are whatever is nearest to zero.
-        error[values == 0] = 0.0
-        self._squares[0] += float(error.square().sum())
-        self._squares[1] += float(values.square().sum())
+        stored = dequantize(codes, scales, self.bits, torch.float64).flatten(1)[:, self._real]
+        exact = self._buffer[:, self._real]
+        self._squares[0] += float((stored - exact).square().sum())
+        self._squares[1] += float(exact.square().sum())
         self._buffer.zero_()
+        self._real.zero_()
 
     def close(self) -> None:
         """Pack the last tile and compute the error."""
