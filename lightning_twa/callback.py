@@ -46,6 +46,7 @@ class TWACallback(Callback):
 
     Raises:
         ValueError: When an argument is outside its range or two contradict each other.
+        TypeError: When a configuration is not of its class.
     """
 
     def __init__(
@@ -62,6 +63,13 @@ class TWACallback(Callback):
         if data not in DATA:
             choices = ", ".join(map(repr, DATA))
             raise ValueError(f"Invalid data={data!r}. Must be one of {choices}.")
+        for name, config, kind in (
+            ("collect", collect, CollectConfig),
+            ("subspace", subspace, SubspaceConfig),
+            ("solver", solver, SolverConfig),
+        ):
+            if config is not None and not isinstance(config, kind):
+                raise TypeError(f"{name}={config!r} must be a {kind.__name__}(...) or None.")
         self.settings = Settings(
             start_epoch=start_epoch,
             data=data,
@@ -126,12 +134,13 @@ class TWACallback(Callback):
         """Prepare a phase that is resumed."""
         if not self._active:
             return
-        if len(trainer.optimizers) != 1:
+        # For configure_optimizers() that returns None Lightning makes an optimizer without groups.
+        count = sum(bool(optimizer.param_groups) for optimizer in trainer.optimizers)
+        if count != 1:
             raise ValueError(
-                f"TWACallback needs exactly one optimizer, but configure_optimizers() gave "
-                f"{len(trainer.optimizers)}."
+                f"TWACallback needs exactly one optimizer, but configure_optimizers() gave {count}."
             )
-        if self.phase == "optimize":
+        if self.phase != "collect":
             self._run.prepare_resume(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,13 +158,23 @@ class TWACallback(Callback):
         """Switch into the phase where it is due."""
         if not self._active:
             return
+        self._refuse_to_go_on(trainer)
+        self._run.enter_if_due(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A finished run that is resumed within an epoch has no start of the epoch."""
+        if self._active:
+            self._refuse_to_go_on(trainer)
+
+    def _refuse_to_go_on(self, trainer: Trainer) -> None:
         if self.phase == "done":
             raise RuntimeError(
                 f"The TWA phase of this run was finished, but the Trainer goes on with epoch "
                 f"{trainer.current_epoch}. To train further from the averaged weights, load them "
                 f"into a new run (load_from_checkpoint, a new Trainer and a new TWACallback)."
             )
-        self._run.enter_if_due(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -237,7 +256,7 @@ class TWACallback(Callback):
         """Go on from :meth:`state_dict`; only while fitting.
 
         Raises:
-            ValueError: When the state has another format, or the phase another kind of subspace.
+            ValueError: When the state has another format, or the phase another subspace or solver.
         """
         if self._restore_wanted:
             self._run.load_state_dict(state_dict)
@@ -245,7 +264,12 @@ class TWACallback(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the user's optimizer states where a run without this callback looks for them."""
+        """Keep the user's optimizer states where a run without this callback looks for them, and
+        finish a run that was stopped (EarlyStopping) after this callback's last hook.
+        """
+        if self._active and self._run.finish_if_ending(trainer, pl_module):
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
         states = self._run.user_optimizer_states()
         if states is not None and "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = states

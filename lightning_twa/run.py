@@ -48,6 +48,7 @@ class Run:
         self._restored: dict[str, Any] | None = None  # what load_state_dict() left for enter()
         self._raw: dict[str, Tensor] | None = None  # the weights, while the average is validated
         self._epoch_batches: int | None = None  # batches of the last whole epoch of collecting
+        self._warned = False  # of too few candidates
 
     @property
     def plan(self) -> CollectPlan:
@@ -112,10 +113,12 @@ class Run:
             return
         if len(self.store) < 2:
             # Only data without a length gets here: otherwise the checks have seen it coming.
-            rank_zero_warn(
-                f"TWA needs at least two candidates, but collecting {self.plan.describe()} gave "
-                f"{len(self.store)}. Ordinary training goes on."
-            )
+            if not self._warned:
+                rank_zero_warn(
+                    f"TWA needs at least two candidates, but collecting {self.plan.describe()} "
+                    f"gave {len(self.store)}. Ordinary training goes on."
+                )
+            self._warned = True
             return
         self._switch = phase.TrainerSwitch(trainer)
         self._started = {
@@ -129,7 +132,9 @@ class Run:
         self.enter(trainer, module)
 
     def prepare_resume(self, trainer: Trainer) -> None:
-        """Resumed inside the phase: its data must be there before the Trainer's loops start."""
+        """Resumed inside the phase: its data must be there before the Trainer's loops start, which
+        count the batches left of an epoch by it, also when there are none left.
+        """
         self._switch = phase.TrainerSwitch(trainer)
         self._request_loader(trainer)
         if self._loader is not None:
@@ -184,13 +189,19 @@ class Run:
             limits.append((epochs - self._started["epoch"]) * per_epoch)
         return max(min(limits), 1) if limits else None
 
-    def finish_if_ending(self, trainer: Trainer, module: LightningModule) -> None:
+    def finish_if_ending(self, trainer: Trainer, module: LightningModule) -> bool:
         """Finish when the batch just trained on is the last of the run. Called wherever that can
         first be known, so that the last validation and the last checkpoint see the finished
-        average.
+        average. Does nothing after an exception.
+
+        Returns:
+            Whether it finished the phase now.
         """
-        if self.phase == "optimize" and phase.run_is_ending(trainer):
-            self.finish(trainer, module)
+        released = self._switch is None
+        if self.phase != "optimize" or released or not phase.run_is_ending(trainer):
+            return False
+        self.finish(trainer, module)
+        return True
 
     def finish(self, trainer: Trainer, module: LightningModule) -> None:
         """Complete the learned average with BatchNorm statistics of its own."""
@@ -287,14 +298,15 @@ class Run:
         }
         if self.phase != "done":
             state["candidates"] = self.store.state_dict()
+        if self.phase != "collect":
+            state["started"] = dict(self._started)
         if self.phase == "optimize":
             if self._restored is not None:
                 state.update(self._restored)
             elif self.optimizer is not None:
                 state["optimizer"] = self.optimizer.state_dict()
                 state["mixing"] = self.optimizer.subspace.mixing
-            state["started"] = dict(self._started)
-            state["subspace"] = self._subspace_identity()
+            state["settings"] = self._fixed_settings()
         weights = self.averaging_weights
         if self.optimizer is not None:
             weights = self.optimizer.averaging_weights
@@ -306,7 +318,7 @@ class Run:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: When the state has another format, or the phase another kind of subspace.
+            ValueError: When the state has another format, or the phase another subspace or solver.
         """
         version = state.get("format_version")
         if version != FORMAT_VERSION:
@@ -314,26 +326,35 @@ class Run:
                 f"The checkpoint holds TWACallback state of format_version={version}, but this "
                 f"version of lightning-twa reads {FORMAT_VERSION}. Use the version that wrote it."
             )
-        if state["phase"] == "optimize" and state["subspace"] != self._subspace_identity():
+        if state["phase"] == "optimize" and state["settings"] != self._fixed_settings():
             raise ValueError(
-                f"The checkpoint's phase was started with SubspaceConfig {state['subspace']}, but "
-                f"this callback has {self._subspace_identity()}. Resume with the same settings."
+                f"The checkpoint's phase was started with {state['settings']}, but this callback "
+                f"has {self._fixed_settings()}. Resume with the same settings."
             )
         self.phase = state["phase"]
         self._epoch_batches = state["epoch_batches"]
         self._candidate_names = list(state["candidate_names"])
-        self.store = MemoryStore(self.settings.collect.max_candidates)
+        # The subspace of a phase that has begun is spanned by all that it began with.
+        collecting = self.phase == "collect"
+        self.store = MemoryStore(self.settings.collect.max_candidates if collecting else None)
         self.store.load_state_dict(state.get("candidates", []))
         self.averaging_weights = state.get("averaging_weights")
         self.block_names = list(state.get("block_names", []))
-        if self.phase == "optimize":
+        if self.phase != "collect":
             self._started = dict(state["started"])
+        if self.phase == "optimize":
             self._restored = {key: state[key] for key in ("optimizer", "mixing")}
 
-    def _subspace_identity(self) -> dict[str, Any]:
+    def _fixed_settings(self) -> dict[str, Any]:
         """The settings without which a phase cannot go on as it began."""
-        subspace = self.settings.subspace
-        return {"basis": subspace.basis, "blocks": subspace.blocks, "rank": subspace.rank}
+        subspace, solver = self.settings.subspace, self.settings.solver
+        return {
+            "basis": subspace.basis,
+            "blocks": subspace.blocks,
+            "rank": subspace.rank,
+            "bits": subspace.bits,
+            "solver": solver.name,
+        }
 
 
 def _state(module: LightningModule) -> dict[str, Tensor]:

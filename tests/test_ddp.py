@@ -1,0 +1,296 @@
+"""Two processes on the CPU: equal on every rank, and equal to one process on the same batches."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from common import Regressor, loader, regression_data, trainer, weights
+from helpers_resume import equal, state
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
+    pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),
+    pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
+    pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_hang() -> Iterator[None]:
+    """A deadlock becomes a failure."""
+
+    def fail(*args: Any) -> None:
+        raise TimeoutError("two processes wait for each other")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+class Strided(Sampler):
+    """In order, every second sample where there are two processes: together they have the batches
+    of one. Lightning's own sampler for training shuffles always.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def _mine(self) -> range:
+        distributed = torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        return range(rank, self.size, torch.distributed.get_world_size() if distributed else 1)
+
+    def __len__(self) -> int:
+        return len(self._mine())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._mine())
+
+
+def strided(processes: int, n: int = 64, seed: int = 0) -> DataLoader:
+    return DataLoader(regression_data(n, seed), 16 // processes, sampler=Strided(n))
+
+
+class Report(L.Callback):
+    """Writes what this rank holds at the end, and after every step whether the weights moved."""
+
+    def __init__(self, twa: TWACallback, folder: Path) -> None:
+        self.twa, self.folder = twa, folder
+        self.steps: list[tuple[str, Tensor]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        torch.set_num_threads(1)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        self.steps.append((self.twa.phase, weights(pl_module)))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        torch.save(
+            {
+                "phase": self.twa.phase,
+                "state": state(pl_module),
+                "averaging_weights": self.twa.averaging_weights,
+                "candidate_names": self.twa.candidate_names,
+                "candidates": [dict(c.parameters) for c in self.twa._run.store],
+                "optimizers": [type(o).__name__ for o in trainer.optimizers],
+                "steps": self.steps,
+                "extra": getattr(pl_module, "extra", None),
+            },
+            self.folder / f"rank{trainer.global_rank}.pt",
+        )
+
+
+def fit(
+    folder: Path,
+    twa: TWACallback,
+    module: L.LightningModule,
+    processes: int = 2,
+    callbacks: Any = (),
+    ckpt_path: Path | None = None,
+    strategy: str = "ddp_fork",
+    train: DataLoader | None = None,
+    val: DataLoader | None = None,
+    **kwargs: Any,
+) -> list[dict[str, Any]]:
+    """Fit with 64 training and 32 validation samples in global batches of 16; one report a rank."""
+    folder.mkdir(exist_ok=True)
+    several: dict[str, Any] = {} if processes == 1 else {"strategy": strategy, "devices": 2}
+    L.seed_everything(1, verbose=False)
+    the_trainer = trainer(
+        folder, callbacks=[twa, *callbacks, Report(twa, folder)], **several, **kwargs
+    )
+    the_trainer.fit(
+        module,
+        train or loader(batch_size=16 // processes),
+        val or loader(32, 16 // processes, seed=1),
+        ckpt_path=ckpt_path,
+    )
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def twa(**kwargs: Any) -> TWACallback:
+    return TWACallback(**{"start_epoch": 4, "collect": CollectConfig(start=1), **kwargs})
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.double().reshape(-1) for t in tensors.values()])
+
+
+SAME = {
+    "default": ({}, {}),
+    "a block per tensor": ({"subspace": SubspaceConfig(blocks="tensor")}, {}),
+    "candidates by steps": ({"collect": CollectConfig(start=2, every_n_train_steps=3)}, {}),
+    "clipped by norm": ({}, {"gradient_clip_val": 0.05}),
+    "accumulated gradients": ({}, {"accumulate_grad_batches": 2}),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_two_processes_equal_one_on_the_same_global_batches(tmp_path, case) -> None:
+    kwargs, how = SAME[case]
+    module = Regressor()
+    how = {**how, "use_distributed_sampler": False}
+    (one,) = fit(tmp_path / "one", twa(**kwargs), deepcopy(module), 1, train=strided(1), **how)
+    two = fit(tmp_path / "two", twa(**kwargs), module, train=strided(2), **how)
+    assert equal(two[0], two[1]), "the ranks differ"
+    assert torch.equal(weights(module), flat(two[0]["state"])), "the main process has them too"
+    assert one["phase"] == two[0]["phase"] == "done"
+    assert one["candidate_names"] == two[0]["candidate_names"]
+    for a, b in zip(one["candidates"], two[0]["candidates"], strict=True):
+        torch.testing.assert_close(flat(b), flat(a), rtol=1e-5, atol=1e-6)
+    assert len(one["steps"]) == len(two[0]["steps"])
+    for (phase_one, a), (phase_two, b) in zip(one["steps"], two[0]["steps"], strict=True):
+        assert phase_one == phase_two
+        assert float((a - b).norm() / a.norm()) < 1e-5
+    uniform = torch.full_like(one["averaging_weights"], 1 / len(one["candidates"]))
+    assert not torch.allclose(one["averaging_weights"], uniform, atol=1e-3), "nothing was learned"
+    torch.testing.assert_close(
+        two[0]["averaging_weights"], one["averaging_weights"], rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("data", ["train", "val"])
+def test_ranks_hold_equal_weights_after_every_step_and_equal_statistics(tmp_path, data) -> None:
+    module = Regressor(batchnorm=True)
+    two = fit(
+        tmp_path,
+        twa(data=data, validate_average=True),
+        module,
+        val_check_interval=2,
+        use_distributed_sampler=False,
+        train=strided(2),
+        val=strided(2, 32, seed=1),
+    )
+    assert equal(two[0]["state"], two[1]["state"]), "parameters and buffers"
+    assert equal(two[0]["steps"], two[1]["steps"])
+    assert equal(two[0]["averaging_weights"], two[1]["averaging_weights"])
+    assert two[0]["phase"] == two[1]["phase"] == "done"
+    assert two[0]["optimizers"] == two[1]["optimizers"] == ["SGD"]
+    assert sum(phase != "collect" for phase, _ in two[0]["steps"]) == (8 if data == "train" else 4)
+
+    # each rank's cumulative average over its own batches, then their mean
+    final = Regressor(batchnorm=True)
+    final.load_state_dict(two[0]["state"])
+    x = regression_data().tensors[0]
+    inputs = final.net[0](x).double().detach()
+    batches = [inputs[rank::2].split(8) for rank in (0, 1)]
+    mean = torch.stack([b.mean(0) for rank in batches for b in rank]).mean(0)
+    var = torch.stack([b.var(0) for rank in batches for b in rank]).mean(0)
+    torch.testing.assert_close(final.net[1].running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(final.net[1].running_var.double(), var, rtol=1e-5, atol=1e-6)
+
+
+def test_twa_v_shares_the_validation_data_between_the_ranks_in_random_order(tmp_path) -> None:
+    class Seen(Regressor):
+        """Remembers the first input of every sample it trains on in the phase."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra: list[Tensor] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.trainer.current_epoch >= 4 and torch.is_grad_enabled():
+                self.extra.append(batch[0][:, 0].clone())
+            return super().training_step(batch, batch_idx)
+
+    two = fit(tmp_path, twa(data="val"), Seen())
+    every = regression_data(32, seed=1).tensors[0][:, 0].sort().values
+    epochs = []
+    for epoch in (0, 1):
+        shares = [torch.cat(r["extra"][2 * epoch : 2 * epoch + 2]) for r in two]
+        assert torch.equal(torch.cat(shares).sort().values, every), "each sample once an epoch"
+        epochs.append(shares[0])
+    assert not torch.equal(*epochs), "the order was the same in both epochs"
+
+
+@pytest.mark.parametrize("epoch", [2, 3, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, epoch) -> None:
+    def saver() -> ModelCheckpoint:
+        return ModelCheckpoint(
+            tmp_path / "saved", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True
+        )
+
+    how = {"enable_checkpointing": True}
+    whole = fit(tmp_path / "whole", twa(), Regressor(batchnorm=True), callbacks=[saver()], **how)
+    path = tmp_path / "saved" / f"epoch={epoch}.ckpt"
+    torch.load(path, weights_only=True)
+    resumed = fit(tmp_path / "resumed", twa(), Regressor(batchnorm=True), ckpt_path=path)
+    for a, b in zip(whole, resumed, strict=True):
+        assert equal(a["state"], b["state"])
+        assert equal(a["averaging_weights"], b["averaging_weights"])
+        assert equal(a["steps"][-len(b["steps"]) :], b["steps"])
+        assert len(b["steps"]) == 4 * (5 - epoch)
+
+
+class Fails(Regressor):
+    """One rank raises in the phase."""
+
+    def __init__(self, rank: int, where: str) -> None:
+        super().__init__(batchnorm=True)
+        self.rank, self.where = rank, where
+
+    def _maybe(self, where: str) -> None:
+        if (self.where, self.rank, self.trainer.current_epoch) == (
+            where,
+            self.trainer.global_rank,
+            5 if where == "re-estimation" else 4,
+        ):
+            raise ValueError("planned")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self._maybe("training" if torch.is_grad_enabled() else "re-estimation")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._maybe("validation")
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_an_exception_on_one_rank_does_not_hang(tmp_path, where, rank) -> None:
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="planned"):
+        fit(tmp_path, twa(), Fails(rank, where))
+    assert not list(tmp_path.glob("rank*.pt"))
+
+
+@pytest.mark.filterwarnings("ignore:BatchNorm statistics could not be re-estimated")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_rank_cannot_reestimate_batchnorm_no_rank_does(tmp_path, rank) -> None:
+    two = fit(tmp_path, twa(), Fails(rank, "re-estimation"))
+    assert two[0]["phase"] == two[1]["phase"] == "done"
+    assert equal(two[0]["state"], two[1]["state"])
+    assert int(two[0]["state"]["net.1.num_batches_tracked"]) > 4, "the counter of training"
+
+
+def test_errors_before_training_do_not_hang(tmp_path) -> None:
+    few = twa(collect=CollectConfig(start=3, every_n_train_steps=4))
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="at least two cand"):
+        fit(tmp_path, few, Regressor())
+
+
+@pytest.mark.filterwarnings("ignore:You are using .torch.load. with")  # torch 2.4, unpickling
+def test_the_main_process_of_spawned_workers_gets_the_average(tmp_path) -> None:
+    """What Lightning's own tests run: workers that start from a pickled callback."""
+    module = Regressor(batchnorm=True)
+    the_twa = twa(solver=SolverConfig(name="adamw"), subspace=SubspaceConfig(blocks=20))
+    two = fit(tmp_path, the_twa, module, strategy="ddp_spawn", max_epochs=5)
+    assert equal(two[0]["state"], two[1]["state"])
+    assert two[0]["phase"] == two[1]["phase"] == "done"
+    assert equal(state(module), two[0]["state"])
