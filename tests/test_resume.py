@@ -74,6 +74,7 @@ CASES: dict[str, tuple[dict[str, Any], bool, dict[str, Any]]] = {
         False,
         {},
     ),
+    "four bits": ({"subspace": SubspaceConfig(bits=4)}, True, {}),
     "SGD on the paper's basis": (
         {
             "subspace": SubspaceConfig(basis="candidates"),

@@ -488,6 +488,24 @@ def test_channels_last_and_conv(tmp_path) -> None:
     torch.testing.assert_close(weights(module), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [1, 4, 16])
+@pytest.mark.parametrize("blocks", ["global", "tensor"])
+def test_low_bit_basis_in_a_run(tmp_path, caplog, bits, blocks) -> None:
+    subspace = SubspaceConfig(bits=bits, blocks=blocks)
+    twa = TWACallback(start_epoch=4, subspace=subspace, collect=CollectConfig(start=0))
+    module, recorder, _ = fit(tmp_path, twa, Regressor(batchnorm=True))
+    assert twa.phase == "done"
+    assert f"{bits} bits, relative error " in caplog.text
+    center = torch.stack([recorder.epochs[e] for e in range(4)]).mean(0)
+    steps = [w for phase, w in recorder.steps if phase != "collect"]
+    assert not torch.equal(steps[0], steps[-1])
+    beta = twa.averaging_weights
+    if blocks == "global":
+        exact = sum(beta[e, 0] * recorder.epochs[e] for e in range(4))
+        error = {1: 0.9, 4: 0.15, 16: 0.004}[bits]
+        assert (weights(module) - exact).norm() < error * (exact - center).norm()
+
+
 # --- the rest of the Trainer
 
 

@@ -270,3 +270,14 @@ def test_basis_on_the_cpu_for_a_model_on_cuda() -> None:
 def test_device_of_the_configuration_wins_over_the_model_s() -> None:
     subspace = build_subspace(candidates(), SubspaceConfig(device="cpu"), device="meta")
     assert subspace.center.device.type == "cpu"
+
+
+@pytest.mark.parametrize("bits", [1, 4, 5, 16, 32])
+def test_building_and_products_are_deterministic(bits) -> None:
+    members = candidates()
+    first, second = (
+        build_subspace(members, SubspaceConfig(bits=bits, blocks="tensor")) for _ in range(2)
+    )
+    assert torch.equal(first.directions, second.directions)
+    gradients = [torch.randn(spec.shape) for spec in first.layout.specs]
+    assert torch.equal(first.project(gradients), second.project(gradients))
