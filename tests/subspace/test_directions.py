@@ -247,6 +247,52 @@ print(1024.0 * (after - before), subspace.nbytes, 4.0 * n * d)
 """
 
 
+STEP_SCRIPT = """
+import resource, sys
+import torch
+from lightning_twa.subspace.directions import DenseDirections, PackedDirections
+from lightning_twa.subspace.layout import ParameterLayout
+
+torch.set_num_threads(1)
+bits, path = int(sys.argv[1]), sys.argv[2]
+k = 16
+
+def run(size, count):
+    weights = {f"w{i}": torch.ones(size) for i in range(count)}
+    gradients = [torch.ones(size) for _ in range(count)]
+    layout = ParameterLayout.from_tensors(weights)
+    center = torch.ones(layout.numel)
+    cpu = torch.device("cpu")
+    if bits == 32:
+        stored = DenseDirections(layout, k, torch.float32, cpu)
+        stored.rows.fill_(1.0)
+    else:
+        stored = PackedDirections(layout, k, bits, cpu, path=path)
+        for plane in stored.planes:
+            plane.fill_(3)
+        stored.scales.fill_(1.0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    x = stored.project(gradients)
+    stored.expand(x, center, list(weights.values()))
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+run(300_000, 2)  # imports, compiling: the chunk of tiles is the same
+print(run(1_000_000, 12), 4 * 12_000_000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "path"), [(1, "tiled"), (4, "compiled")])
+def test_a_step_needs_less_than_one_vector_of_the_model_s_length(bits, path, tmp_path) -> None:
+    script = tmp_path / "step.py"
+    script.write_text(STEP_SCRIPT)
+    done = subprocess.run(
+        [sys.executable, script, str(bits), path], capture_output=True, text=True, check=True
+    )
+    extra, vector = map(int, done.stdout.split())
+    assert extra < 0.5 * vector, f"{extra / 1e6:.1f} MB beside vectors of {vector / 1e6:.1f} MB"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize("path", ["tiled", "compiled"])
