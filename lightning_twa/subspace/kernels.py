@@ -131,7 +131,9 @@ def _runs(groups: int, width: int) -> Iterator[tuple[int, slice]]:
 
 
 def _codes(plane: Tensor, width: int, j: int) -> Tensor:
-    return plane.bitwise_right_shift(width * j).bitwise_and((1 << width) - 1)
+    """The codes at one position of the bytes."""
+    shifted = plane.bitwise_right_shift(width * j) if j > 0 else plane
+    return shifted.bitwise_and((1 << width) - 1) if width * (j + 1) < 8 else shifted
 
 
 def _scaled(plane: Tensor, width: int, j: int, scales: Tensor) -> Tensor:
