@@ -225,7 +225,8 @@ class TWACallback(Callback):
         """Finish before the last validation; validate the uniform average if asked to."""
         if not self._active or trainer.sanity_checking:
             return
-        self._run.finish_if_ending(trainer, pl_module)
+        if not self._run.finish_if_ending(trainer, pl_module):
+            self._run.average_buffers(pl_module)
         if self.settings.validate_average and self.phase == "collect":
             self._run.swap_average_in(trainer, pl_module)
 
@@ -267,9 +268,12 @@ class TWACallback(Callback):
         """Keep the user's optimizer states where a run without this callback looks for them, and
         finish a run that was stopped (EarlyStopping) after this callback's last hook.
         """
-        if self._active and self._run.finish_if_ending(trainer, pl_module):
-            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
-            checkpoint["callbacks"][self.state_key] = self.state_dict()
+        if self._active:
+            finished = self._run.finish_if_ending(trainer, pl_module)
+            if finished or self._run.average_buffers(pl_module):
+                checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+            if finished:
+                checkpoint["callbacks"][self.state_key] = self.state_dict()
         states = self._run.user_optimizer_states()
         if states is not None and "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = states

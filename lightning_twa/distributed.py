@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_ranks", "mean_over_ranks_", "world_size"]
+__all__ = ["all_ranks", "mean_over_ranks", "mean_over_ranks_", "world_size"]
 
 
 def world_size() -> int:
@@ -29,6 +29,22 @@ def mean_over_ranks_(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         dist.all_reduce(tensor)  # sum: gloo has no mean
         tensor /= size
+
+
+@torch.no_grad()
+def mean_over_ranks(tensor: Tensor, device: torch.device) -> Tensor:
+    """The mean of a tensor over ranks, the same bits on every rank.
+
+    Args:
+        tensor: The same shape on every rank, on the CPU.
+        device: Device whose backend carries it.
+
+    Returns:
+        The mean, on the CPU.
+    """
+    carried = tensor.to(device, copy=True)
+    mean_over_ranks_([carried])
+    return carried.to("cpu")
 
 
 def all_ranks(value: bool, device: torch.device) -> bool:

@@ -16,13 +16,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.data_connector import (
     _DataLoaderSource,
     _request_dataloader,
 )
 from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
@@ -120,6 +121,42 @@ def strategy_names(trainer: Trainer) -> set[str]:
     return {cls.__name__ for cls in type(trainer.strategy).__mro__}
 
 
+GRADIENT_HOOKS = (
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "optimizer_step",
+    "configure_gradient_clipping",
+)
+
+
+def needs_true_gradient(trainer: Trainer, module: LightningModule) -> str | None:
+    """Why DDP must go on averaging gradients in the phase, ``None`` where it need not.
+
+    Whoever looks at a gradient before the optimizer's step must see the average.
+    """
+    model = trainer.strategy.model
+    if trainer.gradient_clip_val:
+        return "gradients are clipped"
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        return "the loss scaler looks for overflow in them"
+    if getattr(model, "static_graph", False):
+        return "the graph is static"
+    for owner, parent in ((module, LightningModule), *((c, Callback) for c in _callbacks(trainer))):
+        for name in GRADIENT_HOOKS:
+            if getattr(type(owner), name, None) is not getattr(parent, name, None):
+                return f"{type(owner).__name__}.{name}() may look at them"
+    return None
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def is_ddp(trainer: Trainer) -> bool:
+    """Whether the strategy has wrapped the model in ``DistributedDataParallel``."""
+    return isinstance(trainer.strategy.model, DistributedDataParallel)
+
+
 # --- the data of the phase
 
 
@@ -206,6 +243,14 @@ class TrainerSwitch:
         strategy.lr_scheduler_configs = [
             dataclasses.replace(config, frequency=sys.maxsize) for config in schedulers
         ]
+
+    def stop_gradient_sync(self) -> None:
+        """Let DDP exchange neither gradients nor buffers from the next forward pass on."""
+        model: Any = self.trainer.strategy.model
+        self._undo.callback(
+            setattr, model, "require_backward_grad_sync", model.require_backward_grad_sync
+        )
+        model.require_backward_grad_sync = False
 
     def install_loader(
         self, loader: Any, *, set_up: bool, validate_each_epoch: bool = False

@@ -5,6 +5,7 @@ The callback's hooks call these methods; Trainer internals are behind :mod:`ligh
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,12 @@ from lightning_twa import checks, phase, replay, report
 from lightning_twa.batchnorm import reestimate, tracked_batch_norms
 from lightning_twa.candidates import MemoryStore, persistent_buffers
 from lightning_twa.config import DATA, Settings
-from lightning_twa.distributed import all_ranks
+from lightning_twa.distributed import (
+    all_ranks,
+    mean_over_ranks,
+    mean_over_ranks_,
+    world_size,
+)
 from lightning_twa.schedule import CollectPlan
 from lightning_twa.subspace import SubspaceOptimizer, build_subspace
 
@@ -166,6 +172,7 @@ class Run:
             self.optimizer.load_state_dict(self._restored["optimizer"])
             self._restored = None
         self._switch.install_optimizer(self.optimizer)
+        self._share_coefficient_gradients(trainer, module)
         self.phase = "optimize"
         data = self.settings.data
         epoch = self._started["epoch"]
@@ -175,6 +182,38 @@ class Run:
                 "TWACallback(data='val') trains the averaging coefficients on the validation data: "
                 "from here on validation metrics are not held out. Judge the result on test data."
             )
+
+    def _share_coefficient_gradients(self, trainer: Trainer, module: LightningModule) -> None:
+        """Under DDP, average the ``k x B`` coefficient gradient instead of the ``D`` gradients,
+        unless somebody needs those.
+        """
+        assert self._switch is not None
+        assert self.optimizer is not None
+        if not phase.is_ddp(trainer):
+            return
+        reason = phase.needs_true_gradient(trainer, module)
+        if reason is not None:
+            rank_zero_info(f"TWA: DDP averages gradients as in training, because {reason}.")
+            return
+        device = trainer.strategy.root_device
+        self._switch.stop_gradient_sync()
+        self.optimizer.reduce = partial(mean_over_ranks, device=device)
+        rank_zero_info(
+            f"TWA: gradients stay in their process; {self.optimizer.coefficients.numel()} "
+            f"coefficient gradients a step are averaged over {world_size()} processes."
+        )
+
+    def average_buffers(self, module: LightningModule) -> bool:
+        """Make floating-point buffers equal on all ranks where DDP does not; every rank calls it.
+
+        Returns:
+            Whether it did.
+        """
+        if self.phase != "optimize" or self.optimizer is None or self.optimizer.reduce is None:
+            return False
+        buffers = persistent_buffers(module).values()
+        mean_over_ranks_(buffer for buffer in buffers if buffer.is_floating_point())
+        return True
 
     def _total_steps(self, trainer: Trainer) -> int | None:
         """Optimizer steps of the whole phase; the same number when the phase is resumed."""
@@ -206,6 +245,7 @@ class Run:
     def finish(self, trainer: Trainer, module: LightningModule) -> None:
         """Complete the learned average with BatchNorm statistics of its own."""
         assert self.optimizer is not None
+        self.average_buffers(module)
         batches = self._reestimate_batchnorm(trainer, module)
         self.averaging_weights = self.optimizer.averaging_weights
         self.phase = "done"

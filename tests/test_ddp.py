@@ -294,3 +294,131 @@ def test_the_main_process_of_spawned_workers_gets_the_average(tmp_path) -> None:
     assert equal(two[0]["state"], two[1]["state"])
     assert two[0]["phase"] == two[1]["phase"] == "done"
     assert equal(state(module), two[0]["state"])
+
+
+class Traffic(L.Callback):
+    """Counts the elements that this rank's training steps exchange, by who asks for it."""
+
+    def __init__(self, twa: TWACallback, folder: Path) -> None:
+        self.twa, self.folder = twa, folder
+        self.now = {"gradients": 0, "all_reduce": 0}
+        self.steps: list[tuple[str, dict[str, int]]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        def count_bucket(group, bucket):  # torch refuses other annotations
+            self.now["gradients"] += bucket.buffer().numel()
+            return allreduce_hook(group, bucket)
+
+        trainer.strategy.model.register_comm_hook(None, count_bucket)
+        plain = torch.distributed.all_reduce
+
+        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.now["all_reduce"] += tensor.numel()
+            return plain(tensor, *args, **kwargs)
+
+        torch.distributed.all_reduce = counted
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.now.update(gradients=0, all_reduce=0)
+
+    def on_before_zero_grad(self, trainer: L.Trainer, *args: Any) -> None:
+        self.flag = trainer.strategy.model.require_backward_grad_sync
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        # "all_reduce" is all there is: the hook sends DDP's gradients through it as well
+        self.steps.append((self.twa.phase, dict(self.now)))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        after = trainer.strategy.model.require_backward_grad_sync
+        torch.save((self.steps, self.flag, after), self.folder / f"traffic{trainer.global_rank}.pt")
+
+
+def traffic(folder: Path, twa: TWACallback, module: L.LightningModule, **kwargs: Any) -> Any:
+    fit(folder, twa, module, callbacks=(Traffic(twa, folder),), **kwargs)
+    return [torch.load(folder / f"traffic{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("blocks", ["global", "tensor"])
+def test_a_step_of_the_phase_exchanges_k_times_b_numbers_instead_of_d(tmp_path, blocks) -> None:
+    module = Regressor()
+    d = sum(p.numel() for p in module.parameters())
+    callback = twa(subspace=SubspaceConfig(blocks=blocks))
+    for steps, flag, after in traffic(tmp_path, callback, module):
+        collect = [s for phase, s in steps if phase == "collect"]
+        phase = [s for phase, s in steps if phase == "optimize"]
+        assert len(phase) == 7  # and the step that finished the phase
+        k_times_b = 2 * (1 if blocks == "global" else 4)  # of three candidates; four tensors
+        assert all(s == {"gradients": d, "all_reduce": d} for s in collect)
+        assert all(s == {"gradients": 0, "all_reduce": k_times_b} for s in phase)
+        assert flag is False
+        assert after is True, "the flag is given back"
+
+
+class LooksAtGradients(Regressor):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.norm = float(sum(p.grad.square().sum() for p in self.parameters()))
+
+
+KEEPS = {
+    "clipping by norm": (Regressor, {"gradient_clip_val": 1.0}),
+    "clipping by value": (
+        Regressor,
+        {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+    ),
+    "a hook that looks at gradients": (LooksAtGradients, {}),
+}
+
+
+@pytest.mark.parametrize("case", KEEPS)
+def test_whoever_looks_at_gradients_sees_their_mean(tmp_path, case) -> None:
+    kind, options = KEEPS[case]
+    module = kind()
+    d = sum(p.numel() for p in module.parameters())
+    for steps, flag, _ in traffic(tmp_path, twa(), module, **options):
+        assert all(s == {"gradients": d, "all_reduce": d} for p, s in steps if p == "optimize")
+        assert flag is True
+
+
+def test_local_gradients_give_the_same_run_as_averaged_ones(tmp_path, monkeypatch) -> None:
+    local = fit(tmp_path / "local", twa(), Regressor(), train=strided(2))
+    monkeypatch.setattr("lightning_twa.phase.needs_true_gradient", lambda *args: "a test asks")
+    averaged = fit(tmp_path / "averaged", twa(), Regressor(), train=strided(2))
+    torch.testing.assert_close(
+        flat(local[0]["state"]), flat(averaged[0]["state"]), rtol=1e-6, atol=1e-7
+    )
+    torch.testing.assert_close(
+        local[0]["averaging_weights"], averaged[0]["averaging_weights"], rtol=1e-5, atol=1e-7
+    )
+
+
+def test_buffers_are_equal_on_all_ranks_when_validated_and_saved(tmp_path) -> None:
+    class Watch(L.Callback):
+        """This rank's running mean at each validation of the phase."""
+
+        def __init__(self, callback: TWACallback) -> None:
+            self.twa, self.means = callback, []
+
+        def on_validation_batch_start(self, trainer: L.Trainer, pl_module: Any, *a: Any) -> None:
+            if self.twa.phase == "optimize":
+                self.means.append(pl_module.net[1].running_mean.clone())
+
+        def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            torch.save(self.means, tmp_path / f"means{trainer.global_rank}.pt")
+
+    callback = twa()
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(
+        tmp_path,
+        callback,
+        Regressor(batchnorm=True),
+        callbacks=(Watch(callback), saver),
+        enable_checkpointing=True,
+        val_check_interval=2,
+    )
+    first, second = (torch.load(tmp_path / f"means{r}.pt", weights_only=True) for r in range(2))
+    assert len(first) == 6  # two a validation, three validations before the last
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    saved = torch.load(tmp_path / "step=18.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["net.1.running_mean"], first[0])

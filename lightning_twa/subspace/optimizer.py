@@ -52,6 +52,7 @@ class SubspaceOptimizer(Optimizer):
         solver: SolverConfig | None = None,
         *,
         total_steps: int | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         solver = solver or SolverConfig()
         check_unit_of_steps(subspace.config, solver)
@@ -67,6 +68,7 @@ class SubspaceOptimizer(Optimizer):
         self.subspace = subspace
         self.config = solver
         self.total_steps = total_steps
+        self.reduce = reduce
         self.steps = 0
         self.skipped_steps = 0
         self.last_lr = 0.0
@@ -127,6 +129,8 @@ class SubspaceOptimizer(Optimizer):
         if all(gradient is None for gradient in gradients):
             return loss
         gradient = self.subspace.project(gradients)
+        if self.reduce is not None:
+            gradient = self.reduce(gradient)
         if not bool(torch.isfinite(gradient).all()):
             self.skipped_steps += 1
             warnings.warn(
