@@ -192,7 +192,8 @@ class TWACallback(Callback):
         optimizer = self._run.optimizer
         assert optimizer is not None
         values = {"twa/lr": optimizer.last_lr, "twa/coefficient_norm": optimizer.coefficient_norm}
-        pl_module.log_dict(values, on_step=True, on_epoch=False)
+        # A batch size of its own: with training_step(dataloader_iter) Lightning knows none.
+        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take candidates by epochs; finish where something has stopped the run."""
@@ -202,7 +203,7 @@ class TWACallback(Callback):
             self._run.after_epoch(trainer, pl_module)
         self._run.finish_if_ending(trainer, pl_module)
         count = float(self.num_candidates)
-        pl_module.log("twa/num_candidates", count, on_step=False, on_epoch=True)
+        pl_module.log("twa/num_candidates", count, on_step=False, on_epoch=True, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the Trainer back."""

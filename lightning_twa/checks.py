@@ -13,6 +13,7 @@ from lightning_twa.schedule import CollectPlan, check_enough_candidates, resolve
 __all__ = ["check_data", "check_trainer", "request_loader"]
 
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+AVERAGING_CALLBACKS = {"WeightAveraging", "StochasticWeightAveraging"}  # and what derives from them
 UNSUPPORTED = ("XLAStrategy", "SingleDeviceXLAStrategy")  # though derived from those
 
 
@@ -37,6 +38,12 @@ def check_trainer(settings: Settings, trainer: Trainer, module: LightningModule)
             "several optimizers, the module steps its own optimizers and the phase could not "
             "replace them. Average the weights in your own loop with build_subspace() and "
             "SubspaceOptimizer."
+        )
+    for name in phase.callback_names(trainer) & AVERAGING_CALLBACKS:
+        raise ValueError(
+            f"TWACallback and {name} cannot be used in one run: both put an average of their own "
+            f"into "
+            f"the model at its end. Compare them in separate runs."
         )
     if settings.data == "val" and not phase.has_validation_data(trainer):
         raise ValueError(

@@ -121,6 +121,11 @@ def strategy_names(trainer: Trainer) -> set[str]:
     return {cls.__name__ for cls in type(trainer.strategy).__mro__}
 
 
+def callback_names(trainer: Trainer) -> set[str]:
+    """Names of the classes of all callbacks, and of their bases."""
+    return {cls.__name__ for callback in _callbacks(trainer) for cls in type(callback).__mro__}
+
+
 GRADIENT_HOOKS = (
     "on_after_backward",
     "on_before_optimizer_step",

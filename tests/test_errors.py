@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -692,3 +693,16 @@ def test_twa_v_warns_once_that_validation_is_not_held_out(tmp_path) -> None:
 def test_a_configuration_of_another_class_is_refused(name: str) -> None:
     with pytest.raises(TypeError, match=rf"{name}=3 must be a {name.capitalize()}Config"):
         TWACallback(**{name: 3})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_another_averaging_callback_in_the_run_is_refused(tmp_path: Path, name: str) -> None:
+    from lightning.pytorch import callbacks
+
+    kind = getattr(callbacks, name, None)
+    if kind is None:
+        pytest.skip(f"this Lightning has no {name}")
+    other = kind(0.01) if name.startswith("Stochastic") else kind()
+    the_trainer = trainer(tmp_path, callbacks=[TWACallback(start_epoch=4), other])
+    with pytest.raises(ValueError, match="cannot be used in one run: both put an average"):
+        the_trainer.fit(Regressor(), loader())

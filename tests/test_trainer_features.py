@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from common import Recorder, Regressor, loader, mse, trainer, weights
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     EarlyStopping,
     LearningRateFinder,
     LearningRateMonitor,
@@ -226,6 +227,41 @@ def test_iterable_data_without_a_length(tmp_path, batchnorm) -> None:
     assert twa.phase == "done"
     assert len(recorder.steps) == 6 * 4
     assert recorder.steps[-1][0] == "done"
+
+
+@pytest.mark.filterwarnings("ignore:You are using the .dataloader_iter. step flavor")
+def test_training_step_that_takes_the_iterator(tmp_path) -> None:
+    class Takes(Regressor):
+        def training_step(self, dataloader_iter: Any) -> torch.Tensor:
+            batch, _, _ = next(dataloader_iter)
+            return mse(self.net(batch[0]), batch[1])
+
+    twa = TWACallback(start_epoch=4)
+    fit(tmp_path, twa, Takes())
+    assert twa.phase == "done"
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")  # BatchNorm's
+def test_backbone_that_is_unfrozen_while_collecting(tmp_path) -> None:
+    class Two(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh())
+            self.head = nn.Linear(8, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return mse(self.head(self.backbone(batch[0])), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            trainable = [p for p in self.parameters() if p.requires_grad]
+            return torch.optim.SGD(trainable, 0.05)
+
+    twa = TWACallback(start_epoch=4, collect=CollectConfig(start=0))
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, backbone_initial_lr=0.01)
+    module, recorder, _ = fit(tmp_path, twa, Two(), val=None, callbacks=[finetuning])
+    beta = twa.averaging_weights[:, 0]
+    exact = sum(b * recorder.epochs[e] for e, b in enumerate(beta))
+    torch.testing.assert_close(weights(module), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_max_steps_with_endless_epochs(tmp_path) -> None:

@@ -13,10 +13,11 @@ medians of the rounds.
 from __future__ import annotations
 
 import argparse
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -100,11 +101,31 @@ def measure(actions: dict[str, Callable[[], object]], rounds: int, device: str) 
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def peak(device: str) -> float:
-    """Peak bytes of this process, or of the device's allocator."""
-    if device == "cuda":
-        return float(torch.cuda.max_memory_allocated())
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+class ExtraMemory:
+    """Peak bytes that a block of code needs beyond what is there when it begins.
+
+    The CPU's peak is Linux's high-water mark of the resident set, which can be set back.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = float(torch.cuda.memory_allocated())
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = self._status("VmRSS")
+
+    @staticmethod
+    def _status(field: str) -> float:
+        line = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+        assert line is not None
+        return 1024.0 * int(line.group(1))
+
+    def peak(self) -> float:
+        """Bytes so far."""
+        now = float(torch.cuda.max_memory_allocated()) if self.cuda else self._status("VmHWM")
+        return now - self.before
 
 
 def reference_times(
@@ -158,11 +179,9 @@ def table(numel: int, n: int, args: argparse.Namespace) -> None:
             basis = subspace(layout, n, bits, path, device)
             optimizer = SubspaceOptimizer(tensors.values(), basis, total_steps=100)
             optimizer.step()
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if device == "cuda" else peak(device)
+            memory = ExtraMemory(device)
             step = measure({"step": optimizer.step}, args.rounds, device)["step"]
-            extra = peak(device) - before
+            extra = memory.peak()
             held = basis.stored.nbytes
             floor = (2 * held + 4 * 4 * numel) / bytes_per_ms
             ratio = f"{base['paper'] / step:.1f}" if "paper" in base else "-"

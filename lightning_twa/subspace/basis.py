@@ -104,12 +104,13 @@ class Subspace:
 
         Args:
             gradients: One per tensor of the layout, in its order, in the tensor's shape and any
-                floating-point dtype; ``None`` counts as zero.
+                floating-point dtype, dense or sparse; ``None`` counts as zero.
 
         Returns:
             ``(k, B)`` float64 on the CPU.
         """
-        return self.stored.project(gradients)
+        dense = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+        return self.stored.project(dense)
 
     @torch.no_grad()
     def expand(self, coefficients: Tensor, out: Sequence[Tensor]) -> None:

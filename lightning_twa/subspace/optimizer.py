@@ -147,7 +147,9 @@ class SubspaceOptimizer(Optimizer):
     def _step_coefficients(self, gradient: Tensor) -> None:
         """Let the solver move ``x``, and hold each block's step to its share of the budget."""
         group = self.param_groups[0]
-        lr = float(group["lr"])
+        # Where the schedule has a length the learning rate is its own: a module that sets the rate
+        # of "its" optimizer at every step (a warm-up, say) must not change the budget.
+        lr = float(group["lr"]) if self.total_steps is None else self._scheduled_lr()
         before = self.coefficients.clone()
         self._solver.param_groups[0]["lr"] = lr
         self.coefficients.grad = gradient
@@ -164,7 +166,10 @@ class SubspaceOptimizer(Optimizer):
         self.last_lr = lr
         self.steps += 1
         if self.total_steps is not None:
-            group["lr"] = self.peak_lr * schedule_factor(self.config, self.steps, self.total_steps)
+            group["lr"] = self._scheduled_lr()
+
+    def _scheduled_lr(self) -> float:
+        return self.peak_lr * schedule_factor(self.config, self.steps, self.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Coefficients, solver state and step count: tensors, numbers, strings, lists, dicts."""
@@ -199,8 +204,7 @@ class SubspaceOptimizer(Optimizer):
         if self.total_steps is None:
             self.param_groups[0]["lr"] = state_dict["lr"]
         else:
-            factor = schedule_factor(self.config, self.steps, self.total_steps)
-            self.param_groups[0]["lr"] = self.peak_lr * factor
+            self.param_groups[0]["lr"] = self._scheduled_lr()
         self.write_parameters()
 
 

@@ -181,6 +181,18 @@ def test_gradients_of_other_dtypes_and_missing_ones(dtype) -> None:
     torch.testing.assert_close(subspace.project(gradients)[:, 0], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [4, 32])
+def test_sparse_gradients(bits) -> None:
+    ms = [{"w": torch.randn(20, 4)} for _ in range(4)]
+    subspace = build_subspace(ms, SubspaceConfig(bits=bits))
+    embedding = nn.Embedding(20, 4, sparse=True)
+    embedding(torch.tensor([1, 1, 7])).square().sum().backward()
+    gradient = embedding.weight.grad
+    assert gradient is not None
+    assert gradient.is_sparse
+    assert torch.equal(subspace.project([gradient]), subspace.project([gradient.to_dense()]))
+
+
 # --- averaging weights
 
 
@@ -323,6 +335,21 @@ def test_full_matrix_adam_does_not_depend_on_rotation_or_scale_of_the_loss() -> 
         results.append(turn.T @ x.detach())
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(results[0], results[2], rtol=1e-9, atol=1e-10)
+
+
+def test_a_rate_set_from_outside_does_not_change_the_budget() -> None:
+    net, ms = net_members()
+    optimizer = SubspaceOptimizer(net.named_parameters(), build_subspace(ms), total_steps=8)
+    used = []
+    for _ in range(8):
+        for group in optimizer.param_groups:
+            group["lr"] = 7.0
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        used.append(optimizer.last_lr)
+    assert sum(used) == pytest.approx(2.0)
+    assert float(optimizer.path_length) <= 2.0
 
 
 def test_a_scheduler_of_the_user_s_can_drive_a_constant_schedule() -> None:
