@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from common import Recorder, Regressor, loader, trainer, weights
+from helpers_resume import equal
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torchmetrics import MeanMetric
@@ -40,17 +41,6 @@ class AtTheSwitch(L.Callback):
 
     def now(self) -> Any:
         return deepcopy((self.optimizer.state_dict(), self.scheduler.scheduler.state_dict()))
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Bitwise equality of nested states."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
 
 
 DATA = pytest.mark.parametrize(

@@ -20,9 +20,7 @@ from lightning_twa.subspace.packing import GROUP, dequantize, pack, quantize, un
 
 __all__ = ["DenseDirections", "Directions", "PackedDirections"]
 
-TILE_GROUPS = (
-    64  # groups per tile; a tile of 60 rows at 4 bits is 240 KiB, which a core's cache holds
-)
+TILE_GROUPS = 64  # per tile: 60 rows of 4 bits are then 240 KiB, which a core's cache holds
 TILE = TILE_GROUPS * GROUP
 DENSE_COLUMNS = 1 << 14  # columns that are converted at a time where rows are kept in 16 bits
 COMPILE_ENTRIES = 1 << 27  # below this many entries a phase is over before compiling has paid
@@ -144,12 +142,23 @@ class DenseDirections:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Consecutive columns of one tensor inside one tile."""
+class _Span:
+    """Consecutive columns of one tensor in a stretch of the padded vector."""
 
     tensor: int
     source: slice  # of the tensor's elements
-    target: slice  # of the padded vector
+    target: slice  # of the stretch
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Tiles that one call of a kernel takes."""
+
+    first: int
+    last: int
+    covered: int  # so many of them an earlier chunk has done
+    gather: list[_Span]  # all of the chunk's columns
+    scatter: list[_Span]  # without the covered ones
 
 
 class PackedDirections:
@@ -179,8 +188,9 @@ class PackedDirections:
         self.num_directions = num_directions
         self.bits = bits
         self.error = 0.0
-        self._pieces, self._block_tiles = _pad(layout)
+        self._starts, self._block_tiles = _pad(layout)
         tiles = self._block_tiles[-1].stop
+        self._chunks = self._cut(tiles, CHUNK_TILES.get(device.type, 64))
         k = num_directions
         codes = torch.zeros(1, k, TILE_GROUPS, GROUP, dtype=torch.uint8)
         self.planes = tuple(
@@ -194,10 +204,8 @@ class PackedDirections:
         self._squares = [0.0, 0.0]
         self._tile = 0
         self._buffer = torch.zeros(k, TILE, dtype=torch.float64)
-        self._real = torch.zeros(
-            TILE, dtype=torch.bool
-        )  # columns of the buffer that are no padding
-        self._next_piece = 0
+        self._real = torch.zeros(TILE, dtype=torch.bool)  # which of its columns are no padding
+        self._tensor = 0
 
     @property
     def nbytes(self) -> int:
@@ -211,23 +219,23 @@ class PackedDirections:
 
     def write(self, columns: slice, values: Tensor) -> None:
         """Take the next columns; see :class:`Directions`. Full tiles are packed at once."""
-        taken = 0
-        while taken < values.shape[1]:
-            piece = self._pieces[self._next_piece]
-            tile, offset = divmod(piece.target.start, TILE)
+        specs = self.layout.specs
+        while specs[self._tensor].stop <= columns.start:
+            self._tensor += 1
+        shift = self._starts[self._tensor] - specs[self._tensor].start
+        column = columns.start
+        while column < columns.stop:
+            tile, start = divmod(column + shift, TILE)
             if tile != self._tile:
                 self._flush()
                 self._tile = tile
-            spec = self.layout.specs[piece.tensor]
-            done = columns.start + taken - spec.start - piece.source.start
-            size = min(piece.source.stop - piece.source.start - done, values.shape[1] - taken)
-            start = offset + done
+            size = min(TILE - start, columns.stop - column)
+            taken = column - columns.start
             self._buffer[:, start : start + size] = values[:, taken : taken + size]
             self._real[start : start + size] = True
-            taken += size
-            if done + size == piece.source.stop - piece.source.start:
+            column += size
+            if column == specs[self._tensor].stop:
                 self._fill_group(start + size)
-                self._next_piece += 1
 
     def _fill_group(self, stop: int) -> None:
         """Pad the group that a tensor ends in with copies of its entries, so that padding does not
@@ -256,32 +264,41 @@ class PackedDirections:
         self._buffer = self._buffer[:, :0]
         self.error = _relative(*self._squares)
 
-    def _chunks(self) -> Iterator[tuple[int, int, int]]:
-        """First tile, one past the last, and how many of them an earlier chunk has covered.
-
-        Every chunk has the same size, so that one compiled kernel serves them all; the last one
-        overlaps its neighbour instead of being shorter.
+    def _cut(self, tiles: int, size: int) -> list[_Chunk]:
+        """Chunks of one size, so that one compiled kernel serves them all; the last one overlaps
+        its neighbour instead of being shorter.
         """
-        tiles = self.scales.shape[0]
-        size = min(CHUNK_TILES.get(self.scales.device.type, 64), tiles)
+        chunks = []
+        size = min(size, tiles)
         for start in range(0, tiles, size):
             first = min(start, tiles - size)
-            yield first, first + size, start - first
+            begin, end = first * TILE, (first + size) * TILE
+            gather = list(self._spans(begin, end, begin))
+            scatter = list(self._spans(start * TILE, end, begin))
+            chunks.append(_Chunk(first, first + size, start - first, gather, scatter))
+        return chunks
+
+    def _spans(self, begin: int, end: int, origin: int) -> Iterator[_Span]:
+        """The tensors' parts between two positions of the padded vector, counted from "
+        "``origin``.
+        """
+        for i, (spec, start) in enumerate(zip(self.layout.specs, self._starts, strict=True)):
+            low, high = max(begin, start), min(end, start + spec.stop - spec.start)
+            if low < high:
+                yield _Span(i, slice(low - start, high - start), slice(low - origin, high - origin))
 
     def _run(self, which: int, first: int, last: int, vector: Tensor) -> Tensor:
-        """Call ``project`` (0) or ``expand`` (1) for some tiles; fall back where compiling "
-        "fails.
-        """
+        """Call ``project`` (0) or ``expand`` (1) for some tiles; tiled where compiling fails."""
         planes = tuple(plane[first:last] for plane in self.planes)
         if self._path == "compiled":
             try:
                 kernel = kernels.compiled_kernels()[which]
                 return kernel(planes, self.scales[first:last], vector, self.bits)
             except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 warnings.warn(
                     f"The kernels of the packed basis could not be compiled, so the slower tiled "
-                    f"ones "
-                    f"are used: {type(error).__name__}: {str(error).splitlines()[0]}",
+                    f"ones are used: {reason}",
                     stacklevel=2,
                 )
                 self._path = "tiled"
@@ -293,84 +310,69 @@ class PackedDirections:
         dtype, device = self.layout.dtype, self.scales.device
         flat = [None if g is None else g.reshape(-1) for g in gradients]
         parts = torch.empty(self.scales.shape[0], self.num_directions, dtype=dtype, device=device)
-        buffer = None
-        for first, last, covered in self._chunks():
-            if buffer is None:
-                buffer = torch.zeros((last - first) * TILE, dtype=dtype, device=device)
-            else:
-                buffer.zero_()  # padding has codes, so its gradient must be zero
-            for piece in self._pieces_of(first, last):
-                gradient = flat[piece.tensor]
+        size = (self._chunks[0].last - self._chunks[0].first) * TILE
+        buffer = torch.empty(size, dtype=dtype, device=device)
+        for chunk in self._chunks:
+            buffer.zero_()  # padding has codes, so its gradient must be zero
+            for span in chunk.gather:
+                gradient = flat[span.tensor]
                 if gradient is not None:
-                    start = piece.target.start - first * TILE
-                    stop = piece.target.stop - first * TILE
-                    buffer[start:stop] = gradient[piece.source]
+                    buffer[span.target] = gradient[span.source]
             tiles = buffer.view(-1, TILE_GROUPS, GROUP)
-            parts[first + covered : last] = self._run(0, first, last, tiles)[covered:]
+            found = self._run(0, chunk.first, chunk.last, tiles)
+            parts[chunk.first + chunk.covered : chunk.last] = found[chunk.covered :]
         sums = [parts[tiles].sum(0, dtype=torch.float64) for tiles in self._block_tiles]
         return torch.stack(sums, dim=1).to("cpu")
 
     def expand(self, coefficients: Tensor, center: Tensor, out: Sequence[Tensor]) -> None:
         """See :meth:`Subspace.expand`."""
         by_block = coefficients.to(center).T
-        counts = torch.tensor([t.stop - t.start for t in self._block_tiles], device=center.device)
-        x = by_block.repeat_interleave(counts, dim=0)
+        counts = [tiles.stop - tiles.start for tiles in self._block_tiles]
+        x = by_block.repeat_interleave(
+            torch.tensor(counts, device=center.device), dim=0, output_size=sum(counts)
+        )
         staged: dict[int, Tensor] = {}
-        for first, last, covered in self._chunks():
-            values = self._run(1, first, last, x[first:last]).reshape(-1)
-            for piece in self._pieces_of(first + covered, last):
-                spec, target = self.layout.specs[piece.tensor], out[piece.tensor]
+        for chunk in self._chunks:
+            values = self._run(1, chunk.first, chunk.last, x[chunk.first : chunk.last]).reshape(-1)
+            for span in chunk.scatter:
+                spec, target = self.layout.specs[span.tensor], out[span.tensor]
                 flat = _flat_view(target, center)
                 if flat is None:
-                    flat = staged.setdefault(piece.tensor, center.new_empty(spec.stop - spec.start))
-                start = piece.target.start - first * TILE
-                columns = slice(spec.start + piece.source.start, spec.start + piece.source.stop)
-                torch.add(
-                    center[columns],
-                    values[start : start + columns.stop - columns.start],
-                    out=flat[piece.source],
-                )
-                if piece.source.stop == spec.stop - spec.start and piece.tensor in staged:
-                    target.copy_(staged.pop(piece.tensor).view(spec.shape))
-
-    def _pieces_of(self, first: int, last: int) -> Iterator[_Piece]:
-        """The pieces that lie in some tiles."""
-        return (p for p in self._pieces if first * TILE <= p.target.start < last * TILE)
+                    flat = staged.setdefault(span.tensor, center.new_empty(spec.stop - spec.start))
+                columns = slice(spec.start + span.source.start, spec.start + span.source.stop)
+                torch.add(center[columns], values[span.target], out=flat[span.source])
+                if columns.stop == spec.stop and span.tensor in staged:
+                    target.copy_(staged.pop(span.tensor).view(spec.shape))
 
     def dense(self) -> Tensor:
         """``(k, D)`` in the layout's dtype."""
         dtype = self.layout.dtype
         result = self.scales.new_zeros(self.num_directions, self.layout.numel, dtype=dtype)
-        for piece in self._pieces:
-            tile, start = divmod(piece.target.start, TILE)
+        for tile in range(self.scales.shape[0]):
             codes = unpack(tuple(plane[tile] for plane in self.planes), self.bits)
             values = dequantize(codes, self.scales[tile], self.bits, dtype).flatten(1)
-            size = piece.source.stop - piece.source.start
-            column = self.layout.specs[piece.tensor].start + piece.source.start
-            result[:, column : column + size] = values[:, start : start + size]
+            for span in self._spans(tile * TILE, (tile + 1) * TILE, tile * TILE):
+                first = self.layout.specs[span.tensor].start
+                columns = slice(first + span.source.start, first + span.source.stop)
+                result[:, columns] = values[:, span.target]
         return result
 
 
-def _pad(layout: ParameterLayout) -> tuple[list[_Piece], list[slice]]:
-    """Places of the tensors in the padded vector, and each block's tiles."""
-    pieces: list[_Piece] = []
+def _pad(layout: ParameterLayout) -> tuple[list[int], list[slice]]:
+    """Where tensors start in the padded vector, and each block's tiles."""
+    starts: list[int] = []
     block_tiles: list[slice] = []
     position, block, first_tile = 0, 0, 0
-    for i, spec in enumerate(layout.specs):
+    for spec in layout.specs:
         if spec.block != block:
             position = _round_up(position, TILE)
             block_tiles.append(slice(first_tile, position // TILE))
             first_tile, block = position // TILE, spec.block
         position = _round_up(position, GROUP)
-        element, size = 0, spec.stop - spec.start
-        while element < size:
-            room = TILE - position % TILE
-            stop = min(element + room, size)
-            target = slice(position, position + stop - element)
-            pieces.append(_Piece(i, slice(element, stop), target))
-            position, element = target.stop, stop
+        starts.append(position)
+        position += spec.stop - spec.start
     block_tiles.append(slice(first_tile, _round_up(position, TILE) // TILE))
-    return pieces, block_tiles
+    return starts, block_tiles
 
 
 def _round_up(value: int, multiple: int) -> int:

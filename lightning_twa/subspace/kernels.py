@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -78,13 +79,14 @@ def project_by_tile(planes: Planes, scales: Tensor, g: Tensor, bits: int) -> Ten
     """:func:`project_tiles`, as matrix-vector products of one tile after the other."""
     n, k, _ = scales.shape
     out = g.new_empty(n, k)
-    for i in range(n):
-        s = scales[i].to(g.dtype)
-        torch.mv(s, g[i].sum(-1), out=out[i]).mul_(_z(bits))
-        for plane, width, weight in _parts(planes, bits):
-            for j, groups in _runs(plane.shape[2], width):
-                rows = _scaled(plane[i], width, j, s[:, groups])
-                out[i].addmv_(rows, g[i, groups].reshape(-1), alpha=weight)
+    with _one_thread():
+        for i in range(n):
+            s = scales[i].to(g.dtype)
+            torch.mv(s, g[i].sum(-1), out=out[i]).mul_(_z(bits))
+            for plane, width, weight in _parts(planes, bits):
+                for j, groups in _runs(plane.shape[2], width):
+                    rows = _scaled(plane[i], width, j, s[:, groups])
+                    out[i].addmv_(rows, g[i, groups].reshape(-1), alpha=weight)
     return out
 
 
@@ -92,13 +94,14 @@ def expand_by_tile(planes: Planes, scales: Tensor, x: Tensor, bits: int) -> Tens
     """:func:`expand_tiles`, as matrix-vector products of one tile after the other."""
     n, _, m = scales.shape
     out = x.new_empty(n, m, GROUP)
-    for i in range(n):
-        s = scales[i].to(x.dtype)
-        out[i] = (torch.mv(s.T, x[i]) * _z(bits)).unsqueeze(-1)
-        for plane, width, weight in _parts(planes, bits):
-            for j, groups in _runs(plane.shape[2], width):
-                rows = _scaled(plane[i], width, j, s[:, groups])
-                out[i, groups].view(-1).addmv_(rows.T, x[i], alpha=weight)
+    with _one_thread():
+        for i in range(n):
+            s = scales[i].to(x.dtype)
+            out[i] = (torch.mv(s.T, x[i]) * _z(bits)).unsqueeze(-1)
+            for plane, width, weight in _parts(planes, bits):
+                for j, groups in _runs(plane.shape[2], width):
+                    rows = _scaled(plane[i], width, j, s[:, groups])
+                    out[i, groups].view(-1).addmv_(rows.T, x[i], alpha=weight)
     return out
 
 
@@ -113,6 +116,19 @@ def compiled_kernels() -> tuple[Kernel, Kernel]:
         torch.compile(project_tiles, fullgraph=True, dynamic=False),
         torch.compile(expand_tiles, fullgraph=True, dynamic=False),
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A tile's operations take some ten microseconds: waking threads for each gains little, and
+    costs many times that where other processes (a DataLoader's workers) keep the cores busy.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _z(bits: int) -> float:

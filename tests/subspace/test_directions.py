@@ -122,6 +122,12 @@ def test_failed_compilation_falls_back_with_one_warning(monkeypatch) -> None:
     assert subspace.stored.path == "tiled"
 
 
+def test_tiled_products_leave_the_number_of_threads() -> None:
+    torch.set_num_threads(2)
+    check_products(build_subspace(candidates(), SubspaceConfig(bits=4)))
+    assert torch.get_num_threads() == 2
+
+
 def test_large_bases_are_compiled_and_small_ones_are_not(monkeypatch) -> None:
     assert build_subspace(candidates(), SubspaceConfig(bits=4)).stored.path == "tiled"
     monkeypatch.setattr(module, "COMPILE_ENTRIES", 1000)
