@@ -39,6 +39,30 @@ def test_links_between_pages_exist() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_headings_that_pages_link_to_exist() -> None:
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text()):
+            text = (page.parent / target if target else page).read_text()
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}
+            assert anchor in slugs, f"{page.name} links to {target}#{anchor}"
+
+
+def test_commands_name_scripts_that_exist() -> None:
+    for page in PAGES:
+        for script in re.findall(r"\bexamples/[\w/]+\.py", page.read_text()):
+            assert (ROOT / script).is_file(), f"{page.name} names {script}"
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    contents = re.search(
+        r"^```\{toctree\}\n(.*?)^```", (ROOT / "docs" / "index.md").read_text(), re.M | re.S
+    )
+    assert contents is not None
+    listed = {line for line in contents.group(1).split() if not line.startswith(":")}
+    assert {p.stem for p in (ROOT / "docs").glob("*.md")} - {"index"} <= listed
+
+
 def test_version_is_the_same_everywhere() -> None:
     declared = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared is not None
