@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_twa.checks import check_parameters
 from lightning_twa.config import (
     DATA,
     CollectConfig,
@@ -109,9 +110,10 @@ class TWACallback(Callback):
 
     @property
     def averaging_weights(self) -> Tensor | None:
-        """``(n, B)`` float64 on the CPU: in block ``b`` the model's weights are
-        ``sum_i averaging_weights[i, b] * candidate_i``. Columns sum to 1 in the centered bases.
-        ``None`` before the phase.
+        """The learned weights, ``(n, B)`` float64 on the CPU; ``None`` before the phase.
+
+        In block ``b`` the model's weights are ``sum_i averaging_weights[i, b] * candidate_i``.
+        Columns sum to 1 in the centered bases.
         """
         if self._run.optimizer is not None:
             return self._run.optimizer.averaging_weights
@@ -140,6 +142,7 @@ class TWACallback(Callback):
             raise ValueError(
                 f"TWACallback needs exactly one optimizer, but configure_optimizers() gave {count}."
             )
+        check_parameters(pl_module)
         if self.phase != "collect":
             self._run.prepare_resume(trainer)
 

@@ -10,7 +10,7 @@ from lightning_twa import phase
 from lightning_twa.config import Settings
 from lightning_twa.schedule import CollectPlan, check_enough_candidates, resolve_plan
 
-__all__ = ["check_data", "check_trainer", "request_loader"]
+__all__ = ["check_data", "check_parameters", "check_trainer", "request_loader"]
 
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 AVERAGING_CALLBACKS = {"WeightAveraging", "StochasticWeightAveraging"}  # and what derives from them
@@ -41,9 +41,8 @@ def check_trainer(settings: Settings, trainer: Trainer, module: LightningModule)
         )
     for name in phase.callback_names(trainer) & AVERAGING_CALLBACKS:
         raise ValueError(
-            f"TWACallback and {name} cannot be used in one run: both put an average of their own "
-            f"into "
-            f"the model at its end. Compare them in separate runs."
+            f"TWACallback and {name} cannot be used in one run: both put an average of their "
+            f"own into the model at its end. Compare them in separate runs."
         )
     if settings.data == "val" and not phase.has_validation_data(trainer):
         raise ValueError(
@@ -51,6 +50,21 @@ def check_trainer(settings: Settings, trainer: Trainer, module: LightningModule)
             "none. Pass val_dataloaders to fit, define val_dataloader(), or use data='train'."
         )
     return resolve_plan(settings.start_epoch, settings.collect, phase.max_epochs(trainer))
+
+
+def check_parameters(module: LightningModule) -> None:
+    """What can be said once the parameters are there.
+
+    Raises:
+        ValueError: Naming a trainable parameter that cannot be averaged.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not parameter.is_floating_point():
+            raise ValueError(
+                f"TWACallback cannot average {name!r} of dtype {parameter.dtype}, only real "
+                f"floating-point parameters. Keep it as real and imaginary part "
+                f"(torch.view_as_real), or freeze it."
+            )
 
 
 def request_loader(settings: Settings, trainer: Trainer) -> Any:

@@ -12,13 +12,15 @@ PRESSED = 0.8  # of the budget used in one direction: the optimum is probably fu
 
 
 def effective_candidates(averaging_weights: Tensor) -> float:
-    """How many equally weighted candidates have the same ``sum beta^2``: ``n`` for the uniform
-    average.
+    """How many equally weighted candidates the weights amount to, ``(sum |beta|)^2 / sum beta^2``.
+
+    ``n`` for the uniform average, 1 for a single candidate.
 
     Args:
         averaging_weights: ``(n, B)``; the mean over the blocks is taken.
     """
-    return float(averaging_weights.square().sum(dim=0).reciprocal().mean())
+    total = averaging_weights.abs().sum(dim=0).square()
+    return float((total / averaging_weights.square().sum(dim=0)).mean())
 
 
 def switch_report(optimizer: SubspaceOptimizer, names: list[str], data: str, epoch: int) -> str:
@@ -41,10 +43,13 @@ def switch_report(optimizer: SubspaceOptimizer, names: list[str], data: str, epo
     if subspace.config.bits == 32:
         kept = "full precision"
     size = f"{subspace.nbytes / 2**20:.1f} MiB on {subspace.center.device}"
+    k = subspace.num_directions
+    directions = f"{k} direction{'s' if k > 1 else ''}"
     return (
         f"TWA: from epoch {epoch} only averaging coefficients are trained{length}, on {data}. "
-        f"{len(names)} candidates ({names[0]} .. {names[-1]}), {subspace.num_directions} "
-        f"directions ({subspace.config.basis}; {kept}) of {subspace.layout.numel:,} parameters in "
+        f"{len(names)} candidates ({names[0]} .. {names[-1]}), "
+        f"{directions} ({subspace.config.basis}; {kept}) of {subspace.layout.numel:,} parameters "
+        f"in "
         f"{blocks}, {size}; {config.name}, {budget}."
     )
 
@@ -77,8 +82,8 @@ def finish_report(optimizer: SubspaceOptimizer, batchnorm_batches: int | None) -
         reach = float(optimizer.coefficients.norm(dim=0).max())
         if reach > PRESSED * optimizer.config.radius:
             lines.append(
-                f"TWA: the coefficients pressed against their budget: {reach:.2f} of "
-                f"SolverConfig.radius={optimizer.config.radius:g} were used in one direction. A "
+                f"TWA: the coefficients pressed against their budget: they ended {reach:.2f} from "
+                f"the uniform average, of SolverConfig.radius={optimizer.config.radius:g}. A "
                 f"better "
                 f"average may lie further out: try a larger radius, or later candidates."
             )

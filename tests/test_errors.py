@@ -706,3 +706,12 @@ def test_another_averaging_callback_in_the_run_is_refused(tmp_path: Path, name: 
     the_trainer = trainer(tmp_path, callbacks=[TWACallback(start_epoch=4), other])
     with pytest.raises(ValueError, match="cannot be used in one run: both put an average"):
         the_trainer.fit(Regressor(), loader())
+
+
+def test_a_complex_parameter_is_refused(tmp_path: Path) -> None:
+    module = Regressor()
+    module.phase_shift = torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"cannot average 'phase_shift' of dtype torch\.complex64"):
+        trainer(tmp_path, callbacks=[TWACallback(start_epoch=4)]).fit(module, loader())
+    module.phase_shift.requires_grad_(False)
+    trainer(tmp_path, callbacks=[TWACallback(start_epoch=4)]).fit(module, loader())

@@ -230,6 +230,7 @@ def test_iterable_data_without_a_length(tmp_path, batchnorm) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You are using the .dataloader_iter. step flavor")
+@pytest.mark.filterwarnings("ignore:Found .dataloader_iter. argument in the .training_step.")
 def test_training_step_that_takes_the_iterator(tmp_path) -> None:
     class Takes(Regressor):
         def training_step(self, dataloader_iter: Any) -> torch.Tensor:
@@ -703,5 +704,5 @@ def test_report_says_when_coefficients_press_against_the_budget(tmp_path, caplog
         fit(tmp_path, twa, train=full_batch, max_epochs=14)
         assert "phase finished after 10 optimizer steps" in caplog.text
         assert (
-            "pressed against their budget: 0.05 of SolverConfig.radius=0.05" in caplog.text
+            "they ended 0.05 from the uniform average, of SolverConfig.radius=0.05" in caplog.text
         ) is (radius == 0.05)

@@ -128,13 +128,13 @@ class DenseDirections:
         """See :meth:`Subspace.expand`."""
         x = coefficients.to(center)
         for spec, target in zip(self.layout.specs, out, strict=True):
-            theta = [
-                torch.addmv(center[part], rows.T, x[:, spec.block])
-                for part, rows in self._columns(slice(spec.start, spec.stop))
-            ]
-            if theta:
-                flat = theta[0] if len(theta) == 1 else torch.cat(theta)
-                target.copy_(flat.view(spec.shape))
+            flat = _flat_view(target, center)
+            staged = flat if flat is not None else center.new_empty(spec.stop - spec.start)
+            for part, rows in self._columns(slice(spec.start, spec.stop)):
+                local = slice(part.start - spec.start, part.stop - spec.start)
+                torch.addmv(center[part], rows.T, x[:, spec.block], out=staged[local])
+            if flat is None:
+                target.copy_(staged.view(spec.shape))
 
     def dense(self) -> Tensor:
         """``(k, D)`` in the layout's dtype."""

@@ -33,6 +33,9 @@ class SubspaceOptimizer(Optimizer):
         solver: How the coefficients are trained.
         total_steps: Optimizer steps of the whole phase, which the schedule and ``radius`` need. May
             be left out with ``schedule="constant"`` and ``lr``.
+        reduce: Given the coefficient gradient of this process, ``(k, B)`` float64 on the CPU,
+            returns its mean over processes. Projection is linear, so this equals projecting the
+            mean of the gradients, which then need no exchange of their own.
 
     Attributes:
         coefficients: ``(k, B)`` float64 on the CPU, ``x``; zero at the start.
@@ -98,13 +101,14 @@ class SubspaceOptimizer(Optimizer):
 
     @property
     def averaging_weights(self) -> Tensor:
-        """``(n, B)`` float64: the parameters are ``sum_i averaging_weights[i] * candidate_i``."""
+        """``(n, B)`` float64 ``beta``, with parameters equal to ``sum_i beta[i] * candidate_i``."""
         return self.subspace.averaging_weights(self.coefficients)
 
     @property
     def coefficient_norm(self) -> float:
-        """Distance from the center in coefficients (standard deviations with ``basis="pca"``): the
-        root mean square over the blocks.
+        """Distance of the coefficients from the center, the root mean square over the blocks.
+
+        In standard deviations of the candidates with ``basis="pca"``.
         """
         return float(self.coefficients.square().sum(dim=0).mean().sqrt())
 
