@@ -23,7 +23,7 @@ __all__ = ["DenseDirections", "Directions", "PackedDirections"]
 TILE_GROUPS = 64  # per tile: 60 rows of 4 bits are then 240 KiB, which a core's cache holds
 TILE = TILE_GROUPS * GROUP
 DENSE_COLUMNS = 1 << 14  # columns that are converted at a time where rows are kept in 16 bits
-COMPILE_ENTRIES = 1 << 27  # below this many entries a phase is over before compiling has paid
+COMPILE_ENTRIES = 1 << 26  # below this many entries a phase is over before compiling has paid
 CHUNK_TILES = {"cpu": 64, "cuda": 512}  # tiles per call of a compiled kernel
 
 
