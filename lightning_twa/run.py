@@ -209,7 +209,9 @@ class Run:
         Returns:
             Whether it did.
         """
-        if self.phase != "optimize" or self.optimizer is None or self.optimizer.reduce is None:
+        released = self._switch is None  # after an exception, which other ranks may not have had
+        local = self.optimizer is not None and self.optimizer.reduce is not None
+        if self.phase != "optimize" or released or not local:
             return False
         buffers = persistent_buffers(module).values()
         mean_over_ranks_(buffer for buffer in buffers if buffer.is_floating_point())

@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Recorder, Regressor, loader, mse, trainer, weights
+from common import Recorder, Regressor, loader, mse, regression_data, trainer, weights
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EarlyStopping,
@@ -111,15 +111,39 @@ def test_phase_equals_a_hand_written_loop(tmp_path) -> None:
 
 
 def test_collecting_leaves_training_as_it_is(tmp_path) -> None:
+    shuffling = DataLoader(regression_data(), batch_size=16, shuffle=True)
     L.seed_everything(3, verbose=False)
     twa = TWACallback(start_epoch=4, validate_average=True, collect=CollectConfig(start=0))
-    _, with_twa, _ = fit(tmp_path, twa, Regressor(batchnorm=True))
+    _, with_twa, _ = fit(tmp_path, twa, Regressor(batchnorm=True), train=shuffling)
     L.seed_everything(3, verbose=False)
     plain = Recorder(twa)
-    shuffled = trainer(tmp_path, callbacks=[plain], max_epochs=4)
-    shuffled.fit(Regressor(batchnorm=True), loader(), loader(32, seed=1))
+    without = trainer(tmp_path, callbacks=[plain], max_epochs=4)
+    without.fit(Regressor(batchnorm=True), shuffling, loader(32, seed=1))
     for epoch in range(4):
         assert torch.equal(with_twa.epochs[epoch], plain.epochs[epoch])
+
+
+def test_the_phase_starts_with_averaged_buffers(tmp_path) -> None:
+    class Buffers(Regressor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("level", torch.zeros(2))
+            self.register_buffer("count", torch.tensor(0))
+            self.register_buffer("cache", torch.full((2,), -torch.inf), persistent=False)
+            self.at_the_start: tuple[list[float], int] | None = None
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if twa.phase == "optimize" and self.at_the_start is None:
+                self.at_the_start = self.level.tolist(), int(self.count)
+            self.level += 1.0
+            self.count += 1
+            return super().training_step(batch, batch_idx)
+
+    twa = TWACallback(start_epoch=4, collect=CollectConfig(start=1))
+    module, _, _ = fit(tmp_path, twa, Buffers())
+    # 4 steps an epoch: the ends of epochs 1, 2, 3 are after 8, 12 and 16 steps
+    assert module.at_the_start == ([12.0, 12.0], 16), "mean of floats, newest of the others"
+    assert bool((module.cache == -torch.inf).all())
 
 
 # --- collecting
