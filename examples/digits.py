@@ -73,8 +73,7 @@ class Digits(L.LightningDataModule):
 def augment(images: Tensor, degrees: float = 30.0, pixels: float = 1.0) -> Tensor:
     """Rotate and shift each image at random, at most so far.
 
-    Nearest neighbours keep the noise as strong as in testing. Interpolation would smooth it, and
-    fitting the smoother training images better (by TWA or by a lower learning rate) then hurts.
+    Nearest neighbours keep the noise as strong as in testing; interpolation would smooth it.
     """
     angle, *shift = (2 * torch.rand(3, len(images)) - 1).unbind()
     cos, sin = torch.cos(angle * math.radians(degrees)), torch.sin(angle * math.radians(degrees))
