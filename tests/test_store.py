@@ -1,0 +1,142 @@
+"""Candidates in memory, and BatchNorm statistics, without a Trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from lightning_twa.batchnorm import reestimate, tracked_batch_norms
+from lightning_twa.candidates import MemoryStore, persistent_buffers, take
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.b.weight.requires_grad_(False)
+        self.register_buffer("third", torch.full((2,), 0.1))
+        self.register_buffer("mask", torch.full((2,), -torch.inf))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+
+
+def test_a_candidate_is_a_copy() -> None:
+    net = Net()
+    candidate = take(net, "first")
+    before = net.a.weight.detach().clone()
+    with torch.no_grad():
+        net.a.weight += 1
+    assert torch.equal(candidate.parameters["a.weight"], before)
+    assert set(candidate.buffers) == {"third", "mask", "count"} == set(persistent_buffers(net))
+
+
+def test_frozen_parameters_share_memory_until_they_change() -> None:
+    net, store = Net(), MemoryStore()
+    store.add(net, "first")
+    one = store.nbytes
+    store.add(net, "second")
+    frozen, rest = net.b.weight.nbytes, one - net.b.weight.nbytes
+    assert store.nbytes == 2 * rest + frozen
+    with torch.no_grad():
+        net.b.weight += 1
+    store.add(net, "third")
+    first, second, third = store
+    assert second.parameters["b.weight"] is first.parameters["b.weight"]
+    assert not torch.equal(third.parameters["b.weight"], first.parameters["b.weight"])
+    assert store.varying() == ["b.weight"]
+    assert store.varying(also={"a.bias"}) == ["a.bias", "b.weight"]
+
+
+def test_the_newest_are_kept() -> None:
+    net, store = Net(), MemoryStore(max_candidates=2)
+    for name in "abcd":
+        store.add(net, name)
+    assert store.names == ["c", "d"]
+    again = MemoryStore(max_candidates=1)
+    again.load_state_dict(store.state_dict())
+    assert again.names == ["d"]
+
+
+def test_means_are_exact_for_what_does_not_change() -> None:
+    net, store = Net(), MemoryStore()
+    for i in range(7):
+        net.count.fill_(i)
+        with torch.no_grad():
+            net.a.bias.fill_(float(i))
+        store.add(net, str(i))
+    buffers, parameters = store.mean_buffers(), dict(store.mean_parameters())
+    assert torch.equal(buffers["third"], net.third), "0.1 * 7 / 7 in float32 is not 0.1"
+    assert torch.equal(buffers["mask"], net.mask)
+    assert int(buffers["count"]) == 6
+    assert torch.equal(parameters["a.weight"], net.a.weight)
+    assert torch.equal(parameters["a.bias"], torch.full((4,), 3.0))
+
+
+def test_a_trainable_weight_that_is_not_finite_is_named() -> None:
+    net = Net()
+    net.a.bias.data[1] = torch.nan
+    with pytest.raises(ValueError, match=r"Candidate 'x', tensor 'a\.bias', holds 1 NaN"):
+        take(net, "x")
+    frozen = Net()
+    frozen.b.weight.data[0, 0] = -torch.inf  # a mask kept as a parameter
+    take(frozen, "x")
+
+
+# --- BatchNorm
+
+
+def norms() -> tuple[nn.Sequential, list[torch.Tensor]]:
+    net = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5, momentum=0.3), nn.BatchNorm1d(5))
+    batches = [2 * torch.randn(16, 3) + 1 for _ in range(6)]
+    for batch in batches:
+        net(batch)
+    return net, batches
+
+
+def forward(net: nn.Module, batches: list[torch.Tensor]) -> int:
+    with torch.no_grad():
+        for batch in batches:
+            net(batch)
+    return len(batches)
+
+
+def test_statistics_equal_torch_s_update_bn_and_a_float64_mean() -> None:
+    net, batches = norms()
+    layers = tracked_batch_norms(net, set(net.modules()))
+    assert reestimate(layers, lambda: forward(net, batches)) == 6
+    found = [layer.running_mean.clone() for layer in layers]
+    hidden = torch.stack([net[0](b).detach().double() for b in batches])
+    torch.testing.assert_close(found[0].double(), hidden.mean(dim=(0, 1)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        layers[0].running_var.double(), hidden.var(dim=1).mean(0), rtol=1e-5, atol=1e-6
+    )
+    assert [layer.momentum for layer in layers] == [0.3, 0.1]
+    update_bn(batches, net)
+    for mean, layer in zip(found, layers, strict=True):
+        assert torch.equal(mean, layer.running_mean)
+
+
+def test_without_batches_or_after_an_error_the_statistics_are_as_before() -> None:
+    net, _ = norms()
+    layers = tracked_batch_norms(net, set(net.modules()))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+
+    def fail() -> int:
+        net(torch.randn(16, 3))
+        raise RuntimeError("planned")
+
+    assert reestimate(layers, lambda: 0) == 0
+    with pytest.raises(RuntimeError, match="planned"):
+        reestimate(layers, fail)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert [layer.momentum for layer in layers] == [0.3, 0.1]
+
+
+def test_only_layers_that_training_updates_are_taken() -> None:
+    net, _ = norms()
+    net.append(nn.BatchNorm1d(5, track_running_stats=False))
+    net[2].eval()
+    training = {m for m in net.modules() if m.training}
+    assert tracked_batch_norms(net, training) == [net[1]]
