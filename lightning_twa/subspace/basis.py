@@ -203,7 +203,7 @@ def build_subspace(
         )
     mixing = mixing.to(device="cpu", dtype=torch.float64)
     stored = _empty_directions(config, layout, mixing.shape[1], target)
-    for columns, block, rows in _block_tiles(config, layout, members, center):
+    for columns, block, rows in _block_tiles(config, layout, members):
         stored.write(columns, mixing[block] @ rows)
     stored.close()
     return Subspace(config, layout, center.to(target), stored, mixing)
@@ -236,15 +236,18 @@ def _block_tiles(
     config: SubspaceConfig,
     layout: ParameterLayout,
     members: Sequence[Mapping[str, Tensor]],
-    center: Tensor,
 ) -> Iterator[tuple[slice, int, Tensor]]:
-    """Tiles of what is mixed into directions: candidates, centered unless ``orthonormal``."""
+    """Tiles of what is mixed into directions: candidates, centered unless ``orthonormal``.
+
+    Centered at their mean in float64, not at the stored center: its rounding would be a direction
+    of its own where candidates lie close together, and is not part of the averaging weights.
+    """
     block_at = {spec.start: spec.block for spec in layout.specs if spec.start < spec.stop}
     block = 0
     for columns, rows in _tiles(layout, members):
         block = block_at.get(columns.start, block)
         if config.basis != "orthonormal":
-            rows -= center[columns].double()
+            rows -= rows.mean(dim=0)
         yield columns, block, rows
 
 
@@ -258,7 +261,7 @@ def _mixing(
     n = len(members)
     gram = torch.zeros(layout.num_blocks, n, n, dtype=torch.float64)
     norm2 = torch.zeros(layout.num_blocks, dtype=torch.float64)
-    for columns, block, rows in _block_tiles(config, layout, members, center):
+    for columns, block, rows in _block_tiles(config, layout, members):
         gram[block] += rows @ rows.T
         norm2[block] += center[columns].double().square().sum()
     mix = {"pca": _pca, "candidates": _normalised, "orthonormal": _gram_schmidt}[config.basis]

@@ -461,6 +461,14 @@ def test_equal_candidates_make_a_phase_that_does_nothing(dtype) -> None:
     torch.testing.assert_close(optimizer.averaging_weights, torch.full((3, 1), 1 / 3, dtype=F64))
 
 
+def test_rounding_of_the_center_is_no_direction_of_candidates_that_lie_close_together() -> None:
+    common = torch.randn(10_000)
+    ms = [{"w": common + 1e-7 * torch.randn(10_000)} for _ in range(5)]
+    subspace = build_subspace(ms)
+    assert subspace.num_directions == 4
+    assert float(subspace.mixing.sum(-1).abs().max()) < 1e-6, "directions are differences"
+
+
 def test_equal_pairs_of_candidates_are_kept_finite() -> None:
     first, second = members(2)
     for name in ("pca", "candidates", "orthonormal"):
