@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 __all__ = ["CollectConfig", "SolverConfig", "SubspaceConfig"]
 
 BASES = ("pca", "candidates", "orthonormal")
@@ -137,6 +139,14 @@ class SubspaceConfig:
             raise ValueError(
                 f"Invalid SubspaceConfig.bits={self.bits!r}. Must be 1 to 8, 16 or 32."
             )
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except (RuntimeError, TypeError, ValueError):
+                raise ValueError(
+                    f"Invalid SubspaceConfig.device={self.device!r}. Must be a name that "
+                    f"torch.device takes ('cpu', 'cuda', 'cuda:1', ...), or None (with the model)."
+                ) from None
         _check_count("SubspaceConfig.rank", self.rank, 1, "keep all directions")
         if self.rank is not None and self.basis != "pca":
             raise ValueError(
@@ -193,7 +203,8 @@ class SolverConfig:
             raise ValueError(
                 f"Invalid SolverConfig.weight_decay={self.weight_decay!r}. Must be a number >= 0."
             )
-        if len(self.betas) != 2 or not all(is_real(b) and 0 <= b < 1 for b in self.betas):
+        pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
+        if not pair or not all(is_real(b) and 0 <= b < 1 for b in self.betas):
             raise ValueError(
                 f"Invalid SolverConfig.betas={self.betas!r}. Must be two numbers in [0, 1)."
             )

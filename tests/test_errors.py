@@ -715,3 +715,9 @@ def test_a_complex_parameter_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, callbacks=[TWACallback(start_epoch=4)]).fit(module, loader())
     module.phase_shift.requires_grad_(False)
     trainer(tmp_path, callbacks=[TWACallback(start_epoch=4)]).fit(module, loader())
+
+
+@pytest.mark.parametrize("device", ["gpu0", 3.5, "cuda:x"])
+def test_a_device_that_torch_does_not_know_is_refused(device: Any) -> None:
+    with pytest.raises(ValueError, match=r"Invalid SubspaceConfig\.device=.* torch\.device takes"):
+        SubspaceConfig(device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -176,14 +177,17 @@ class SubspaceOptimizer(Optimizer):
         return self.peak_lr * schedule_factor(self.config, self.steps, self.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Coefficients, solver state and step count: tensors, numbers, strings, lists, dicts."""
+        """Coefficients, solver state and step count: tensors, numbers, strings, lists, dicts.
+
+        A copy: later steps do not change it.
+        """
         return {
             "coefficients": self.coefficients.clone(),
             "path_length": self.path_length.clone(),
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
             "lr": float(self.param_groups[0]["lr"]),
-            "solver": self._solver.state_dict(),
+            "solver": copy.deepcopy(self._solver.state_dict()),
         }
 
     @torch.no_grad()
@@ -204,7 +208,7 @@ class SubspaceOptimizer(Optimizer):
         self.path_length = state_dict["path_length"].clone()
         self.steps = state_dict["steps"]
         self.skipped_steps = state_dict["skipped_steps"]
-        self._solver.load_state_dict(state_dict["solver"])
+        self._solver.load_state_dict(copy.deepcopy(state_dict["solver"]))
         if self.total_steps is None:
             self.param_groups[0]["lr"] = state_dict["lr"]
         else:

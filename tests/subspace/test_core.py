@@ -586,3 +586,19 @@ def test_state_of_another_size_is_refused() -> None:
     large = SubspaceOptimizer(net.named_parameters(), build_subspace(ms), total_steps=3)
     with pytest.raises(ValueError, match=r"shape \(2, 1\), but this subspace needs \(4, 1\)"):
         large.load_state_dict(small.state_dict())
+
+
+def test_a_state_does_not_change_with_later_steps() -> None:
+    net, ms = net_members()
+    optimizer = SubspaceOptimizer(net.named_parameters(), build_subspace(ms), total_steps=5)
+
+    def step() -> None:
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+
+    step()
+    state = optimizer.state_dict()
+    before = state["solver"]["state"][0]["exp_avg"].clone()
+    step()
+    assert torch.equal(state["solver"]["state"][0]["exp_avg"], before)
