@@ -11,10 +11,12 @@ from torch import Tensor
 from lightning_twa.checks import check_parameters
 from lightning_twa.config import (
     DATA,
+    DISTRIBUTE,
     CollectConfig,
     Settings,
     SolverConfig,
     SubspaceConfig,
+    check_choice,
     check_epoch_or_fraction,
     check_unit_of_steps,
 )
@@ -41,6 +43,12 @@ class TWACallback(Callback):
         collect: When weights are kept as candidates.
         subspace: Basis and coefficient blocks.
         solver: How the coefficients are trained.
+        distribute: Where several processes keep the directions: ``"replicate"``, all of them on
+            each, and a step exchanges the ``k x B`` coefficient gradients; ``"shard"``, those of
+            its own columns on each, which takes the memory of one copy over all processes, and a
+            step averages ``D`` gradients and gathers ``D`` weights; ``"auto"``, the first where
+            it fits into half of the free memory. Parameters that are sharded already (FSDP2) stay
+            where they are.
         validate_average: While collecting, validate on the uniform average of the candidates so
             far, and restore the weights afterwards. With BatchNorm, each validation then costs a
             forward pass over the training data.
@@ -57,13 +65,13 @@ class TWACallback(Callback):
         collect: CollectConfig | None = None,
         subspace: SubspaceConfig | None = None,
         solver: SolverConfig | None = None,
+        distribute: Literal["auto", "replicate", "shard"] = "auto",
         validate_average: bool = False,
     ) -> None:
         super().__init__()
         check_epoch_or_fraction("start_epoch", start_epoch)
-        if data not in DATA:
-            choices = ", ".join(map(repr, DATA))
-            raise ValueError(f"Invalid data={data!r}. Must be one of {choices}.")
+        check_choice("data", data, tuple(DATA))
+        check_choice("distribute", distribute, DISTRIBUTE)
         for name, config, kind in (
             ("collect", collect, CollectConfig),
             ("subspace", subspace, SubspaceConfig),
@@ -77,6 +85,7 @@ class TWACallback(Callback):
             collect=collect or CollectConfig(),
             subspace=subspace or SubspaceConfig(),
             solver=solver or SolverConfig(),
+            distribute=distribute,
             validate_average=validate_average,
         )
         check_unit_of_steps(self.settings.subspace, self.settings.solver)

@@ -12,6 +12,7 @@ __all__ = ["CollectConfig", "SolverConfig", "SubspaceConfig"]
 
 BASES = ("pca", "candidates", "orthonormal")
 SOLVERS = ("full_matrix_adam", "adamw", "sgd")
+DISTRIBUTE = ("auto", "replicate", "shard")
 SCHEDULES = ("cosine", "linear", "step", "constant")
 DATA = {  # what the coefficients can be trained on, in words
     "train": "the training data",
@@ -42,7 +43,7 @@ def check_epoch_or_fraction(name: str, value: object) -> None:
     )
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(
             f"Invalid {name}={value!r}. Must be one of {', '.join(map(repr, choices))}."
@@ -127,7 +128,7 @@ class SubspaceConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("SubspaceConfig.basis", self.basis, BASES)
+        check_choice("SubspaceConfig.basis", self.basis, BASES)
         if self.blocks not in ("global", "tensor") and not (
             is_int(self.blocks) and self.blocks >= 1  # type: ignore[operator]
         ):
@@ -190,8 +191,8 @@ class SolverConfig:
     betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
-        _check_choice("SolverConfig.name", self.name, SOLVERS)
-        _check_choice("SolverConfig.schedule", self.schedule, SCHEDULES)
+        check_choice("SolverConfig.name", self.name, SOLVERS)
+        check_choice("SolverConfig.schedule", self.schedule, SCHEDULES)
         for field in ("radius", "lr"):
             value = getattr(self, field)
             if not (field == "lr" and value is None) and not (is_real(value) and value > 0):
@@ -242,6 +243,7 @@ class Settings:
     collect: CollectConfig
     subspace: SubspaceConfig
     solver: SolverConfig
+    distribute: Literal["auto", "replicate", "shard"]
     validate_average: bool
 
 

@@ -8,12 +8,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_ranks", "mean_over_ranks", "mean_over_ranks_", "world_size"]
+__all__ = [
+    "all_ranks",
+    "from_rank_zero",
+    "gather_columns",
+    "mean_over_ranks_",
+    "rank",
+    "reduce_scatter_mean",
+    "sum_over_ranks",
+    "world_size",
+]
 
 
 def world_size() -> int:
     """Number of processes of the default group, 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank in the default group, 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 @torch.no_grad()
@@ -32,19 +46,63 @@ def mean_over_ranks_(tensors: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
-def mean_over_ranks(tensor: Tensor, device: torch.device) -> Tensor:
-    """The mean of a tensor over ranks, the same bits on every rank.
+def sum_over_ranks(tensor: Tensor, device: torch.device) -> Tensor:
+    """The sum of a tensor over ranks, the same bits on every rank.
 
     Args:
         tensor: The same shape on every rank, on the CPU.
         device: Device whose backend carries it.
 
     Returns:
-        The mean, on the CPU.
+        The sum, on the CPU.
     """
     carried = tensor.to(device, copy=True)
-    mean_over_ranks_([carried])
+    if world_size() > 1:
+        dist.all_reduce(carried)
     return carried.to("cpu")
+
+
+@torch.no_grad()
+def from_rank_zero(tensor: Tensor, device: torch.device) -> Tensor:
+    """Rank 0's value of a tensor.
+
+    Args:
+        tensor: Contiguous; the same shape and dtype on every rank, on the CPU.
+        device: Device whose backend carries it.
+
+    Returns:
+        The value, on the CPU.
+    """
+    carried = tensor.to(device, copy=True)
+    if world_size() > 1:
+        dist.broadcast(carried, src=0)
+    return carried.to("cpu")
+
+
+@torch.no_grad()
+def reduce_scatter_mean(rows: Tensor, out: Tensor) -> None:
+    """The mean over ranks of the row that belongs to this rank.
+
+    Args:
+        rows: ``(W, b)`` contiguous, a row for each rank; overwritten.
+        out: ``(b,)`` this rank's row of the mean.
+    """
+    # The names of torch 2.13, and those before; the later ones warn.
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(out, rows.view(-1))  # sum: gloo has no mean
+    out /= rows.shape[0]
+
+
+@torch.no_grad()
+def gather_columns(columns: Tensor, out: Tensor) -> None:
+    """Every rank's columns, on every rank.
+
+    Args:
+        columns: ``(b,)`` this rank's.
+        out: ``(W, b)`` contiguous, a row for each rank.
+    """
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out.view(-1), columns)
 
 
 def all_ranks(value: bool, device: torch.device) -> bool:

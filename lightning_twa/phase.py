@@ -162,6 +162,11 @@ def is_ddp(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy.model, DistributedDataParallel)
 
 
+def shards_parameters(trainer: Trainer) -> bool:
+    """Whether the strategy leaves each process a part of each parameter (``DTensor``)."""
+    return "ModelParallelStrategy" in strategy_names(trainer)
+
+
 # --- the data of the phase
 
 

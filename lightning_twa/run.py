@@ -5,7 +5,6 @@ The callback's hooks call these methods; Trainer internals are behind :mod:`ligh
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,15 +12,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_twa import checks, phase, replay, report
+from lightning_twa import checks, phase, replay, report, sharing
 from lightning_twa.batchnorm import reestimate, tracked_batch_norms
 from lightning_twa.candidates import MemoryStore, persistent_buffers
 from lightning_twa.config import DATA, Settings
 from lightning_twa.distributed import (
     all_ranks,
-    mean_over_ranks,
     mean_over_ranks_,
-    world_size,
 )
 from lightning_twa.schedule import CollectPlan
 from lightning_twa.subspace import SubspaceOptimizer, build_subspace
@@ -54,6 +51,7 @@ class Run:
         self._restored: dict[str, Any] | None = None  # what load_state_dict() left for enter()
         self._raw: dict[str, Tensor] | None = None  # the weights, while the average is validated
         self._epoch_batches: int | None = None  # batches of the last whole epoch of collecting
+        self._local_buffers = False  # nobody but average_buffers() makes them equal on all ranks
         self._warned = False  # of too few candidates
 
     @property
@@ -155,15 +153,23 @@ class Run:
         assert self._switch is not None
         named = dict(module.named_parameters())
         optimized = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
+        names = self.store.varying(also={n for n, p in named.items() if id(p) in optimized})
+        share = sharing.decide(
+            self.settings, trainer, module, {name: named[name] for name in names}, len(self.store)
+        )
         subspace = build_subspace(
             (candidate.parameters for candidate in self.store),
             self.settings.subspace,
-            names=self.store.varying(also={n for n, p in named.items() if id(p) in optimized}),
             device=trainer.strategy.root_device,
             mixing=None if self._restored is None else self._restored["mixing"],
+            columns=share.columns,
         )
         self.optimizer = SubspaceOptimizer(
-            named.items(), subspace, self.settings.solver, total_steps=self._total_steps(trainer)
+            named.items(),
+            subspace,
+            self.settings.solver,
+            total_steps=self._total_steps(trainer),
+            exchange=share.exchange,
         )
         self.block_names = list(subspace.layout.block_names)
         if self._restored is None:
@@ -172,7 +178,11 @@ class Run:
             self.optimizer.load_state_dict(self._restored["optimizer"])
             self._restored = None
         self._switch.install_optimizer(self.optimizer)
-        self._share_coefficient_gradients(trainer, module)
+        if share.gradients_stay:
+            self._switch.stop_gradient_sync()
+        self._local_buffers = share.gradients_stay or phase.shards_parameters(trainer)
+        if share.text is not None:
+            rank_zero_info(share.text)
         self.phase = "optimize"
         data = self.settings.data
         epoch = self._started["epoch"]
@@ -183,26 +193,6 @@ class Run:
                 "from here on validation metrics are not held out. Judge the result on test data."
             )
 
-    def _share_coefficient_gradients(self, trainer: Trainer, module: LightningModule) -> None:
-        """Under DDP, average the ``k x B`` coefficient gradient instead of the ``D`` gradients,
-        unless somebody needs those.
-        """
-        assert self._switch is not None
-        assert self.optimizer is not None
-        if not phase.is_ddp(trainer):
-            return
-        reason = phase.needs_true_gradient(trainer, module)
-        if reason is not None:
-            rank_zero_info(f"TWA: DDP averages gradients as in training, because {reason}.")
-            return
-        device = trainer.strategy.root_device
-        self._switch.stop_gradient_sync()
-        self.optimizer.reduce = partial(mean_over_ranks, device=device)
-        rank_zero_info(
-            f"TWA: gradients stay in their process; {self.optimizer.coefficients.numel()} "
-            f"coefficient gradients a step are averaged over {world_size()} processes."
-        )
-
     def average_buffers(self, module: LightningModule) -> bool:
         """Make floating-point buffers equal on all ranks where DDP does not; every rank calls it.
 
@@ -210,8 +200,7 @@ class Run:
             Whether it did.
         """
         released = self._switch is None  # after an exception, which other ranks may not have had
-        local = self.optimizer is not None and self.optimizer.reduce is not None
-        if self.phase != "optimize" or released or not local:
+        if self.phase != "optimize" or released or not self._local_buffers:
             return False
         buffers = persistent_buffers(module).values()
         mean_over_ranks_(buffer for buffer in buffers if buffer.is_floating_point())

@@ -14,7 +14,7 @@ import torch
 from common import Regressor, loader, regression_data, trainer, weights
 from helpers_resume import equal, state
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
@@ -63,8 +63,8 @@ class Strided(Sampler):
         return iter(self._mine())
 
 
-def strided(processes: int, n: int = 64, seed: int = 0) -> DataLoader:
-    return DataLoader(regression_data(n, seed), 16 // processes, sampler=Strided(n))
+def strided(processes: int, n: int = 64, seed: int = 0, batch: int = 16) -> DataLoader:
+    return DataLoader(regression_data(n, seed), batch // processes, sampler=Strided(n))
 
 
 class Report(L.Callback):
@@ -110,7 +110,7 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Fit with 64 training and 32 validation samples in global batches of 16; one report a rank."""
     folder.mkdir(exist_ok=True)
-    several: dict[str, Any] = {} if processes == 1 else {"strategy": strategy, "devices": 2}
+    several: dict[str, Any] = {} if processes == 1 else {"strategy": strategy, "devices": processes}
     L.seed_everything(1, verbose=False)
     the_trainer = trainer(
         folder, callbacks=[twa, *callbacks, Report(twa, folder)], **several, **kwargs
@@ -132,6 +132,16 @@ def flat(tensors: Any) -> Tensor:
     return torch.cat([t.double().reshape(-1) for t in tensors.values()])
 
 
+class Wide(Regressor):
+    """Four tiles of 8192 columns, so that up to three processes have columns to share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(6, 120), nn.Tanh(), nn.Linear(120, 240), nn.Tanh(), nn.Linear(240, 1)
+        )
+
+
 SAME = {
     "default": ({}, {}),
     "a block per tensor": ({"subspace": SubspaceConfig(blocks="tensor")}, {}),
@@ -144,11 +154,46 @@ SAME = {
 @pytest.mark.parametrize("case", SAME)
 def test_two_processes_equal_one_on_the_same_global_batches(tmp_path, case) -> None:
     kwargs, how = SAME[case]
-    module = Regressor()
+    check_several_equal_one(tmp_path, Regressor(), kwargs, **how)
+
+
+LR = SolverConfig(lr=0.1)
+BASES = {
+    "pca": {},
+    "pca with 4 bits": {"subspace": SubspaceConfig(bits=4)},
+    "pca with 3 bits and a block per tensor": {"subspace": SubspaceConfig(bits=3, blocks="tensor")},
+    "pca with 16 bits and blocks": {"subspace": SubspaceConfig(bits=16, blocks=2000)},
+    "candidates": {"subspace": SubspaceConfig(basis="candidates"), "solver": LR},
+    "orthonormal": {"subspace": SubspaceConfig(basis="orthonormal", bits=4), "solver": LR},
+}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("distribute", ["replicate", "shard"])
+@pytest.mark.parametrize("basis", BASES)
+def test_several_processes_equal_one(tmp_path, basis, distribute, processes) -> None:
+    kwargs = {**BASES[basis], "distribute": distribute}
+    # In float32 the candidates differ by rounding, which can flip a low-bit code.
+    low = kwargs.get("subspace", SubspaceConfig()).bits < 32
+    module, how = (Wide().double(), {"precision": "64-true"}) if low else (Wide(), {})
+    check_several_equal_one(tmp_path, module, kwargs, processes, **how)
+
+
+@pytest.mark.parametrize("how", [{"gradient_clip_val": 0.05}, {"accumulate_grad_batches": 2}])
+def test_shards_with_gradients_that_are_averaged_and_accumulated(tmp_path, how) -> None:
+    check_several_equal_one(tmp_path, Wide(), {"distribute": "shard"}, **how)
+
+
+def check_several_equal_one(
+    tmp_path: Path, module: Regressor, kwargs: Any, processes: int = 2, **how: Any
+) -> None:
+    """The same global batches give the same candidates, steps and averaging weights."""
     how = {**how, "use_distributed_sampler": False}
-    (one,) = fit(tmp_path / "one", twa(**kwargs), deepcopy(module), 1, train=strided(1), **how)
-    two = fit(tmp_path / "two", twa(**kwargs), module, train=strided(2), **how)
-    assert equal(two[0], two[1]), "the ranks differ"
+    data = {"n": 60, "batch": 12} if processes == 3 else {}
+    alone, shared = strided(1, **data), strided(processes, **data)
+    (one,) = fit(tmp_path / "one", twa(**kwargs), deepcopy(module), 1, train=alone, **how)
+    two = fit(tmp_path / "two", twa(**kwargs), module, processes, train=shared, **how)
+    assert all(equal(two[0], other) for other in two[1:]), "the ranks differ"
     assert torch.equal(weights(module), flat(two[0]["state"])), "the main process has them too"
     assert one["phase"] == two[0]["phase"] == "done"
     assert one["candidate_names"] == two[0]["candidate_names"]
@@ -296,43 +341,89 @@ def test_the_main_process_of_spawned_workers_gets_the_average(tmp_path) -> None:
     assert equal(state(module), two[0]["state"])
 
 
+# Every collective of torch.distributed, and which of its arguments is what this process puts in.
+COLLECTIVES = {
+    "all_reduce": 0,
+    "broadcast": 0,
+    "reduce": 0,
+    "all_gather": 1,
+    "all_gather_into_tensor": 1,
+    "all_gather_single": 1,
+    "gather": 0,
+    "scatter": 0,
+    "reduce_scatter": 1,
+    "reduce_scatter_tensor": 1,
+    "reduce_scatter_single": 1,
+    "all_to_all": 1,
+    "all_to_all_single": 1,
+    "send": 0,
+    "isend": 0,
+    "barrier": None,
+    "monitored_barrier": None,
+    "all_gather_object": None,
+    "gather_object": None,
+    "broadcast_object_list": None,
+    "scatter_object_list": None,
+}
+
+
 class Traffic(L.Callback):
-    """Counts the elements that this rank's training steps exchange, by who asks for it."""
+    """Counts the elements that this rank's training steps put into collectives, by collective."""
 
     def __init__(self, twa: TWACallback, folder: Path) -> None:
         self.twa, self.folder = twa, folder
-        self.now = {"gradients": 0, "all_reduce": 0}
+        self.now: dict[str, int] = {}
         self.steps: list[tuple[str, dict[str, int]]] = []
+
+    def _count(self, name: str, argument: int | None) -> Any:
+        plain = getattr(torch.distributed, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            values = args[argument] if argument is not None else ()
+            size = values.numel() if isinstance(values, Tensor) else sum(v.numel() for v in values)
+            self.now[name] = self.now.get(name, 0) + size
+            return plain(*args, **kwargs)
+
+        return counted
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         def count_bucket(group, bucket):  # torch refuses other annotations
-            self.now["gradients"] += bucket.buffer().numel()
-            return allreduce_hook(group, bucket)
+            return allreduce_hook(group, bucket)  # through torch.distributed.all_reduce
 
         trainer.strategy.model.register_comm_hook(None, count_bucket)
-        plain = torch.distributed.all_reduce
-
-        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.now["all_reduce"] += tensor.numel()
-            return plain(tensor, *args, **kwargs)
-
-        torch.distributed.all_reduce = counted
+        known = {name for name in COLLECTIVES if hasattr(torch.distributed, name)}
+        for name in known:
+            setattr(torch.distributed, name, self._count(name, COLLECTIVES[name]))
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.now.update(gradients=0, all_reduce=0)
+        self.now = {}
 
     def on_before_zero_grad(self, trainer: L.Trainer, *args: Any) -> None:
         self.flag = trainer.strategy.model.require_backward_grad_sync
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        # "all_reduce" is all there is: the hook sends DDP's gradients through it as well
         self.steps.append((self.twa.phase, dict(self.now)))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         after = trainer.strategy.model.require_backward_grad_sync
         torch.save((self.steps, self.flag, after), self.folder / f"traffic{trainer.global_rank}.pt")
+
+
+def test_every_collective_is_counted() -> None:
+    """One that torch adds must be counted too."""
+    from torch.distributed import distributed_c10d
+
+    other = {"new_group", "split_group", "P2POp", "all_gather_coalesced", "all_reduce_coalesced"}
+    words = ("reduce", "gather", "broadcast", "scatter", "all_to_all", "send", "barrier")
+    public = {n for n in distributed_c10d.__all__ if any(word in n.lower() for word in words)}
+    classes = {n for n in public if n[0].isupper()}
+    assert public - classes - other - set(COLLECTIVES) <= {
+        "batch_isend_irecv",
+        "send_object_list",
+        "reduce_op",
+    }
 
 
 def traffic(folder: Path, twa: TWACallback, module: L.LightningModule, **kwargs: Any) -> Any:
@@ -350,10 +441,35 @@ def test_a_step_of_the_phase_exchanges_k_times_b_numbers_instead_of_d(tmp_path, 
         phase = [s for phase, s in steps if phase == "optimize"]
         assert len(phase) == 7  # and the step that finished the phase
         k_times_b = 2 * (1 if blocks == "global" else 4)  # of three candidates; four tensors
-        assert all(s == {"gradients": d, "all_reduce": d} for s in collect)
-        assert all(s == {"gradients": 0, "all_reduce": k_times_b} for s in phase)
+        assert all(s == {"all_reduce": d} for s in collect)
+        assert all(s == {"all_reduce": k_times_b + 1} for s in phase), "one says who has a gradient"
         assert flag is False
         assert after is True, "the flag is given back"
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_with_shards_averages_d_gradients_and_gathers_d_weights(tmp_path, clip) -> None:
+    module = Wide()
+    d = sum(p.numel() for p in module.parameters())
+    callback = twa(distribute="shard", subspace=SubspaceConfig(bits=4))
+    scatter, gather = (
+        next(name for name in names if hasattr(torch.distributed, name))
+        for names in (
+            ("reduce_scatter_single", "reduce_scatter_tensor"),
+            ("all_gather_single", "all_gather_into_tensor"),
+        )
+    )
+    for steps, flag, after in traffic(tmp_path, callback, module, gradient_clip_val=clip):
+        phase = [s for p, s in steps if p == "optimize"]
+        assert len(phase) == 7
+        row = phase[0][gather]
+        assert d / 2 <= row <= 1.1 * d / 2, "the longer of the two processes' columns"
+        expected = {scatter: 2 * row, "all_reduce": 2 + 1, gather: row}
+        if clip is not None:  # averaged by DDP, for the norm
+            expected = {"all_reduce": d + 2 + 1, gather: row}
+        assert all(s == expected for s in phase)
+        assert flag is (clip is not None)
+        assert after is True
 
 
 class LooksAtGradients(Regressor):
@@ -377,7 +493,7 @@ def test_whoever_looks_at_gradients_sees_their_mean(tmp_path, case) -> None:
     module = kind()
     d = sum(p.numel() for p in module.parameters())
     for steps, flag, _ in traffic(tmp_path, twa(), module, **options):
-        assert all(s == {"gradients": d, "all_reduce": d} for p, s in steps if p == "optimize")
+        assert [s for p, s in steps if p == "optimize"] == [{"all_reduce": d}] * 7
         assert flag is True
 
 

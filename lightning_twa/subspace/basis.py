@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from lightning_twa.config import SubspaceConfig
+from lightning_twa.distributed import from_rank_zero, sum_over_ranks
+from lightning_twa.subspace.columns import Columns
 from lightning_twa.subspace.directions import DenseDirections, Directions, PackedDirections
-from lightning_twa.subspace.layout import ParameterLayout
+from lightning_twa.subspace.layout import ParameterLayout, TensorSpec
 
 __all__ = ["Subspace", "build_subspace"]
 
@@ -43,7 +45,9 @@ class Subspace:
     Attributes:
         config: The configuration it was built with.
         layout: Names, shapes and blocks of the tensors in the flat vector of ``D`` numbers.
-        center: ``(D,)`` the uniform average ``c``, in the layout's dtype.
+        local_layout: The same of the columns held here; ``layout`` unless several processes share
+            the subspace.
+        center: The uniform average ``c``, flat, of the columns held here, in the layout's dtype.
         mixing: ``(B, k, n)`` float64 on the CPU, how each block's directions are mixed of
             candidates.
     """
@@ -55,9 +59,11 @@ class Subspace:
         center: Tensor,
         stored: Directions,
         mixing: Tensor,
+        local_layout: ParameterLayout | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
+        self.local_layout = local_layout or layout
         self.center = center
         self.stored = stored
         self.mixing = mixing
@@ -79,7 +85,8 @@ class Subspace:
 
     @property
     def directions(self) -> Tensor:
-        """``(k, D)`` the directions ``u`` as they are stored, in the layout's dtype.
+        """``(k, D)`` the directions ``u`` as they are stored, of the columns held here, in the
+        layout's dtype.
 
         Zero where a block has fewer than ``k``. Made anew at each call: for inspection.
         """
@@ -103,11 +110,12 @@ class Subspace:
         """The gradient in the coefficients, ``dL/dx[j, b] = u[j, b] . g_b`` (eq. 5 of the paper).
 
         Args:
-            gradients: One per tensor of the layout, in its order, in the tensor's shape and any
-                floating-point dtype, dense or sparse; ``None`` counts as zero.
+            gradients: One per tensor of ``local_layout``, in its order, in the tensor's shape and
+                any floating-point dtype, dense or sparse; ``None`` counts as zero.
 
         Returns:
-            ``(k, B)`` float64 on the CPU.
+            ``(k, B)`` float64 on the CPU: of the columns held here, to be summed over processes
+            that share the subspace.
         """
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
         return self.stored.project(dense)
@@ -118,7 +126,7 @@ class Subspace:
 
         Args:
             coefficients: ``(k, B)``, any floating-point dtype and device.
-            out: One per tensor of the layout, in its order and the tensor's shape; any
+            out: One per tensor of ``local_layout``, in its order and the tensor's shape; any
                 floating-point dtype, to which the result is rounded.
         """
         self.stored.expand(coefficients, self.center, out)
@@ -147,6 +155,7 @@ def build_subspace(
     names: Iterable[str] | None = None,
     device: torch.device | str | None = None,
     mixing: Tensor | None = None,
+    columns: Columns | None = None,
 ) -> Subspace:
     """Build the subspace that candidates span.
 
@@ -163,6 +172,8 @@ def build_subspace(
             candidate's device by default.
         mixing: ``(B, k, n)``, the mixing of an earlier subspace of the same candidates, to have
             exactly its directions again.
+        columns: What this process holds, as one of several that share the subspace, all of which
+            call this at the same time; its layout says which tensors are spanned.
 
     Returns:
         The subspace. Float64 if any tensor is float64, else float32.
@@ -176,37 +187,46 @@ def build_subspace(
     members = list(candidates)
     if len(members) < 2:
         raise ValueError(f"A subspace needs at least two candidates, got {len(members)}.")
-    first = members[0]
-    if names is None:
-        chosen = dict(first)
+    if columns is None:
+        chosen = _choose(members[0], names)
+        layout = ParameterLayout.from_tensors(chosen, config.blocks)
+        device = device or next(iter(chosen.values())).device
     else:
-        names = list(names)
-        missing = [name for name in names if name not in first]
-        if missing:
-            raise ValueError(f"Candidate 0 has no tensor {missing[0]!r}, which names asks for.")
-        chosen = {name: first[name] for name in names}
-    layout = ParameterLayout.from_tensors(chosen, config.blocks)
+        layout = columns.whole
+    expected = layout if columns is None or columns.pieces is not None else columns.local
     for i, member in enumerate(members):
-        layout.check(member, f"Candidate {i}")
-    device = config.device or device or next(iter(chosen.values())).device
-    target = torch.device(device)
+        expected.check(member, f"Candidate {i}")
+    carrier = torch.device(device or "cpu")
+    target = torch.device(config.device) if config.device is not None else carrier
+    pieces = _Pieces(layout, members, columns)
 
-    center = torch.empty(layout.numel, dtype=layout.dtype)
-    for columns, rows in _tiles(layout, members):
-        center[columns] = rows.mean(dim=0).to(layout.dtype)
+    center = torch.empty(pieces.layout.numel, dtype=layout.dtype)
+    for part, _, rows in pieces.tiles():
+        center[part] = rows.mean(dim=0).to(layout.dtype)
     if mixing is None:
-        mixing = _mixing(config, layout, members, center)
+        mixing = _mixing(config, pieces, center, carrier)
     elif mixing.shape[0] != layout.num_blocks or mixing.shape[2] != len(members):
         raise ValueError(
             f"mixing has shape {tuple(mixing.shape)}, but there are {layout.num_blocks} blocks and "
             f"{len(members)} candidates."
         )
     mixing = mixing.to(device="cpu", dtype=torch.float64)
-    stored = _empty_directions(config, layout, mixing.shape[1], target)
-    for columns, block, rows in _block_tiles(config, layout, members):
-        stored.write(columns, mixing[block] @ rows)
+    stored = _empty_directions(config, pieces.layout, mixing.shape[1], target)
+    for part, spec, rows in pieces.tiles(centered=config.basis != "orthonormal"):
+        stored.write(part, mixing[spec.block] @ rows)
     stored.close()
-    return Subspace(config, layout, center.to(target), stored, mixing)
+    return Subspace(config, layout, center.to(target), stored, mixing, pieces.layout)
+
+
+def _choose(first: Mapping[str, Tensor], names: Iterable[str] | None) -> dict[str, Tensor]:
+    """The tensors of the first candidate that are to be spanned."""
+    if names is None:
+        return dict(first)
+    names = list(names)
+    missing = [name for name in names if name not in first]
+    if missing:
+        raise ValueError(f"Candidate 0 has no tensor {missing[0]!r}, which names asks for.")
+    return {name: first[name] for name in names}
 
 
 def _empty_directions(
@@ -219,57 +239,83 @@ def _empty_directions(
     return DenseDirections(layout, k, dtype, device)
 
 
-def _tiles(
-    layout: ParameterLayout, members: Sequence[Mapping[str, Tensor]]
-) -> Iterator[tuple[slice, Tensor]]:
-    """Columns of all candidates at a time: slice and ``(n, columns)`` float64 on the CPU."""
-    for spec in layout.specs:
-        rows = [member[spec.name].detach().reshape(-1) for member in members]
-        for start in range(spec.start, spec.stop, TILE_COLUMNS):
-            stop = min(start + TILE_COLUMNS, spec.stop)
-            local = slice(start - spec.start, stop - spec.start)
-            tile = torch.stack([row[local].to(device="cpu", dtype=torch.float64) for row in rows])
-            yield slice(start, stop), tile
+class _Pieces:
+    """What this process holds of the candidates, a tile at a time.
 
-
-def _block_tiles(
-    config: SubspaceConfig,
-    layout: ParameterLayout,
-    members: Sequence[Mapping[str, Tensor]],
-) -> Iterator[tuple[slice, int, Tensor]]:
-    """Tiles of what is mixed into directions: candidates, centered unless ``orthonormal``.
-
-    Centered at their mean in float64, not at the stored center: its rounding would be a direction
-    of its own where candidates lie close together, and is not part of the averaging weights.
+    Args:
+        whole: The layout of the whole model.
+        members: The candidates.
+        columns: What is held here; ``None`` for everything.
     """
-    block_at = {spec.start: spec.block for spec in layout.specs if spec.start < spec.stop}
-    block = 0
-    for columns, rows in _tiles(layout, members):
-        block = block_at.get(columns.start, block)
-        if config.basis != "orthonormal":
-            rows -= rows.mean(dim=0)
-        yield columns, block, rows
+
+    def __init__(
+        self,
+        whole: ParameterLayout,
+        members: Sequence[Mapping[str, Tensor]],
+        columns: Columns | None,
+    ) -> None:
+        self.layout = whole if columns is None else columns.local
+        self.members = members
+        self.columns = columns
+
+    def tiles(
+        self, *, centered: bool = False, counted: bool = False
+    ) -> Iterator[tuple[slice, TensorSpec, Tensor]]:
+        """Columns of all candidates: slice, tensor, and ``(n, columns)`` float64 on the CPU; all
+        that are held here or those that sums over columns count here.
+
+        Centered at their mean in float64, not at the stored center: its rounding would be a
+        direction of its own where candidates lie close together, and is not part of the averaging
+        weights.
+        """
+        for i, spec in enumerate(self.layout.specs):
+            flat = [member[spec.name].detach().reshape(-1) for member in self.members]
+            if self.columns is not None:
+                if counted and not self.columns.counted[i]:
+                    continue
+                flat = [self.columns.pick(i, values) for values in flat]
+            for start in range(spec.start, spec.stop, TILE_COLUMNS):
+                stop = min(start + TILE_COLUMNS, spec.stop)
+                local = slice(start - spec.start, stop - spec.start)
+                parts = [values[local].to(device="cpu", dtype=torch.float64) for values in flat]
+                rows = torch.stack(parts)
+                if centered:
+                    rows -= rows.mean(dim=0)
+                yield slice(start, stop), spec, rows
 
 
 def _mixing(
-    config: SubspaceConfig,
-    layout: ParameterLayout,
-    members: Sequence[Mapping[str, Tensor]],
-    center: Tensor,
+    config: SubspaceConfig, pieces: _Pieces, center: Tensor, carrier: torch.device
 ) -> Tensor:
     """``(B, k, n)`` the mix of candidates that gives each block's directions."""
-    n = len(members)
-    gram = torch.zeros(layout.num_blocks, n, n, dtype=torch.float64)
-    norm2 = torch.zeros(layout.num_blocks, dtype=torch.float64)
-    for columns, block, rows in _block_tiles(config, layout, members):
-        gram[block] += rows @ rows.T
-        norm2[block] += center[columns].double().square().sum()
+    n, num_blocks = len(pieces.members), pieces.layout.num_blocks
+    gram = torch.zeros(num_blocks, n, n, dtype=torch.float64)
+    norm2 = torch.zeros(num_blocks, dtype=torch.float64)
+    for part, spec, rows in pieces.tiles(centered=config.basis != "orthonormal", counted=True):
+        gram[spec.block] += rows @ rows.T
+        norm2[spec.block] += center[part].double().square().sum()
+    if pieces.columns is not None:
+        gram, norm2 = sum_over_ranks(gram, carrier), sum_over_ranks(norm2, carrier)
+    result = _mix(config, gram, norm2)
+    if pieces.columns is not None:
+        # Eigenvectors of the same matrix, and how many count, may differ between machines.
+        padded = torch.zeros(num_blocks, n, n, dtype=torch.float64)
+        padded[:, : result.shape[1]] = result
+        padded = from_rank_zero(padded, carrier)
+        used = padded.abs().amax(dim=(0, 2)).nonzero()
+        result = padded[:, : int(used.max()) + 1 if len(used) else 1].clone()
+    return result
+
+
+def _mix(config: SubspaceConfig, gram: Tensor, norm2: Tensor) -> Tensor:
+    """``(B, k, n)`` from Gram matrices ``(B, n, n)`` and squared norms of the center ``(B,)``."""
+    num_blocks, n, _ = gram.shape
     mix = {"pca": _pca, "candidates": _normalised, "orthonormal": _gram_schmidt}[config.basis]
-    per_block = [mix(gram[b], float(ROUNDING**2 * norm2[b])) for b in range(layout.num_blocks)]
+    per_block = [mix(gram[b], float(ROUNDING**2 * norm2[b])) for b in range(num_blocks)]
     if config.rank is not None:
         per_block = [m[: config.rank] for m in per_block]
     k = max(1, max(m.shape[0] for m in per_block))
-    result = torch.zeros(layout.num_blocks, k, n, dtype=torch.float64)
+    result = torch.zeros(num_blocks, k, n, dtype=torch.float64)
     for b, m in enumerate(per_block):
         result[b, : m.shape[0]] = m
     return result

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from lightning_twa.subspace import kernels
-from lightning_twa.subspace.layout import ParameterLayout
+from lightning_twa.subspace.layout import TILE, TILE_GROUPS, ParameterLayout, pad
 from lightning_twa.subspace.packing import GROUP, dequantize, pack, quantize, unpack
 
-__all__ = ["DenseDirections", "Directions", "PackedDirections"]
+__all__ = ["DenseDirections", "Directions", "PackedDirections", "stored_bytes"]
 
-TILE_GROUPS = 64  # per tile: 60 rows of 4 bits are then 240 KiB, which a core's cache holds
-TILE = TILE_GROUPS * GROUP
 DENSE_COLUMNS = 1 << 14  # columns that are converted at a time where rows are kept in 16 bits
 COMPILE_ENTRIES = 1 << 26  # below this many entries a phase is over before compiling has paid
 CHUNK_TILES = {"cpu": 64, "cuda": 512}  # tiles per call of a compiled kernel
@@ -188,7 +186,7 @@ class PackedDirections:
         self.num_directions = num_directions
         self.bits = bits
         self.error = 0.0
-        self._starts, self._block_tiles = _pad(layout)
+        self._starts, self._block_tiles = pad(layout)
         tiles = self._block_tiles[-1].stop
         self._chunks = self._cut(tiles, CHUNK_TILES.get(device.type, 64))
         k = num_directions
@@ -246,6 +244,8 @@ class PackedDirections:
         self._buffer[:, padding] = self._buffer[:, first + (padding - stop) % (stop - first)]
 
     def _flush(self) -> None:
+        if not bool(self._real.any()):  # nothing is held here
+            return
         values = self._buffer.view(-1, TILE_GROUPS, GROUP)
         codes, scales = quantize(values, self.bits)
         for plane, packed in zip(self.planes, pack(codes, self.bits), strict=True):
@@ -269,7 +269,7 @@ class PackedDirections:
         its neighbour instead of being shorter.
         """
         chunks = []
-        size = min(size, tiles)
+        size = max(min(size, tiles), 1)
         for start in range(0, tiles, size):
             first = min(start, tiles - size)
             begin, end = first * TILE, (first + size) * TILE
@@ -279,9 +279,7 @@ class PackedDirections:
         return chunks
 
     def _spans(self, begin: int, end: int, origin: int) -> Iterator[_Span]:
-        """The tensors' parts between two positions of the padded vector, counted from "
-        "``origin``.
-        """
+        """The tensors' parts between two positions of the padded vector, from ``origin`` on."""
         for i, (spec, start) in enumerate(zip(self.layout.specs, self._starts, strict=True)):
             low, high = max(begin, start), min(end, start + spec.stop - spec.start)
             if low < high:
@@ -310,7 +308,7 @@ class PackedDirections:
         dtype, device = self.layout.dtype, self.scales.device
         flat = [None if g is None else g.reshape(-1) for g in gradients]
         parts = torch.empty(self.scales.shape[0], self.num_directions, dtype=dtype, device=device)
-        size = (self._chunks[0].last - self._chunks[0].first) * TILE
+        size = max((chunk.last - chunk.first for chunk in self._chunks), default=0) * TILE
         buffer = torch.empty(size, dtype=dtype, device=device)
         for chunk in self._chunks:
             buffer.zero_()  # padding has codes, so its gradient must be zero
@@ -358,31 +356,23 @@ class PackedDirections:
         return result
 
 
-def _pad(layout: ParameterLayout) -> tuple[list[int], list[slice]]:
-    """Where tensors start in the padded vector, and each block's tiles."""
-    starts: list[int] = []
-    block_tiles: list[slice] = []
-    position, block, first_tile = 0, 0, 0
-    for spec in layout.specs:
-        if spec.block != block:
-            position = _round_up(position, TILE)
-            block_tiles.append(slice(first_tile, position // TILE))
-            first_tile, block = position // TILE, spec.block
-        position = _round_up(position, GROUP)
-        starts.append(position)
-        position += spec.stop - spec.start
-    block_tiles.append(slice(first_tile, _round_up(position, TILE) // TILE))
-    return starts, block_tiles
+def stored_bytes(layout: ParameterLayout, num_directions: int, bits: int) -> int:
+    """Bytes that directions take, before there are any.
 
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    Args:
+        layout: The flat vector.
+        num_directions: ``k``.
+        bits: 1 to 8, 16 or 32.
+    """
+    if bits > 8:
+        return num_directions * layout.numel * (2 if bits == 16 else layout.dtype.itemsize)
+    _, block_tiles = pad(layout)
+    per_group = GROUP * bits // 8 + torch.bfloat16.itemsize
+    return int(block_tiles[-1].stop * TILE_GROUPS * num_directions * per_group)
 
 
 def _flat_view(target: Tensor, like: Tensor) -> Tensor | None:
-    """The target as a vector that can be written directly, ``None`` where it must be copied "
-    "into.
-    """
+    """The target as a vector to write into, ``None`` where it has to be copied into."""
     same = target.dtype == like.dtype and target.device == like.device
     return target.view(-1) if same and target.is_contiguous() else None
 

@@ -10,7 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["ParameterLayout", "TensorSpec"]
+from lightning_twa.subspace.packing import GROUP
+
+__all__ = ["TILE", "TILE_GROUPS", "ParameterLayout", "TensorSpec", "pad"]
+
+TILE_GROUPS = 64  # per tile: 60 rows of 4 bits are then 240 KiB, which a core's cache holds
+TILE = TILE_GROUPS * GROUP
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,32 @@ def check_finite(tensor: Tensor, what: str) -> None:
                 f"diverged. Lower the learning rate, or clip gradients, before weights are "
                 f"averaged."
             )
+
+
+def pad(layout: ParameterLayout) -> tuple[list[int], list[slice]]:
+    """Pad the flat vector: tensors start at a group, so that tensors of different magnitude never
+    share a scale, and blocks start at a tile.
+
+    Returns:
+        Where each tensor starts in the padded vector, and each block's tiles.
+    """
+    starts: list[int] = []
+    block_tiles: list[slice] = []
+    position, block, first_tile = 0, 0, 0
+    for spec in layout.specs:
+        if spec.block != block:
+            position = _round_up(position, TILE)
+            block_tiles.append(slice(first_tile, position // TILE))
+            first_tile, block = position // TILE, spec.block
+        position = _round_up(position, GROUP)
+        starts.append(position)
+        position += spec.stop - spec.start
+    block_tiles.append(slice(first_tile, _round_up(position, TILE) // TILE))
+    return starts, block_tiles
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _assign_blocks(sizes: Sequence[int], blocks: Literal["global", "tensor"] | int) -> list[int]:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_twa.config import SolverConfig, check_unit_of_steps
 from lightning_twa.subspace.basis import Subspace
+from lightning_twa.subspace.exchange import Exchange, OneProcess
 from lightning_twa.subspace.solvers import make_solver, schedule_factor, schedule_sum
 
 __all__ = ["SubspaceOptimizer"]
@@ -34,9 +35,9 @@ class SubspaceOptimizer(Optimizer):
         solver: How the coefficients are trained.
         total_steps: Optimizer steps of the whole phase, which the schedule and ``radius`` need. May
             be left out with ``schedule="constant"`` and ``lr``.
-        reduce: Given the coefficient gradient of this process, ``(k, B)`` float64 on the CPU,
-            returns its mean over processes. Projection is linear, so this equals projecting the
-            mean of the gradients, which then need no exchange of their own.
+        exchange: How several processes take a step together; see
+            :mod:`lightning_twa.subspace.exchange`. By default each process uses the gradient it
+            has, which is right for one process, and where gradients are averaged elsewhere.
 
     Attributes:
         coefficients: ``(k, B)`` float64 on the CPU, ``x``; zero at the start.
@@ -56,7 +57,7 @@ class SubspaceOptimizer(Optimizer):
         solver: SolverConfig | None = None,
         *,
         total_steps: int | None = None,
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         solver = solver or SolverConfig()
         check_unit_of_steps(subspace.config, solver)
@@ -72,7 +73,7 @@ class SubspaceOptimizer(Optimizer):
         self.subspace = subspace
         self.config = solver
         self.total_steps = total_steps
-        self.reduce = reduce
+        self.exchange = exchange or OneProcess()
         self.steps = 0
         self.skipped_steps = 0
         self.last_lr = 0.0
@@ -98,7 +99,7 @@ class SubspaceOptimizer(Optimizer):
     @torch.no_grad()
     def write_parameters(self) -> None:
         """Write ``theta(x)`` into the parameters."""
-        self.subspace.expand(self.coefficients, self._outputs)
+        self.exchange.expand(self.subspace, self.coefficients, self._outputs)
 
     @property
     def averaging_weights(self) -> Tensor:
@@ -130,12 +131,9 @@ class SubspaceOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = [parameter.grad for parameter in self._outputs]
-        if all(gradient is None for gradient in gradients):
+        gradient = self.exchange.project(self.subspace, self._outputs)
+        if gradient is None:
             return loss
-        gradient = self.subspace.project(gradients)
-        if self.reduce is not None:
-            gradient = self.reduce(gradient)
         if not bool(torch.isfinite(gradient).all()):
             self.skipped_steps += 1
             warnings.warn(

@@ -73,25 +73,23 @@ def quantize(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     # Several starts, since the error has several minima: as if normal, unclipped, and between.
     normal, full = rms * NORMAL_STEP[bits], widest * (2 / highest)
     for scale in (normal, (normal * full).sqrt(), full):
-        for _ in range(
-            REFINEMENTS
-        ):  # codes for the scale, then the least-squares scale for the codes
+        # codes for the scale, then the least-squares scale for the codes
+        for _ in range(REFINEMENTS):
             levels = _levels(values, scale, bits)
             scale = (values * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
+        # As it will be stored: where several would be exact (a group of one value), its rounding
+        # decides, not the rounding of the values.
+        scale = scale.to(SCALE_DTYPE).to(values.dtype)
         error = (values - scale * _levels(values, scale, bits)).square().sum(-1, keepdim=True)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)
-    stored = best_scale.to(SCALE_DTYPE)
-    levels = _levels(values, stored.to(values.dtype), bits)
-    codes = (levels + highest / 2).to(torch.uint8)
-    return codes, stored.squeeze(-1)
+    codes = (_levels(values, best_scale, bits) + highest / 2).to(torch.uint8)
+    return codes, best_scale.squeeze(-1).to(SCALE_DTYPE)
 
 
 def _levels(values: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Nearest of the levels ``code - (2**bits - 1) / 2``; the lowest positive one where the scale "
-    "is 0.
-    """
+    """Nearest of the levels ``code - (2**bits - 1) / 2``; the lowest positive one for scale 0."""
     highest = 2**bits - 1
     codes = torch.where(scale > 0, values / scale, 0.0).add_(highest / 2).round_()
     return codes.clamp_(0, highest).sub_(highest / 2)

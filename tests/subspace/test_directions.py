@@ -14,7 +14,8 @@ from torch import Tensor
 from lightning_twa import Subspace, SubspaceConfig, SubspaceOptimizer, build_subspace
 from lightning_twa.subspace import directions as module
 from lightning_twa.subspace import kernels
-from lightning_twa.subspace.directions import TILE, PackedDirections
+from lightning_twa.subspace.directions import PackedDirections
+from lightning_twa.subspace.layout import TILE
 
 ALL_BITS = (*range(1, 9), 16, 32)
 # Blocks that are not multiples of a tile or group, smaller than both, empty, and of no dimension.
