@@ -3,12 +3,13 @@
 from importlib.metadata import version
 
 from lightning_twa.callback import TWACallback
-from lightning_twa.config import CollectConfig, SolverConfig, SubspaceConfig
+from lightning_twa.config import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig
 from lightning_twa.subspace import Subspace, SubspaceOptimizer, build_subspace
 
 __all__ = [
     "CollectConfig",
     "SolverConfig",
+    "StorageConfig",
     "Subspace",
     "SubspaceConfig",
     "SubspaceOptimizer",

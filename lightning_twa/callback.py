@@ -15,11 +15,13 @@ from lightning_twa.config import (
     CollectConfig,
     Settings,
     SolverConfig,
+    StorageConfig,
     SubspaceConfig,
     check_choice,
     check_epoch_or_fraction,
     check_unit_of_steps,
 )
+from lightning_twa.phase import restores_late
 from lightning_twa.run import Run
 
 __all__ = ["TWACallback"]
@@ -43,6 +45,7 @@ class TWACallback(Callback):
         collect: When weights are kept as candidates.
         subspace: Basis and coefficient blocks.
         solver: How the coefficients are trained.
+        storage: Where candidates are kept.
         distribute: Where several processes keep the directions: ``"replicate"``, all of them on
             each, and a step exchanges the ``k x B`` coefficient gradients; ``"shard"``, those of
             its own columns on each, which takes the memory of one copy over all processes, and a
@@ -65,6 +68,7 @@ class TWACallback(Callback):
         collect: CollectConfig | None = None,
         subspace: SubspaceConfig | None = None,
         solver: SolverConfig | None = None,
+        storage: StorageConfig | None = None,
         distribute: Literal["auto", "replicate", "shard"] = "auto",
         validate_average: bool = False,
     ) -> None:
@@ -76,6 +80,7 @@ class TWACallback(Callback):
             ("collect", collect, CollectConfig),
             ("subspace", subspace, SubspaceConfig),
             ("solver", solver, SolverConfig),
+            ("storage", storage, StorageConfig),
         ):
             if config is not None and not isinstance(config, kind):
                 raise TypeError(f"{name}={config!r} must be a {kind.__name__}(...) or None.")
@@ -85,12 +90,14 @@ class TWACallback(Callback):
             collect=collect or CollectConfig(),
             subspace=subspace or SubspaceConfig(),
             solver=solver or SolverConfig(),
+            storage=storage or StorageConfig(),
             distribute=distribute,
             validate_average=validate_average,
         )
         check_unit_of_steps(self.settings.subspace, self.settings.solver)
         self._active = False  # between setup("fit") and teardown
         self._restore_wanted = True
+        self._restored_late: Trainer | None = None  # between on_load_checkpoint and the state
         self._run = Run(self.settings)
 
     # --- what a user reads
@@ -152,7 +159,7 @@ class TWACallback(Callback):
                 f"TWACallback needs exactly one optimizer, but configure_optimizers() gave {count}."
             )
         check_parameters(pl_module)
-        if self.phase != "collect":
+        if not restores_late(trainer) and self.phase != "collect":
             self._run.prepare_resume(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -272,27 +279,29 @@ class TWACallback(Callback):
         Raises:
             ValueError: When the state has another format, or the phase another subspace or solver.
         """
-        if self._restore_wanted:
-            self._run.load_state_dict(state_dict)
+        if not self._restore_wanted:
+            return
+        self._run.load_state_dict(state_dict)
+        if self._restored_late is not None and self.phase != "collect":
+            self._run.prepare_resume(self._restored_late)
+        self._restored_late = None
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the user's optimizer states where a run without this callback looks for them, and
-        finish a run that was stopped (EarlyStopping) after this callback's last hook.
-        """
-        if self._active:
-            finished = self._run.finish_if_ending(trainer, pl_module)
-            if finished or self._run.average_buffers(pl_module):
-                checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
-            if finished:
-                checkpoint["callbacks"][self.state_key] = self.state_dict()
-        states = self._run.user_optimizer_states()
-        if states is not None and "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = states
+        """Finish a run that was stopped (EarlyStopping) after this callback's last hook."""
+        if not self._active:
+            return
+        finished = self._run.finish_if_ending(trainer, pl_module)
+        if finished or self._run.average_buffers(pl_module):
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+        if finished:
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Testing a checkpoint needs its weights alone; what this run learned stays."""
         self._restore_wanted = trainer.state.fn == "fit"
+        if self._restore_wanted and restores_late(trainer):
+            self._restored_late = trainer

@@ -12,7 +12,11 @@ from lightning_twa.schedule import CollectPlan, check_enough_candidates, resolve
 
 __all__ = ["check_data", "check_parameters", "check_trainer", "request_loader"]
 
-STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+WHY_NOT = {
+    "DeepSpeedStrategy": "its engine steps an optimizer of its own",
+    "FSDPStrategy": "it flattens parameters; FSDP2 in ModelParallelStrategy does not",
+}
 AVERAGING_CALLBACKS = {"WeightAveraging", "StochasticWeightAveraging"}  # and what derives from them
 UNSUPPORTED = ("XLAStrategy", "SingleDeviceXLAStrategy")  # though derived from those
 
@@ -26,12 +30,7 @@ def check_trainer(settings: Settings, trainer: Trainer, module: LightningModule)
     Raises:
         ValueError: Naming the setting that does not fit this Trainer, and what to do instead.
     """
-    names = phase.strategy_names(trainer)
-    if not names & set(STRATEGIES) or names & set(UNSUPPORTED):
-        raise ValueError(
-            f"TWACallback does not support {type(trainer.strategy).__name__}. Use one device or "
-            f"strategy='ddp' (supported: {', '.join(STRATEGIES)})."
-        )
+    _check_strategy(settings, trainer)
     if not module.automatic_optimization:
         raise ValueError(
             "TWACallback needs automatic optimization: with automatic_optimization=False, and with "
@@ -50,6 +49,30 @@ def check_trainer(settings: Settings, trainer: Trainer, module: LightningModule)
             "none. Pass val_dataloaders to fit, define val_dataloader(), or use data='train'."
         )
     return resolve_plan(settings.start_epoch, settings.collect, phase.max_epochs(trainer))
+
+
+def _check_strategy(settings: Settings, trainer: Trainer) -> None:
+    names = phase.strategy_names(trainer)
+    if not names & set(STRATEGIES) or names & set(UNSUPPORTED):
+        reasons = [f": {reason}" for name, reason in WHY_NOT.items() if name in names]
+        raise ValueError(
+            f"TWACallback does not support {type(trainer.strategy).__name__}"
+            f"{reasons[0] if reasons else ''}. Use one device, strategy='ddp', or FSDP2 "
+            f"(supported: {', '.join(STRATEGIES)})."
+        )
+    if not phase.shards_parameters(trainer):
+        return
+    if settings.distribute == "replicate":
+        raise ValueError(
+            f"distribute='replicate' does not go with {type(trainer.strategy).__name__}, which "
+            f"leaves each process a part of the parameters. Use 'auto' or 'shard'."
+        )
+    if settings.storage.kind == "memory":
+        raise ValueError(
+            f"StorageConfig(kind='memory') does not go with {type(trainer.strategy).__name__}: a "
+            f"checkpoint holds the callback state of one process, and with it a part of each "
+            f"candidate. Use 'auto' or 'disk'."
+        )
 
 
 def check_parameters(module: LightningModule) -> None:

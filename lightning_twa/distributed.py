@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,13 +12,18 @@ from torch import Tensor
 __all__ = [
     "all_ranks",
     "from_rank_zero",
+    "from_rank_zero_",
     "gather_columns",
+    "gather_objects",
     "mean_over_ranks_",
     "rank",
     "reduce_scatter_mean",
     "sum_over_ranks",
     "world_size",
 ]
+
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -63,6 +69,18 @@ def sum_over_ranks(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
+def from_rank_zero_(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by rank 0's, in place.
+
+    Args:
+        tensors: The same number, shapes, dtypes and order on every rank.
+    """
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+@torch.no_grad()
 def from_rank_zero(tensor: Tensor, device: torch.device) -> Tensor:
     """Rank 0's value of a tensor.
 
@@ -74,8 +92,7 @@ def from_rank_zero(tensor: Tensor, device: torch.device) -> Tensor:
         The value, on the CPU.
     """
     carried = tensor.to(device, copy=True)
-    if world_size() > 1:
-        dist.broadcast(carried, src=0)
+    from_rank_zero_([carried])
     return carried.to("cpu")
 
 
@@ -103,6 +120,15 @@ def gather_columns(columns: Tensor, out: Tensor) -> None:
     """
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(out.view(-1), columns)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, by rank; small picklable objects."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_ranks(value: bool, device: torch.device) -> bool:

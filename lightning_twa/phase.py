@@ -167,6 +167,11 @@ def shards_parameters(trainer: Trainer) -> bool:
     return "ModelParallelStrategy" in strategy_names(trainer)
 
 
+def restores_late(trainer: Trainer) -> bool:
+    """Whether checkpoints are loaded after ``on_fit_start``."""
+    return bool(trainer.strategy.restore_checkpoint_after_setup)
+
+
 # --- the data of the phase
 
 
@@ -248,6 +253,15 @@ class TrainerSwitch:
         schedulers = strategy.lr_scheduler_configs
         self._undo.callback(setattr, strategy, "optimizers", self.user_optimizers)
         self._undo.callback(setattr, strategy, "lr_scheduler_configs", schedulers)
+        # Checkpoints keep the user's states: what is dumped for the phase's optimizer is theirs.
+        # Every strategy then stores it as it does without the phase, also in pieces.
+        dump = strategy.optimizer_state
+
+        def dump_users(optimizer: Optimizer) -> dict[str, Any]:
+            return dump(self.user_optimizers[0])
+
+        self._undo.callback(delattr, strategy, "optimizer_state")
+        strategy.optimizer_state = dump_users  # type: ignore[method-assign]
         # The setter rebuilds the wrappers that are stepped; changing the list in place would not.
         strategy.optimizers = [optimizer]
         strategy.lr_scheduler_configs = [
@@ -344,10 +358,6 @@ class TrainerSwitch:
         trainer.val_check_interval = interval
         if check_batch is not None:
             trainer.val_check_batch = check_batch
-
-    def user_optimizer_states(self) -> list[dict[str, Any]]:
-        """The states that the user's optimizers had at the switch, for a checkpoint."""
-        return [self.trainer.strategy.optimizer_state(o) for o in self.user_optimizers]
 
     def restore(self) -> None:
         """Undo everything, last change first. May be called again."""

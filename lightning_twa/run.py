@@ -5,6 +5,7 @@ The callback's hooks call these methods; Trainer internals are behind :mod:`ligh
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lightning_twa import checks, phase, replay, report, sharing
 from lightning_twa.batchnorm import reestimate, tracked_batch_norms
-from lightning_twa.candidates import MemoryStore, persistent_buffers
+from lightning_twa.candidates import Store, persistent_buffers
 from lightning_twa.config import DATA, Settings
 from lightning_twa.distributed import (
     all_ranks,
@@ -22,6 +23,7 @@ from lightning_twa.distributed import (
 )
 from lightning_twa.schedule import CollectPlan
 from lightning_twa.subspace import SubspaceOptimizer, build_subspace
+from lightning_twa.subspace.columns import local_part, to_shards
 
 __all__ = ["Run"]
 
@@ -39,7 +41,7 @@ class Run:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.phase: Literal["collect", "optimize", "done"] = "collect"
-        self.store = MemoryStore(settings.collect.max_candidates)
+        self.store = Store()
         self.optimizer: SubspaceOptimizer | None = None
         self.averaging_weights: Tensor | None = None
         self.block_names: list[str] = []
@@ -70,6 +72,17 @@ class Run:
     def set_up(self, trainer: Trainer, module: LightningModule) -> None:
         """Check the settings and resolve the schedule; see :mod:`lightning_twa.checks`."""
         self._plan = checks.check_trainer(self.settings, trainer, module)
+        if len(self.store) > 0:  # the same Trainer goes on
+            return
+        directory = self.settings.storage.dirpath
+        self.store = Store(
+            self.settings.storage,
+            self.settings.collect.max_candidates,
+            root=Path(directory or Path(trainer.default_root_dir, "twa_candidates")),
+            processes_on_host=trainer.num_devices,
+            shards=phase.shards_parameters(trainer),
+            device=trainer.strategy.root_device,
+        )
 
     def _request_loader(self, trainer: Trainer) -> None:
         self._loader = checks.request_loader(self.settings, trainer)
@@ -151,9 +164,12 @@ class Run:
     def enter(self, trainer: Trainer, module: LightningModule) -> None:
         """Build the subspace, move the model into it, and let the Trainer step the coefficients."""
         assert self._switch is not None
+        to_shards(module)
         named = dict(module.named_parameters())
         optimized = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
-        names = self.store.varying(also={n for n, p in named.items() if id(p) in optimized})
+        self.store.drop_damaged()
+        varying = self.store.varying(also={n for n, p in named.items() if id(p) in optimized})
+        names = [name for name in named if name in varying]
         share = sharing.decide(
             self.settings, trainer, module, {name: named[name] for name in names}, len(self.store)
         )
@@ -309,12 +325,6 @@ class Run:
 
     # --- checkpoints
 
-    def user_optimizer_states(self) -> list[dict[str, Any]] | None:
-        """The states of the user's optimizers where the phase has replaced them, else ``None``."""
-        if self._switch is None or not self._switch.user_optimizers:
-            return None
-        return self._switch.user_optimizer_states()
-
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on with, in tensors, numbers, strings, lists and dicts; empty before the
         first candidate. A finished run needs no candidates any more.
@@ -366,9 +376,10 @@ class Run:
         self._epoch_batches = state["epoch_batches"]
         self._candidate_names = list(state["candidate_names"])
         # The subspace of a phase that has begun is spanned by all that it began with.
-        collecting = self.phase == "collect"
-        self.store = MemoryStore(self.settings.collect.max_candidates if collecting else None)
-        self.store.load_state_dict(state.get("candidates", []))
+        if self.phase != "collect":
+            self.store.max_candidates = None
+        if "candidates" in state:
+            self.store.load_state_dict(state["candidates"])
         self.averaging_weights = state.get("averaging_weights")
         self.block_names = list(state.get("block_names", []))
         if self.phase != "collect":
@@ -389,7 +400,9 @@ class Run:
 
 
 def _state(module: LightningModule) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **persistent_buffers(module)}
+    to_shards(module)
+    named = {**dict(module.named_parameters()), **persistent_buffers(module)}
+    return {name: local_part(tensor) for name, tensor in named.items()}
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from lightning_twa import phase
 from lightning_twa.config import Settings
 from lightning_twa.distributed import all_ranks, rank, world_size
+from lightning_twa.memory import free_bytes
 from lightning_twa.subspace.columns import (
     Columns,
     cut_evenly,
@@ -23,7 +23,7 @@ from lightning_twa.subspace.directions import stored_bytes
 from lightning_twa.subspace.exchange import Exchange, LocalShards, OneProcess, Replicate, Shard
 from lightning_twa.subspace.layout import ParameterLayout
 
-__all__ = ["Sharing", "decide", "free_bytes"]
+__all__ = ["Sharing", "decide"]
 
 COMFORTABLE = 0.5  # of the free memory that a basis may take without being sharded
 
@@ -106,28 +106,3 @@ def decide(
         )
         exchange = Shard(every, averaged=reason is not None, device=device)
     return Sharing(columns, exchange, reason is None, text)
-
-
-def free_bytes(device: torch.device, processes: int = 1) -> int | None:
-    """Memory that is free on a device.
-
-    Args:
-        device: A CUDA device, or another, for which main memory counts.
-        processes: Number of processes that share main memory.
-
-    Returns:
-        Bytes, ``None`` where the system does not say.
-    """
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024 // processes
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
-    except (AttributeError, OSError, ValueError):
-        return None

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
 
 pytestmark = [
     pytest.mark.slow,
@@ -271,11 +271,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, epoch) -> None:
             tmp_path / "saved", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True
         )
 
-    how = {"enable_checkpointing": True}
-    whole = fit(tmp_path / "whole", twa(), Regressor(batchnorm=True), callbacks=[saver()], **how)
+    how = {"enable_checkpointing": True, "callbacks": [saver()]}
+    storage = StorageConfig(dirpath=str(tmp_path / "candidates"))
+    whole = fit(tmp_path / "whole", twa(storage=storage), Regressor(batchnorm=True), **how)
     path = tmp_path / "saved" / f"epoch={epoch}.ckpt"
     torch.load(path, weights_only=True)
-    resumed = fit(tmp_path / "resumed", twa(), Regressor(batchnorm=True), ckpt_path=path)
+    module = Regressor(batchnorm=True)
+    resumed = fit(tmp_path / "resumed", twa(storage=storage), module, ckpt_path=path)
     for a, b in zip(whole, resumed, strict=True):
         assert equal(a["state"], b["state"])
         assert equal(a["averaging_weights"], b["averaging_weights"])

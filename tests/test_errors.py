@@ -12,10 +12,15 @@ import pytest
 import torch
 from common import Recorder, Regressor, loader, regression_data, trainer, weights
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 
@@ -415,15 +420,16 @@ def test_no_optimizer_is_refused(tmp_path, value) -> None:
 
 
 UNSUPPORTED = (
-    "TWACallback does not support {}. Use one device or strategy='ddp' (supported: "
-    "SingleDeviceStrategy, DDPStrategy)."
+    "TWACallback does not support {}. Use one device, strategy='ddp', or FSDP2 (supported: "
+    "SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)."
 )
+REASONS = {
+    "FSDPStrategy": "it flattens parameters; FSDP2 in ModelParallelStrategy does not",
+    "DeepSpeedStrategy": "its engine steps an optimizer of its own",
+}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "SingleDeviceXLAStrategy"],
-)
+@pytest.mark.parametrize("name", [*REASONS, "SingleDeviceXLAStrategy"])
 def test_a_strategy_that_is_not_supported_is_named(tmp_path, name) -> None:
     # the real ones need hardware or packages that this machine lacks; the check goes by name
     assert hasattr(L.pytorch.strategies, name)
@@ -431,10 +437,11 @@ def test_a_strategy_that_is_not_supported_is_named(tmp_path, name) -> None:
     unsupported = type(name, (SingleDeviceStrategy if single else Strategy,), {})
     unsupported.__abstractmethods__ = frozenset()
     the_trainer = trainer(tmp_path)
+    message = UNSUPPORTED.format(f"{name}: {REASONS[name]}" if name in REASONS else name)
     the_trainer._accelerator_connector.strategy = unsupported(*[torch.device("cpu")] * single)
     module = Regressor()
     before = weights(module)
-    with pytest.raises(ValueError, match=f"^{re.escape(UNSUPPORTED.format(name))}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         TWACallback(start_epoch=4).setup(the_trainer, module, "fit")
     assert torch.equal(weights(module), before)
 
@@ -455,6 +462,50 @@ def test_an_unsupported_strategy_fails_in_fit(tmp_path) -> None:
         UNSUPPORTED.format("OtherStrategy"),
         strategy=OtherStrategy(),
     )
+
+
+SHARDED = {
+    "distribute='replicate' does not go with ModelParallelStrategy, which leaves each process a "
+    "part": {"distribute": "replicate"},
+    "StorageConfig(kind='memory') does not go with ModelParallelStrategy: a checkpoint holds the "
+    "callback state of one process": {"storage": StorageConfig(kind="memory")},
+}
+
+
+@pytest.mark.parametrize("message", SHARDED)
+def test_what_sharded_parameters_exclude(tmp_path, message) -> None:
+    the_trainer = trainer(tmp_path, strategy=ModelParallelStrategy())
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        TWACallback(**SHARDED[message]).setup(the_trainer, Regressor(), "fit")
+
+
+STORAGE = {
+    "Invalid StorageConfig.kind='ram'. Must be one of 'auto', 'memory', 'disk'.": {"kind": "ram"},
+    "Invalid StorageConfig.dtype='float16'. Must be one of 'float32', 'bfloat16'.": {
+        "dtype": "float16"
+    },
+    "Invalid StorageConfig.dirpath=''. Must be a directory, or None (in the Trainer's": {
+        "dirpath": ""
+    },
+    "Invalid StorageConfig.dirpath=3. Must be a directory": {"dirpath": 3},
+    "StorageConfig.dirpath='x' needs kind='disk' or 'auto', but kind='memory' writes no files.": {
+        "dirpath": "x",
+        "kind": "memory",
+    },
+}
+
+
+@pytest.mark.parametrize("message", STORAGE)
+def test_storage_that_cannot_be(message) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        StorageConfig(**STORAGE[message])
+
+
+def test_distribute_must_be_one_of_three() -> None:
+    with pytest.raises(
+        ValueError, match=r"Invalid distribute='rows'\. Must be one of 'auto', 'rep"
+    ):
+        TWACallback(distribute="rows")  # type: ignore[arg-type]
 
 
 def test_strategies_derived_from_a_supported_one_are_supported(tmp_path) -> None:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from lightning_twa.batchnorm import reestimate, tracked_batch_norms
-from lightning_twa.candidates import MemoryStore, persistent_buffers, take
+from lightning_twa.candidates import Store, persistent_buffers
+from lightning_twa.candidates.candidate import agreed_buffers, take
 
 
 class Net(nn.Module):
@@ -24,7 +25,7 @@ class Net(nn.Module):
 
 def test_a_candidate_is_a_copy() -> None:
     net = Net()
-    candidate = take(net, "first")
+    candidate = take(net, "first", agreed_buffers(net))
     before = net.a.weight.detach().clone()
     with torch.no_grad():
         net.a.weight += 1
@@ -33,7 +34,7 @@ def test_a_candidate_is_a_copy() -> None:
 
 
 def test_frozen_parameters_share_memory_until_they_change() -> None:
-    net, store = Net(), MemoryStore()
+    net, store = Net(), Store()
     store.add(net, "first")
     one = store.nbytes
     store.add(net, "second")
@@ -45,22 +46,22 @@ def test_frozen_parameters_share_memory_until_they_change() -> None:
     first, second, third = store
     assert second.parameters["b.weight"] is first.parameters["b.weight"]
     assert not torch.equal(third.parameters["b.weight"], first.parameters["b.weight"])
-    assert store.varying() == ["b.weight"]
-    assert store.varying(also={"a.bias"}) == ["a.bias", "b.weight"]
+    assert store.varying() == {"b.weight"}
+    assert store.varying(also={"a.bias"}) == {"a.bias", "b.weight"}
 
 
 def test_the_newest_are_kept() -> None:
-    net, store = Net(), MemoryStore(max_candidates=2)
+    net, store = Net(), Store(max_candidates=2)
     for name in "abcd":
         store.add(net, name)
     assert store.names == ["c", "d"]
-    again = MemoryStore(max_candidates=1)
+    again = Store(max_candidates=1)
     again.load_state_dict(store.state_dict())
     assert again.names == ["d"]
 
 
 def test_means_are_exact_for_what_does_not_change() -> None:
-    net, store = Net(), MemoryStore()
+    net, store = Net(), Store()
     for i in range(7):
         net.count.fill_(i)
         with torch.no_grad():
@@ -78,10 +79,18 @@ def test_a_trainable_weight_that_is_not_finite_is_named() -> None:
     net = Net()
     net.a.bias.data[1] = torch.nan
     with pytest.raises(ValueError, match=r"Candidate 'x', tensor 'a\.bias', holds 1 NaN"):
-        take(net, "x")
+        Store().add(net, "x")
     frozen = Net()
     frozen.b.weight.data[0, 0] = -torch.inf  # a mask kept as a parameter
-    take(frozen, "x")
+    Store().add(frozen, "x")
+
+
+def test_trainable_parameters_can_be_rounded() -> None:
+    net = Net()
+    candidate = take(net, "x", agreed_buffers(net), dtype=torch.bfloat16)
+    assert torch.equal(candidate.parameters["a.weight"], net.a.weight.bfloat16())
+    assert torch.equal(candidate.parameters["b.weight"], net.b.weight), "it is frozen"
+    assert torch.equal(candidate.buffers["third"], net.third)
 
 
 # --- BatchNorm

@@ -1,5 +1,7 @@
-"""Where weights wait between collecting and the phase."""
+"""Where weights wait: copies of the weights, in memory or in files."""
 
-from lightning_twa.candidates.memory import Candidate, MemoryStore, persistent_buffers, take
+from lightning_twa.candidates.candidate import Candidate, persistent_buffers
+from lightning_twa.candidates.files import CandidateFileError
+from lightning_twa.candidates.store import Store
 
-__all__ = ["Candidate", "MemoryStore", "persistent_buffers", "take"]
+__all__ = ["Candidate", "CandidateFileError", "Store", "persistent_buffers"]

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_twa.subspace.layout import TILE, ParameterLayout, TensorSpec, pad
 
-__all__ = ["Columns", "cut_evenly", "held_everywhere", "held_locally", "local_part"]
+__all__ = ["Columns", "cut_evenly", "held_everywhere", "held_locally", "local_part", "to_shards"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,15 @@ def local_part(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         part: Tensor = to_local()
     return part
+
+
+def to_shards(module: nn.Module) -> None:
+    """Let FSDP2 give up gathered parameters, as they are after an evaluation: what is read and
+    written are the shards. Other modules are not touched.
+    """
+    for part in module.modules():
+        if callable(getattr(part, "unshard", None)):
+            part.reshard()  # type: ignore[operator]
 
 
 def _is_first_replica(parameter: Tensor, rank: int) -> bool:

@@ -134,6 +134,8 @@ class SubspaceOptimizer(Optimizer):
         gradient = self.exchange.project(self.subspace, self._outputs)
         if gradient is None:
             return loss
+        if float(self.param_groups[0]["lr"]) == 0.0 and not bool(gradient.any()):
+            return loss  # somebody (torch.distributed.checkpoint) only wants to see a state
         if not bool(torch.isfinite(gradient).all()):
             self.skipped_steps += 1
             warnings.warn(

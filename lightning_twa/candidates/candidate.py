@@ -1,0 +1,122 @@
+"""A candidate: a copy of the weights at one moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_twa.distributed import from_rank_zero_, gather_objects, mean_over_ranks_
+from lightning_twa.subspace.columns import local_part, to_shards
+from lightning_twa.subspace.layout import check_finite
+
+__all__ = ["Candidate", "agreed_buffers", "check_weights", "persistent_buffers", "take"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A copy of the weights at one moment, on the CPU.
+
+    Args:
+        name: ``"epoch=3"`` or ``"step=120"``.
+        parameters: Name to tensor, tied parameters once.
+        buffers: Name to tensor, the buffers that a state dict holds.
+    """
+
+    name: str
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a state dict holds, by name; shared ones once."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, child in module.named_modules():
+        for name, buffer in child._buffers.items():
+            if buffer is None or name in child._non_persistent_buffers_set or id(buffer) in seen:
+                continue
+            seen.add(id(buffer))
+            result[f"{prefix}.{name}" if prefix else name] = buffer
+    return result
+
+
+def check_weights(module: nn.Module, name: str) -> None:
+    """Check that the trainable weights are finite; every process calls it.
+
+    Args:
+        module: The model.
+        name: Name of the candidate that they are to become.
+
+    Raises:
+        ValueError: On every process, naming the tensor that is not finite on one of them.
+    """
+    to_shards(module)
+    problem = None
+    try:
+        for key, parameter in module.named_parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                check_finite(local_part(parameter), f"Candidate {name!r}, tensor {key!r},")
+    except ValueError as error:
+        problem = str(error)
+    for found in gather_objects(problem):
+        if found is not None:
+            raise ValueError(found)
+
+
+@torch.no_grad()
+def agreed_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's persistent buffers on the CPU, the same on every process: means of
+    floating-point ones (running statistics differ), rank 0's values of the others.
+    """
+    result = {key: local_part(b).clone() for key, b in persistent_buffers(module).items()}
+    mean_over_ranks_(buffer for buffer in result.values() if buffer.is_floating_point())
+    from_rank_zero_(buffer for buffer in result.values() if not buffer.is_floating_point())
+    return {key: _to_cpu(buffer) for key, buffer in result.items()}
+
+
+@torch.no_grad()
+def take(
+    module: nn.Module,
+    name: str,
+    buffers: dict[str, Tensor],
+    previous: Candidate | None = None,
+    dtype: torch.dtype | None = None,
+) -> Candidate:
+    """Copy a module's weights, of a sharded one this process's part, to the CPU.
+
+    A frozen parameter that is as in ``previous`` shares its memory, so that fine-tuning a few
+    adapters keeps one copy of the backbone.
+
+    Args:
+        module: The model.
+        name: Name of the candidate.
+        buffers: From :func:`agreed_buffers`.
+        previous: The candidate taken before.
+        dtype: What trainable parameters are rounded to; ``None`` keeps their own dtype.
+    """
+    to_shards(module)
+    parameters: dict[str, Tensor] = {}
+    for key, parameter in module.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        own = local_part(parameter)
+        old = None if previous is None else previous.parameters.get(key)
+        if old is not None and not parameter.requires_grad and _same(old, own):
+            parameters[key] = old
+        else:
+            parameters[key] = _to_cpu(own, dtype if parameter.requires_grad else None)
+    return Candidate(name, parameters, buffers)
+
+
+def _to_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return tensor.detach().to(
+        device="cpu", dtype=dtype, copy=True, memory_format=torch.contiguous_format
+    )
+
+
+def _same(old: Tensor, new: Tensor) -> bool:
+    return (
+        old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new.detach().cpu())
+    )

@@ -1,0 +1,150 @@
+"""Files of a run's candidates, which the processes of a host share."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning_twa.candidates.candidate import Candidate
+from lightning_twa.candidates.files import (
+    CandidateFileError,
+    Reference,
+    delete_candidate,
+    make_directory,
+    read_candidate,
+    write_candidate,
+)
+from lightning_twa.distributed import gather_objects, rank, world_size
+
+__all__ = ["Disk"]
+
+Files = list[Reference]
+
+
+class Disk:
+    """A directory of one run's candidates, mapped into the memory of every process.
+
+    One process writes for all that see its files; each host that does not see them has a writer of
+    its own. Where parameters are sharded, every process writes its shards. Every process calls
+    every method.
+
+    Args:
+        root: Directory of the directories of runs, the same path on every host.
+        shards: Whether each process has a part of every parameter.
+    """
+
+    def __init__(self, root: Path, *, shards: bool = False) -> None:
+        self.root = root
+        self.shards = shards
+        self.directory: Path | None = None
+        self._part = root  # where this process writes
+        self._writes = False
+
+    def write(self, make: Callable[[], Candidate]) -> tuple[Candidate, Files]:
+        """Write a candidate and map it.
+
+        Args:
+            make: Gives the candidate; called where it is written.
+
+        Returns:
+            The mapped candidate, and its file or, with shards, the files of all processes.
+
+        Raises:
+            OSError: On every process, when one of them could not write, or not read what was
+                written.
+        """
+        if self.directory is None:
+            self._open()
+        written: Reference | None = None
+        problem = None
+        if self._writes:
+            candidate = make()
+            try:
+                written = write_candidate(self.root, self._part, candidate)
+            except (OSError, TypeError, ValueError) as error:
+                problem = str(error)
+        answers = gather_objects((written, problem))
+        files = [reference for reference, _ in answers if reference is not None]
+        files = files if self.shards else files[:1]
+        try:
+            _raise_on_all([problem for _, problem in answers], OSError)
+            return self.read(files, verify=False), files
+        except (OSError, CandidateFileError) as error:
+            if written is not None:
+                delete_candidate(self.root, written)
+            raise OSError(str(error)) from error
+
+    def read(self, files: Files, *, verify: bool = True) -> Candidate:
+        """Map a candidate.
+
+        Args:
+            files: From :meth:`write`.
+            verify: Read the file and compare its digest.
+
+        Raises:
+            CandidateFileError: On every process, naming the file that one of them could not read.
+        """
+        if len(files) != (world_size() if self.shards else 1):
+            raise CandidateFileError(
+                f"Candidate {files[0].name!r} was written by {len(files)} process(es) with a part "
+                f"of the parameters each, but now there are {world_size()} with "
+                f"{'a part' if self.shards else 'all'} of them. Resume as it was."
+            )
+        mine = files[rank()] if self.shards else files[0]
+        candidate, problem = None, None
+        try:
+            candidate = read_candidate(self.root, mine, verify=verify)
+        except CandidateFileError as error:
+            problem = str(error)
+        _raise_on_all(gather_objects(problem), CandidateFileError)
+        assert candidate is not None
+        return candidate
+
+    def delete(self, files: Files) -> None:
+        """Delete a candidate's file where this process has written it; never another run's."""
+        mine = files[rank()] if self.shards else files[0]
+        if self._writes and mine.file.startswith(f"{self.directory.name}/"):  # type: ignore[union-attr]
+            delete_candidate(self.root, mine)
+
+    def _open(self) -> None:
+        """Agree on a new directory, and on who writes."""
+        made, problem = None, None
+        if rank() == 0:
+            try:
+                made = make_directory(self.root).name
+            except OSError as error:
+                problem = str(error)
+        made, problem = gather_objects((made, problem))[0]
+        _raise_on_all([problem], OSError)
+        directory = self.root / str(made)
+        host = (_host(), directory.is_dir())
+        hosts = gather_objects(host)
+        first = hosts.index(host) == rank() and not host[1]
+        self._writes = self.shards or rank() == 0 or first
+        self._part = directory
+        if self.shards:
+            self._part = directory / f"rank_{rank()}_of_{world_size()}"
+        if self._writes:
+            try:
+                self._part.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                problem = str(error)
+        _raise_on_all(gather_objects(problem), OSError)
+        self.directory = directory
+
+
+def _host() -> str:
+    """What tells this machine from others."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()} {boot}"
+
+
+def _raise_on_all(problems: list[str | None], kind: type[Exception]) -> None:
+    """Raise when any process has a problem; every process has all of them."""
+    for problem in problems:
+        if problem is not None:
+            raise kind(problem)

@@ -1,0 +1,279 @@
+"""The candidates of a run: a window of them, in main memory or in files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_twa.candidates.candidate import (
+    Candidate,
+    agreed_buffers,
+    check_weights,
+    take,
+)
+from lightning_twa.candidates.disk import Disk
+from lightning_twa.candidates.files import CandidateFileError, Reference
+from lightning_twa.config import StorageConfig
+from lightning_twa.distributed import all_ranks, gather_objects
+from lightning_twa.memory import free_bytes
+
+__all__ = ["Store"]
+
+SMALL = 0.25  # of free memory that candidates may take there
+FROZEN = "frozen"  # name of the candidate that holds what never changes
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A candidate and, where it is on disk, its files."""
+
+    candidate: Candidate
+    files: list[Reference] | None = None
+
+
+class Store:
+    """A window of candidates, oldest first. Every process calls every method.
+
+    Args:
+        config: Where they are kept.
+        max_candidates: The newest so many are kept; ``None`` keeps all.
+        root: Directory for files; ``None`` for memory only.
+        processes_on_host: Number of processes that share the memory of this one.
+        shards: Whether each process has a part of every parameter.
+        device: Device whose backend carries messages.
+    """
+
+    def __init__(
+        self,
+        config: StorageConfig | None = None,
+        max_candidates: int | None = None,
+        *,
+        root: Path | None = None,
+        processes_on_host: int = 1,
+        shards: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        self.config = config or StorageConfig(kind="memory")
+        self.max_candidates = max_candidates
+        self._shards = shards
+        self._shared = processes_on_host > 1 or shards
+        self._device = device or torch.device("cpu")
+        on_disk = self.config.kind != "memory" and root is not None
+        self.disk = Disk(root, shards=shards) if on_disk and root is not None else None
+        self._dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else None
+        self._entries: list[_Entry] = []
+        self._frozen: _Entry | None = None
+        self._dropped: list[_Entry] = []  # out of the window, but a checkpoint may need them
+        self._checkpoints: list[set[str]] = []  # files named by the two newest checkpoints
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (entry.candidate for entry in self._entries)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the candidates, oldest first."""
+        return [entry.candidate.name for entry in self._entries]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of main memory; shared tensors count once, mapped files not."""
+        return sum(_tensors(e.candidate for e in self._entries if e.files is None).values())
+
+    def add(self, module: nn.Module, name: str) -> None:
+        """Keep the module's weights as the newest candidate.
+
+        What cannot be written to a file stays in memory, with a warning.
+
+        Raises:
+            ValueError: Naming the tensor, when a trainable weight is not finite.
+        """
+        check_weights(module, name)
+        buffers = agreed_buffers(module)
+        entry = self._write(module, name, buffers) if self._goes_to_disk(module) else None
+        if entry is None:
+            previous = self._entries[-1].candidate if self._entries else None
+            entry = _Entry(take(module, name, buffers, previous, self._dtype))
+        self._entries.append(entry)
+        self._keep_newest()
+
+    def _keep_newest(self) -> None:
+        if self.max_candidates is not None:
+            self._dropped += self._entries[: -self.max_candidates]
+            del self._entries[: -self.max_candidates]
+        self._delete_dropped()
+
+    def _delete_dropped(self) -> None:
+        """Delete files out of the window that neither of the two newest checkpoints names: one of
+        them may be just being written, and then the other is what a killed run goes on from.
+        """
+        named = set().union(*self._checkpoints)
+        for entry in list(self._dropped):
+            files = entry.files or []
+            if not named & {reference.file for reference in files}:
+                self._dropped.remove(entry)
+                if files and self.disk is not None:
+                    self.disk.delete(files)
+
+    def _goes_to_disk(self, module: nn.Module) -> bool:
+        if self.disk is None or self.config.kind == "disk" or self._shared:
+            return self.disk is not None
+        free = free_bytes(torch.device("cpu"))
+        new = sum(p.nbytes for p in module.parameters())
+        small = free is None or self.nbytes + new <= SMALL * (free + self.nbytes)
+        return not all_ranks(small, self._device)
+
+    def _write(self, module: nn.Module, name: str, buffers: dict[str, Tensor]) -> _Entry | None:
+        """Write a candidate to a file, and what is frozen to one of its own, once."""
+        assert self.disk is not None
+        try:
+            if self._frozen is None and not all(p.requires_grad for p in module.parameters()):
+                self._frozen = _Entry(*self.disk.write(lambda: _frozen_part(module)))
+            frozen = {} if self._frozen is None else self._frozen.candidate.parameters
+            known = Candidate(FROZEN, frozen, {})
+
+            def changing() -> Candidate:
+                whole = take(module, name, buffers, known, self._dtype)
+                own = {k: v for k, v in whole.parameters.items() if v is not frozen.get(k)}
+                return Candidate(name, own, whole.buffers)
+
+            own, files = self.disk.write(changing)
+            return _Entry(_joined(own, frozen), files)
+        except OSError as error:
+            rank_zero_warn(
+                f"Candidate {name!r} could not be written to {self.disk.root} ({error}). It is "
+                f"kept in memory instead. Make room there, or set StorageConfig.dirpath."
+            )
+            return None
+
+    def varying(self, also: Collection[str] = ()) -> set[str]:
+        """Names of the parameters that differ between candidates, and of those in ``also``."""
+        first, *others = self
+        differ = {
+            name
+            for name, tensor in first.parameters.items()
+            if name in also
+            or any(
+                c.parameters[name] is not tensor and not torch.equal(c.parameters[name], tensor)
+                for c in others
+            )
+        }
+        return set().union(*gather_objects(differ))
+
+    def mean_buffers(self) -> dict[str, Tensor]:
+        """Uniform average of the floating-point buffers; the newest candidate's value of the
+        others.
+
+        Summed in float64, so that a buffer that is the same in every candidate stays as it is.
+        """
+        *_, newest = self
+        return {
+            name: _mean([c.buffers[name] for c in self]).to(buffer.dtype)
+            if buffer.is_floating_point()
+            else buffer
+            for name, buffer in newest.buffers.items()
+        }
+
+    def mean_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Uniform average of the parameters, one float64 tensor at a time."""
+        *_, newest = self
+        for name in newest.parameters:
+            yield name, _mean([c.parameters[name] for c in self])
+
+    def drop_damaged(self) -> None:
+        """Before the candidates are used: drop those whose file has changed, with a warning."""
+        for entry in list(self._entries):
+            if entry.files is None or self.disk is None:
+                continue
+            try:
+                self.disk.read(entry.files)
+            except CandidateFileError as error:
+                rank_zero_warn(f"A candidate is left out: {error}")
+                self._entries.remove(entry)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The candidates, oldest first: names with tensors, or with the files that hold them."""
+        window = [e for e in self._entries if e.files is not None or not self._shards]
+        if len(window) < len(self._entries):
+            # This process's part of it is all that there is here.
+            rank_zero_warn(
+                f"The checkpoint leaves out {len(self._entries) - len(window)} candidate(s) that "
+                f"could not be written to files: sharded parameters fit into no other place."
+            )
+        entries = [*window, *([self._frozen] if self._frozen is not None else [])]
+        named = {reference.file for entry in entries for reference in entry.files or []}
+        self._checkpoints = [*self._checkpoints[-1:], named]
+        return {
+            "window": [_entry_state(entry) for entry in window],
+            "frozen": None if self._frozen is None else _entry_state(self._frozen),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the candidates by those of :meth:`state_dict`.
+
+        Raises:
+            CandidateFileError: Naming a file that is missing, damaged or outside of the directory.
+            ValueError: When the state is not one of :meth:`state_dict`.
+        """
+        frozen = state["frozen"]
+        self._frozen = None if frozen is None else self._read(frozen, {})
+        shared = {} if self._frozen is None else self._frozen.candidate.parameters
+        self._entries = [self._read(entry, shared) for entry in state["window"]]
+        self._keep_newest()
+
+    def _read(self, state: dict[str, Any], frozen: dict[str, Tensor]) -> _Entry:
+        if "files" not in state:
+            return _Entry(Candidate(state["name"], state["parameters"], state["buffers"]))
+        files = [Reference.from_state(reference) for reference in state["files"]]
+        if self.disk is None:
+            raise ValueError(
+                f"The checkpoint's candidates are in files ({files[0].file}), but this callback "
+                f"has StorageConfig(kind='memory'). Resume with kind='auto' or 'disk'."
+            )
+        return _Entry(_joined(self.disk.read(files), frozen), files)
+
+
+def _frozen_part(module: nn.Module) -> Candidate:
+    whole = take(module, FROZEN, {})
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    return Candidate(FROZEN, {k: v for k, v in whole.parameters.items() if k not in trained}, {})
+
+
+def _joined(own: Candidate, frozen: dict[str, Tensor]) -> Candidate:
+    return Candidate(own.name, {**frozen, **own.parameters}, own.buffers)
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    total = values[0].double()
+    for value in values[1:]:
+        total = total + value
+    return total / len(values)
+
+
+def _tensors(candidates: Iterator[Candidate] | Any) -> dict[int, int]:
+    """Bytes of the tensors by address."""
+    return {
+        t.data_ptr(): t.nbytes
+        for c in candidates
+        for t in (*c.parameters.values(), *c.buffers.values())
+    }
+
+
+def _entry_state(entry: _Entry) -> dict[str, Any]:
+    candidate = entry.candidate
+    if entry.files is not None:
+        files = [reference.state_dict() for reference in entry.files]
+        return {"name": candidate.name, "files": files}
+    return {
+        "name": candidate.name,
+        "parameters": dict(candidate.parameters),
+        "buffers": dict(candidate.buffers),
+    }
