@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_twa.config import SubspaceConfig
-from lightning_twa.distributed import from_rank_zero, sum_over_ranks
+from lightning_twa.distributed import all_ranks, from_rank_zero, sum_over_ranks
 from lightning_twa.subspace.columns import Columns
 from lightning_twa.subspace.directions import DenseDirections, Directions, PackedDirections
 from lightning_twa.subspace.layout import ParameterLayout, TensorSpec
@@ -98,9 +98,10 @@ class Subspace:
         return self.center.nbytes + self.stored.nbytes
 
     def __repr__(self) -> str:
+        held = "" if self.local_layout is self.layout else f"columns={self.local_layout.numel}, "
         return (
             f"Subspace(basis={self.config.basis!r}, n={self.num_candidates}, "
-            f"k={self.num_directions}, D={self.layout.numel}, B={self.num_blocks}, "
+            f"k={self.num_directions}, D={self.layout.numel}, {held}B={self.num_blocks}, "
             f"bits={self.config.bits}, bytes={self.nbytes}, device={str(self.center.device)!r}, "
             f"relative_error={self.stored.error:.3g})"
         )
@@ -215,6 +216,8 @@ def build_subspace(
     for part, spec, rows in pieces.tiles(centered=config.basis != "orthonormal"):
         stored.write(part, mixing[spec.block] @ rows)
     stored.close()
+    if columns is not None:
+        stored.prepare(lambda compiled: all_ranks(compiled, carrier))
     return Subspace(config, layout, center.to(target), stored, mixing, pieces.layout)
 
 

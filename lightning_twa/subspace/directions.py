@@ -7,7 +7,7 @@ and hold nothing of the length of the whole vector in between.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +50,14 @@ class Directions(Protocol):
 
     def close(self) -> None:
         """All columns are written."""
+
+    def prepare(self, agree: Callable[[bool], bool]) -> None:
+        """Compile what is to be compiled, where that works in every process that shares the
+        subspace: the same sums in another order would give them other weights.
+
+        Args:
+            agree: Whether its argument is true in every process; all of them call it.
+        """
 
     def project(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """``(k, B)`` float64 on the CPU; see :meth:`Subspace.project`."""
@@ -100,6 +108,9 @@ class DenseDirections:
     def close(self) -> None:
         """Compute the error."""
         self.error = _relative(*self._squares)
+
+    def prepare(self, agree: Callable[[bool], bool]) -> None:
+        """Nothing to compile."""
 
     def _columns(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
         """Rows of some columns in the layout's dtype: at once, or a few at a time if converted."""
@@ -263,6 +274,18 @@ class PackedDirections:
         self._flush()
         self._buffer = self._buffer[:, :0]
         self.error = _relative(*self._squares)
+
+    def prepare(self, agree: Callable[[bool], bool]) -> None:
+        """See :class:`Directions`."""
+        if self._path == "compiled":
+            chunk = self._chunks[0]
+            size = chunk.last - chunk.first
+            dtype = self.layout.dtype
+            for i, shape in enumerate(((size, TILE_GROUPS, GROUP), (size, self.num_directions))):
+                vector = self.scales.new_zeros(shape, dtype=dtype)
+                self._run(i, chunk.first, chunk.last, vector)
+        if not agree(self._path == "compiled"):
+            self._path = "tiled"
 
     def _cut(self, tiles: int, size: int) -> list[_Chunk]:
         """Chunks of one size, so that one compiled kernel serves them all; the last one overlaps

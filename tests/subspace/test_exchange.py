@@ -1,0 +1,303 @@
+"""A step that several processes take together, against one process in float64."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run
+from torch import Tensor
+
+from lightning_twa import SolverConfig, Subspace, SubspaceConfig, SubspaceOptimizer, build_subspace
+from lightning_twa.subspace import directions, exchange, kernels
+from lightning_twa.subspace.columns import Columns, cut_evenly, held_everywhere
+from lightning_twa.subspace.layout import TILE, ParameterLayout
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
+    pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork"),
+]
+
+CPU = torch.device("cpu")
+# Cut inside tensors, between them, and through one that is a whole number of tiles.
+SHAPES = {
+    "a": (130, 100),
+    "bias": (7,),
+    "scalar": (),
+    "empty": (0, 3),
+    "tiles": (2, TILE),
+    "conv": (64, 3, 3, 3),
+    "large": (150, 121),
+}
+
+
+def tensors(seed: int, shapes: Any = None) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = SHAPES if shapes is None else shapes
+    return {k: torch.randn(s, generator=generator) for k, s in shapes.items()}
+
+
+def layout(config: SubspaceConfig, like: dict[str, Tensor]) -> ParameterLayout:
+    return ParameterLayout.from_tensors(like, config.blocks)
+
+
+# --- which columns
+
+
+@pytest.mark.parametrize("blocks", ["global", "tensor", 500])
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 64])
+def test_every_column_is_held_once_and_evenly(blocks, processes) -> None:
+    config = SubspaceConfig(blocks=blocks)
+    whole = layout(config, tensors(0))
+    every = cut_evenly(whole, processes)
+    assert len(every) == processes
+    for i, spec in enumerate(whole.specs):
+        pieces = [columns.pieces[i] for columns in every]
+        assert pieces[0].start == 0
+        assert pieces[-1].stop == spec.stop - spec.start
+        assert all(a.stop == b.start for a, b in itertools.pairwise(pieces))
+    sizes = [columns.local.numel for columns in every]
+    padding = TILE * whole.num_blocks  # blocks start at a tile
+    assert sum(sizes) == whole.numel
+    assert max(sizes) <= (whole.numel + padding) / processes + TILE
+
+
+@pytest.mark.parametrize("bits", [3, 4, 32])
+def test_shards_hold_what_one_process_holds_of_their_columns(bits) -> None:
+    """Codes and scales too: the low-bit error does not depend on the number of processes."""
+    config = SubspaceConfig(bits=bits, blocks=2000)
+    members = [tensors(i) for i in range(5)]
+    one = build_subspace(members, config)
+    every = cut_evenly(one.layout, 3)
+    parts = [build_subspace(members, config, columns=c, mixing=one.mixing) for c in every]
+    assert sum(p.nbytes for p in parts) == one.nbytes
+    assert max(p.nbytes for p in parts) < 0.5 * one.nbytes
+    for i, spec in enumerate(one.layout.specs):
+        local = [p.directions[:, p.local_layout.specs[i].start : p.local_layout.specs[i].stop]
+                 for p in parts]  # fmt: skip
+        assert torch.equal(torch.cat(local, dim=1), one.directions[:, spec.start : spec.stop])
+
+
+def test_a_process_without_columns(tmp_path) -> None:
+    """More processes than tiles."""
+    members = [tensors(i, {"w": (5, 3)}) for i in range(3)]
+    for bits in (4, 32):
+        one = build_subspace(members, SubspaceConfig(bits=bits))
+        empty, full = cut_evenly(one.layout, 2)
+        assert (empty.local.numel, full.local.numel) == (0, 15)
+        nothing = build_subspace(
+            members, SubspaceConfig(bits=bits), columns=empty, mixing=one.mixing
+        )
+        gradient = [torch.randn(0)]
+        assert torch.equal(nothing.project(gradient), torch.zeros(2, 1, dtype=torch.float64))
+        nothing.expand(torch.ones(2, 1), [torch.empty(0)])
+
+
+# --- steps
+
+
+def parameters(dtypes: str) -> dict[str, Tensor]:
+    """In several memory layouts and dtypes."""
+    result = {k: torch.zeros_like(t) for k, t in tensors(0).items()}
+    result["a"] = torch.zeros(100, 130).t()
+    result["conv"] = result["conv"].contiguous(memory_format=torch.channels_last)
+    if dtypes == "bfloat16":
+        result = {k: t.bfloat16() for k, t in result.items()}
+    elif dtypes == "mixed":
+        result["large"] = result["large"].bfloat16()
+    return {k: t.requires_grad_() for k, t in result.items()}
+
+
+def gradients(rank: int, step: int) -> dict[str, Tensor | None]:
+    """Sparse ones, ones that this process does not have, and at step 2 none on process 1."""
+    found: dict[str, Tensor | None] = {**tensors(100 * (rank + 1) + step)}
+    if rank == 1:
+        found["conv"] = None
+    if step == 2 and rank == 1:
+        return dict.fromkeys(found)
+    return found
+
+
+def make_exchange(kind: str, whole: ParameterLayout, rank: int, size: int) -> tuple[Any, Columns]:
+    every = cut_evenly(whole, size)
+    if kind == "replicate":
+        return exchange.Replicate(CPU), held_everywhere(whole, rank, size)
+    shard = exchange.Shard(every, averaged=kind == "averaged", device=CPU, bucket=10_000)
+    return shard, every[rank]
+
+
+STEPS = 4
+SOLVER = SolverConfig(radius=3.0)
+
+
+def steps(folder: Path, kind: str, config: SubspaceConfig, dtypes: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    members = [tensors(i) for i in range(5)]
+    named = parameters(dtypes)
+    # Different machines, different eigenvectors: the first process's are used.
+    if rank > 0:
+        plain = torch.linalg.eigh
+        torch.linalg.eigh = lambda m: (lambda r: (r[0], r[1].roll(1, 0)))(plain(m))  # type: ignore[assignment]
+    how, columns = make_exchange(kind, layout(config, named), rank, size)
+    subspace = build_subspace(members, config, columns=columns)
+    if rank > 0:
+        torch.linalg.eigh = plain  # type: ignore[assignment]
+    optimizer = SubspaceOptimizer(named.items(), subspace, SOLVER, total_steps=STEPS, exchange=how)
+    history = [[p.detach().clone() for p in named.values()]]
+    for step in range(STEPS):
+        mine = gradients(rank, step)
+        if kind == "averaged":
+            everyone = [gradients(r, step) for r in range(size)]
+            mine = {k: mean([g[k] for g in everyone]) for k in named}
+        for name, parameter in named.items():
+            gradient = mine[name]
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        optimizer.step()
+        history.append([p.detach().clone() for p in named.values()])
+    torch.save(
+        {"history": history, "x": optimizer.coefficients, "beta": optimizer.averaging_weights},
+        folder / f"rank{rank}.pt",
+    )
+
+
+def mean(values: list[Tensor | None]) -> Tensor:
+    like = next(v for v in values if v is not None)
+    return sum(torch.zeros_like(like) if v is None else v for v in values) / len(values)  # type: ignore[return-value]
+
+
+def expected(config: SubspaceConfig, size: int) -> tuple[list[list[Tensor]], Tensor]:
+    """One process in float64 with the mean of the gradients."""
+    members = [{k: t.double() for k, t in tensors(i).items()} for i in range(5)]
+    named = {k: torch.zeros_like(t).requires_grad_() for k, t in members[0].items()}
+    subspace = build_subspace(members, config)
+    optimizer = SubspaceOptimizer(named.items(), subspace, SOLVER, total_steps=STEPS)
+    history = [[p.detach().clone() for p in named.values()]]
+    for step in range(STEPS):
+        everyone = [gradients(r, step) for r in range(size)]
+        for name, parameter in named.items():
+            parameter.grad = mean([g[name] for g in everyone]).double()
+        optimizer.step()
+        history.append([p.detach().clone() for p in named.values()])
+    return history, optimizer.averaging_weights
+
+
+CONFIGS = {
+    "dense": SubspaceConfig(),
+    "4 bits": SubspaceConfig(bits=4, blocks=2000),
+    "a block per tensor": SubspaceConfig(bits=3, blocks="tensor"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("kind", ["replicate", "shard", "averaged"])
+def test_steps_equal_one_process(tmp_path, kind, config, processes) -> None:
+    run(steps, processes, tmp_path, kind, CONFIGS[config], "float32")
+    reports = [torch.load(tmp_path / f"rank{r}.pt") for r in range(processes)]
+    history, beta = expected(CONFIGS[config], processes)
+    for report in reports:
+        for mine, first in zip(report["history"], reports[0]["history"], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, first, strict=True))
+        assert torch.equal(report["beta"], reports[0]["beta"])
+    for found, exact in zip(reports[0]["history"], history, strict=True):
+        a, b = (torch.cat([t.double().reshape(-1) for t in ts]) for ts in (found, exact))
+        assert float((a - b).norm() / b.norm()) < 1e-5
+    torch.testing.assert_close(reports[0]["beta"], beta, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtypes", ["bfloat16", "mixed"])
+@pytest.mark.parametrize("kind", ["replicate", "shard"])
+def test_parameters_of_low_precision(tmp_path, kind, dtypes) -> None:
+    run(steps, 2, tmp_path, kind, CONFIGS["4 bits"], dtypes)
+    first, second = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
+    history, _ = expected(CONFIGS["4 bits"], 2)
+    for mine, other, exact in zip(first["history"], second["history"], history, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+        a, b = (torch.cat([t.double().reshape(-1) for t in ts]) for ts in (mine, exact))
+        assert float((a - b).norm() / b.norm()) < 2e-2
+
+
+def no_gradient(folder: Path, kind: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    named = {k: t.requires_grad_() for k, t in tensors(0).items()}
+    how, columns = make_exchange(kind, layout(SubspaceConfig(), named), rank, size)
+    subspace = build_subspace([tensors(i) for i in range(3)], columns=columns)
+    optimizer = SubspaceOptimizer(named.items(), subspace, total_steps=2, exchange=how)
+    before = copy.deepcopy(named)
+    optimizer.step()
+    assert optimizer.steps == 0
+    assert all(torch.equal(named[k], before[k]) for k in named)
+    # a gradient that is not finite on one process: all of them skip the step
+    for name, parameter in named.items():
+        parameter.grad = torch.full_like(parameter, torch.nan if rank == 1 else 1.0)
+        assert name in before
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(named[k], before[k]) for k in named)
+    (folder / f"passed{rank}").touch()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["replicate", "shard"])
+def test_without_any_gradient_and_with_one_that_is_not_finite_nothing_moves(tmp_path, kind) -> None:
+    run(no_gradient, 2, tmp_path, kind)
+    assert len(list(tmp_path.glob("passed*"))) == 2
+
+
+def broken_compiler(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    directions.COMPILE_ENTRIES = 0
+
+    def broken(*args: Any) -> Tensor:
+        raise RuntimeError("no C++ compiler")
+
+    works: Callable[..., Tensor] = kernels.project_by_tile
+    kernels.compiled_kernels = lambda: (  # type: ignore[assignment]
+        (works, kernels.expand_by_tile) if rank == 0 else (broken, broken)
+    )
+    whole = layout(SubspaceConfig(), tensors(0))
+    columns = held_everywhere(whole, rank, size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*could not be compiled")
+        subspace = build_subspace(
+            [tensors(i) for i in range(3)], SubspaceConfig(bits=4), columns=columns
+        )
+    (folder / f"{rank} {subspace.stored.path}").touch()
+
+
+@pytest.mark.slow
+def test_where_one_process_cannot_compile_none_does(tmp_path) -> None:
+    run(broken_compiler, 2, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0 tiled", "1 tiled"]
+
+
+def test_what_is_exchanged_at_a_time_is_bounded() -> None:
+    whole = layout(SubspaceConfig(), tensors(0))
+    for processes in (2, 7):
+        shard = exchange.Shard(
+            cut_evenly(whole, processes), averaged=False, device=CPU, bucket=1000
+        )
+        rows, width = shard._shape
+        assert rows * width <= 1000
+        assert (rows, len(shard._buckets)) == (processes, shard._size // width)
+
+
+def test_the_repr_of_a_shard_says_so() -> None:
+    members = [tensors(i) for i in range(3)]
+    one: Subspace = build_subspace(members)
+    part = build_subspace(members, columns=cut_evenly(one.layout, 2)[0], mixing=one.mixing)
+    assert f"D={one.layout.numel}" in repr(part)
+    assert f"columns={part.local_layout.numel}" in repr(part)
+    assert "columns" not in repr(one)
