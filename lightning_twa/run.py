@@ -258,6 +258,12 @@ class Run:
         self.phase = "done"
         for line in report.finish_report(self.optimizer, batches):
             rank_zero_info(line)
+        if self.store.files is not None:
+            directory, size = self.store.files
+            rank_zero_info(
+                f"TWA: the candidates stay in {directory} ({size / 2**20:.1f} MiB). Checkpoints "
+                f"written before the phase ended need them."
+            )
 
     def _reestimate_batchnorm(self, trainer: Trainer, module: LightningModule) -> int | None:
         """Returns the number of batches; ``None`` when there was nothing to do, or no way to."""

@@ -25,8 +25,8 @@ def run(function: Callable[..., None], processes: int, *args: Any) -> None:
     assert context is None
 
 
-def _work(rank: int, function: Callable[..., None], size: int, port: int, args: Any) -> None:
-    torch.set_num_threads(1)
+def torchrun_environment(rank: int, size: int, port: int) -> None:
+    """Set what torchrun tells each process it starts on one node."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -38,6 +38,11 @@ def _work(rank: int, function: Callable[..., None], size: int, port: int, args: 
         TORCHELASTIC_RUN_ID="test",
         TORCHELASTIC_USE_AGENT_STORE="False",
     )
+
+
+def _work(rank: int, function: Callable[..., None], size: int, port: int, args: Any) -> None:
+    torch.set_num_threads(1)
+    torchrun_environment(rank, size, port)
     function(*args)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator
 from copy import deepcopy
@@ -14,10 +15,12 @@ import torch
 from common import Regressor, loader, regression_data, trainer, weights
 from helpers_resume import equal, state
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
+from lightning_twa.subspace import exchange
 
 pytestmark = [
     pytest.mark.slow,
@@ -499,16 +502,72 @@ def test_whoever_looks_at_gradients_sees_their_mean(tmp_path, case) -> None:
         assert flag is True
 
 
-def test_local_gradients_give_the_same_run_as_averaged_ones(tmp_path, monkeypatch) -> None:
-    local = fit(tmp_path / "local", twa(), Regressor(), train=strided(2))
+@pytest.mark.parametrize("n", [64, 61], ids=["even", "the last batches are 7 and 6 samples"])
+@pytest.mark.parametrize("distribute", ["replicate", "shard"])
+def test_local_gradients_give_the_same_run_as_averaged_ones(
+    tmp_path, monkeypatch, distribute, n
+) -> None:
+    """Processes count alike, as in DDP, also where their last batches differ in size."""
+    module, how = Wide(), {"train": strided(2, n), "use_distributed_sampler": False}
+    local = fit(tmp_path / "local", twa(distribute=distribute), deepcopy(module), **how)
     monkeypatch.setattr("lightning_twa.phase.needs_true_gradient", lambda *args: "a test asks")
-    averaged = fit(tmp_path / "averaged", twa(), Regressor(), train=strided(2))
+    averaged = fit(tmp_path / "averaged", twa(distribute=distribute), module, **how)
     torch.testing.assert_close(
         flat(local[0]["state"]), flat(averaged[0]["state"]), rtol=1e-6, atol=1e-7
     )
     torch.testing.assert_close(
         local[0]["averaging_weights"], averaged[0]["averaging_weights"], rtol=1e-5, atol=1e-7
     )
+
+
+class Overflows(Wide):
+    """One rank's loss is infinite once in the phase."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        bad = (self.trainer.current_epoch, batch_idx, self.trainer.global_rank) == (4, 1, 1)
+        return loss * torch.inf if bad else loss
+
+
+@pytest.mark.parametrize("distribute", ["replicate", "shard"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(tmp_path, distribute) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    two = fit(
+        tmp_path,
+        twa(distribute=distribute),
+        Overflows(),
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+    )
+    assert equal(two[0], two[1])
+    phase = [weights for name, weights in two[0]["steps"] if name != "collect"]
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(phase)]
+    assert moved == [False, True, True, True, True, True, True]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_auto_shards_where_memory_is_short_on_any_rank(tmp_path, monkeypatch, sharded) -> None:
+    class Says(Wide):
+        """Remembers how the phase is shared, as the tensors that a report can hold."""
+
+        def on_train_epoch_start(self) -> None:
+            if self.trainer.current_epoch == 5:
+                optimizer = self.trainer.optimizers[0]
+                self.extra = [torch.tensor(isinstance(optimizer.exchange, exchange.Shard)),
+                              torch.tensor(optimizer.subspace.nbytes)]  # fmt: skip
+
+    d = sum(p.numel() for p in Wide().parameters())
+    limit = 2 * 4 * d * (3 + 1) - sharded  # twice three directions, at most, and the center
+
+    def free(device: torch.device, processes: int) -> int | None:
+        assert processes == 2
+        return None if torch.distributed.get_rank() == 0 else limit
+
+    monkeypatch.setattr("lightning_twa.sharing.free_bytes", free)
+    reports = fit(tmp_path, twa(), Says())
+    assert [bool(r["extra"][0]) for r in reports] == [sharded] * 2
+    held = 4 * d * (2 + 1)
+    total = sum(int(r["extra"][1]) for r in reports)
+    assert total == (held if sharded else 2 * held)
 
 
 def test_buffers_are_equal_on_all_ranks_when_validated_and_saved(tmp_path) -> None:

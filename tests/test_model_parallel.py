@@ -190,6 +190,24 @@ def test_shards_equal_one_process_on_the_same_global_batches(tmp_path, basis, pr
     )
 
 
+@pytest.mark.parametrize("how", [{"gradient_clip_val": 0.05}, {"accumulate_grad_batches": 2}])
+def test_gradients_that_are_clipped_and_accumulated(tmp_path, how) -> None:
+    module = Sharded()
+    (one,) = fit(tmp_path / "one", deepcopy(module), 1, {}, **how)
+    first, second = fit(tmp_path / "two", module, 2, {}, **how)
+    assert equal(first["steps"], second["steps"])
+    for (_, a), (_, b) in zip(one["steps"], first["steps"], strict=True):
+        assert float((a - b).norm() / a.norm()) < 1e-5
+
+
+def test_the_average_of_the_candidates_is_validated(tmp_path) -> None:
+    """Shards are swapped in and out of gathered parameters."""
+    module = Sharded(batchnorm=True)
+    plain = fit(tmp_path / "plain", deepcopy(module), 2, {})
+    swapped = fit(tmp_path / "swapped", module, 2, {"validate_average": True})
+    assert equal(plain[0]["steps"], swapped[0]["steps"])
+
+
 @pytest.mark.parametrize("bits", [4, 16])
 def test_packed_shards(tmp_path, bits) -> None:
     """Groups end where shards do, so codes are not those of one process; the result is close."""

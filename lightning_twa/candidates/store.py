@@ -84,6 +84,14 @@ class Store:
         return [entry.candidate.name for entry in self._entries]
 
     @property
+    def files(self) -> tuple[Path, int] | None:
+        """The directory of this run's files and their bytes; ``None`` when it has written none."""
+        if self.disk is None or self.disk.directory is None:
+            return None
+        entries = [*self._entries, *([self._frozen] if self._frozen is not None else [])]
+        return self.disk.directory, sum(f.size for e in entries for f in e.files or [])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of main memory; shared tensors count once, mapped files not."""
         return sum(_tensors(e.candidate for e in self._entries if e.files is None).values())
