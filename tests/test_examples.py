@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import json
 import math
 import re
 import subprocess
@@ -164,3 +166,38 @@ def test_minimal_prints_accuracy_and_averaging_weights() -> None:
     learned = re.findall(rf"^({NUMBER}) of the weights after epoch=(\d+)$", output, re.M)
     assert [int(epoch) for _, epoch in learned] == list(range(8, 16))
     assert sum(float(weight) for weight, _ in learned) == pytest.approx(1, abs=0.005)
+
+
+def rows_of(output: str, title: str) -> list[list[str]]:
+    """Cells of the first table after a title."""
+    lines = output[output.index(title) :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|---"))
+    body = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 1 :])
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in body]
+
+
+@pytest.mark.slow
+def test_communication_counts_what_each_scheme_sends(tmp_path: Path) -> None:
+    d, n = 40_000, 4
+    small = ("--numel", str(d), "--candidates", str(n), "--rounds", "2", "--bandwidth", "10")
+    far = ("--far-numel", "1e6", "1e10", "--far-processes", "8", "--far-candidates", str(n))
+    saved = tmp_path / "rows.json"
+    output = run_example(
+        "benchmarks/communication.py", *small, *far, "--model", "--json", str(saved)
+    )
+    sent = {row["scheme"]: row["sent"] for row in json.loads(saved.read_text())}
+    message = 8 * (n + 1)  # half of twice it: two processes
+    assert sent["DDP AdamW"] == 4 * d
+    assert sent["paper, rows"] == 2 * sent["DDP AdamW"]
+    assert sent["replicate, 32 bits"] == sent["replicate, 4 bits"] == message
+    for bits in (32, 4):
+        padded = sent[f"shard, {bits} bits"] - message
+        assert 4 * d <= padded <= 4 * (d + 2 * 8192)
+    assert [row[0] for row in rows_of(output, "2 processes")] == list(sent)
+
+    kept = rows_of(output, "Sent, GB a step and GPU")
+    assert kept[0][4] == kept[1][4], "what replicate sends does not depend on D"
+    assert float(kept[1][2]) == pytest.approx(1e4 * float(kept[0][2]), rel=1e-2)
+    times = rows_of(output, "Optimizer step and exchange, ms")
+    assert [cell == "-" for cell in times[0][2:]] == [False] * 6
+    assert [cell == "-" for cell in times[1][2:]] == [True] * 4 + [False] * 2
