@@ -16,6 +16,7 @@ from common import Regressor, loader, regression_data, trainer, weights
 from helpers_resume import equal, state
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -106,7 +107,7 @@ def fit(
     processes: int = 2,
     callbacks: Any = (),
     ckpt_path: Path | None = None,
-    strategy: str = "ddp_fork",
+    strategy: Any = "ddp_fork",
     train: DataLoader | None = None,
     val: DataLoader | None = None,
     **kwargs: Any,
@@ -518,6 +519,32 @@ def test_local_gradients_give_the_same_run_as_averaged_ones(
     torch.testing.assert_close(
         local[0]["averaging_weights"], averaged[0]["averaging_weights"], rtol=1e-5, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("options", [{"static_graph": True}, {"find_unused_parameters": True}])
+def test_ddp_s_own_options(tmp_path, options) -> None:
+    """Also when a run is resumed in the phase, with a graph that DDP has not seen so far."""
+
+    def strategy() -> DDPStrategy:
+        return DDPStrategy(start_method="fork", **options)
+
+    storage = StorageConfig(dirpath=str(tmp_path / "c"))
+    saver = ModelCheckpoint(
+        tmp_path / "saved", "{epoch}", save_top_k=-1, save_on_train_epoch_end=True
+    )
+    module, how = Wide(), {"train": strided(2), "use_distributed_sampler": False}
+    plain = fit(tmp_path / "plain", twa(storage=storage), deepcopy(module), **how)
+    whole = fit(
+        tmp_path / "whole", twa(storage=storage), deepcopy(module), callbacks=[saver],
+        strategy=strategy(), enable_checkpointing=True, **how,
+    )  # fmt: skip
+    torch.testing.assert_close(flat(whole[0]["state"]), flat(plain[0]["state"]))
+    path = tmp_path / "saved" / "epoch=4.ckpt"
+    resumed = fit(
+        tmp_path / "resumed", twa(storage=storage), module, ckpt_path=path,
+        strategy=strategy(), **how,
+    )  # fmt: skip
+    assert equal(whole[0]["state"], resumed[0]["state"])
 
 
 class Overflows(Wide):
