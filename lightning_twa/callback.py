@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.checks import check_parameters
@@ -23,6 +23,7 @@ from lightning_twa.config import (
 )
 from lightning_twa.phase import restores_late
 from lightning_twa.run import Run
+from lightning_twa.swap import restore_raw_weights
 
 __all__ = ["TWACallback"]
 
@@ -297,11 +298,19 @@ class TWACallback(Callback):
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
         if finished:
             checkpoint["callbacks"][self.state_key] = self.state_dict()
+        if self.settings.validate_average:
+            self._run.average_in_checkpoint(trainer, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Testing a checkpoint needs its weights alone; what this run learned stays."""
+        """Go on from the raw weights where the checkpoint holds an average too. Testing needs a
+        checkpoint's weights alone; what this run learned stays.
+        """
         self._restore_wanted = trainer.state.fn == "fit"
+        if self._restore_wanted:
+            restore_raw_weights(pl_module, checkpoint)
+            if not checkpoint.get("callbacks", {}).get(self.state_key):
+                rank_zero_info("TWA: the checkpoint holds no candidates; collecting starts here.")
         if self._restore_wanted and restores_late(trainer):
             self._restored_late = trainer

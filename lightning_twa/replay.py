@@ -9,16 +9,65 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_twa import phase
+from lightning_twa.batchnorm import reestimate, tracked_batch_norms
+from lightning_twa.distributed import all_ranks
 
-__all__ = ["training_steps"]
+__all__ = ["reestimate_batchnorm", "training_steps"]
 
 LOGGING = ("log", "log_dict")
+
+
+def reestimate_batchnorm(
+    trainer: Trainer, module: LightningModule, get_loader: Callable[[], Any], seen: int
+) -> int | None:
+    """Compute BatchNorm statistics for the weights in place; every rank calls it.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        get_loader: :meth:`TrainerSwitch.user_training_loader`.
+        seen: Batches of an epoch of data without a length.
+
+    Returns:
+        The number of batches; ``None`` when there was nothing to do, or, with a warning, no way to.
+    """
+    training = phase.modules_in_training(trainer, module)
+    layers = tracked_batch_norms(module, training)
+    if not layers:
+        return None
+    loader = get_loader()
+    limit = phase.loader_batches(loader)
+    problem: Exception | None = None
+
+    def forward() -> int:
+        nonlocal problem
+        batches = 0
+        try:
+            batches = training_steps(
+                trainer, module, loader, training, seen if limit is None else limit
+            )
+        except Exception as error:  # a training_step that needs gradients, say
+            problem = error
+        device = trainer.strategy.root_device
+        return batches if all_ranks(problem is None and batches > 0, device) else 0
+
+    batches = reestimate(layers, forward)
+    if batches == 0:
+        reason = f"{type(problem).__name__}: {problem}" if problem else "there was no batch"
+        rank_zero_warn(
+            f"BatchNorm statistics could not be re-estimated for the averaged weights "
+            f"({reason}); they are left as training had them. Re-estimate them with "
+            f"torch.optim.swa_utils.update_bn before you use the model."
+        )
+        return None
+    return batches
 
 
 def training_steps(

@@ -8,26 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_twa import checks, phase, replay, report, sharing
-from lightning_twa.batchnorm import reestimate, tracked_batch_norms
 from lightning_twa.candidates import Store, persistent_buffers
 from lightning_twa.config import DATA, Settings
-from lightning_twa.distributed import (
-    all_ranks,
-    mean_over_ranks_,
-)
+from lightning_twa.distributed import mean_over_ranks_
 from lightning_twa.schedule import CollectPlan
+from lightning_twa.state import FORMAT_VERSION, RAW_WEIGHTS, check_state
 from lightning_twa.subspace import SubspaceOptimizer, build_subspace
-from lightning_twa.subspace.columns import local_part, to_shards
+from lightning_twa.subspace.columns import to_shards
+from lightning_twa.swap import AverageSwap, copy_into
 
 __all__ = ["Run"]
-
-FORMAT_VERSION = 1
 
 
 class Run:
@@ -51,7 +46,7 @@ class Run:
         self._switch: phase.TrainerSwitch | None = None
         self._started: dict[str, Any] = {}  # epoch and optimizer step of the switch, and its data
         self._restored: dict[str, Any] | None = None  # what load_state_dict() left for enter()
-        self._raw: dict[str, Tensor] | None = None  # the weights, while the average is validated
+        self._swap = AverageSwap()
         self._epoch_batches: int | None = None  # batches of the last whole epoch of collecting
         self._local_buffers = False  # nobody but average_buffers() makes them equal on all ranks
         self._warned = False  # of too few candidates
@@ -81,6 +76,7 @@ class Run:
             root=Path(directory or Path(trainer.default_root_dir, "twa_candidates")),
             processes_on_host=trainer.num_devices,
             shards=phase.shards_parameters(trainer),
+            keep_named=_keeps_older_checkpoints(trainer),
             device=trainer.strategy.root_device,
         )
 
@@ -128,8 +124,9 @@ class Run:
         """At the start of an epoch: switch into the phase when its epoch has come."""
         if self.phase != "collect" or trainer.current_epoch < self.plan.start_epoch:
             return
+        self.store.drop_damaged()
         if len(self.store) < 2:
-            # Only data without a length gets here: otherwise the checks have seen it coming.
+            # Data without a length, or damaged files: the checks have seen the rest coming.
             if not self._warned:
                 rank_zero_warn(
                     f"TWA needs at least two candidates, but collecting {self.plan.describe()} "
@@ -167,7 +164,6 @@ class Run:
         to_shards(module)
         named = dict(module.named_parameters())
         optimized = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
-        self.store.drop_damaged()
         varying = self.store.varying(also={n for n, p in named.items() if id(p) in optimized})
         names = [name for name in named if name in varying]
         share = sharing.decide(
@@ -267,55 +263,30 @@ class Run:
 
     def _reestimate_batchnorm(self, trainer: Trainer, module: LightningModule) -> int | None:
         """Returns the number of batches; ``None`` when there was nothing to do, or no way to."""
-        training = phase.modules_in_training(trainer, module)
-        layers = tracked_batch_norms(module, training)
-        if not layers:
-            return None
         switch = self._switch or phase.TrainerSwitch(trainer)
-        loader = switch.user_training_loader()
-        limit = phase.loader_batches(loader)
-        if limit is None:
-            limit = max(self._epoch_batches or 0, phase.batches_seen(trainer))
-        problem: Exception | None = None
-
-        def forward() -> int:
-            nonlocal problem
-            batches = 0
-            try:
-                batches = replay.training_steps(trainer, module, loader, training, limit)
-            except Exception as error:  # a training_step that needs gradients, say
-                problem = error
-            device = trainer.strategy.root_device
-            return batches if all_ranks(problem is None and batches > 0, device) else 0
-
-        batches = reestimate(layers, forward)
-        if batches == 0:
-            reason = f"{type(problem).__name__}: {problem}" if problem else "there was no batch"
-            rank_zero_warn(
-                f"BatchNorm statistics could not be re-estimated for the averaged weights "
-                f"({reason}); they are left as training had them. Re-estimate them with "
-                f"torch.optim.swa_utils.update_bn before you use the model."
-            )
-            return None
-        return batches
+        limit = max(self._epoch_batches or 0, phase.batches_seen(trainer))
+        return replay.reestimate_batchnorm(trainer, module, switch.user_training_loader, limit)
 
     # --- validation of the uniform average while collecting
 
     def swap_average_in(self, trainer: Trainer, module: LightningModule) -> None:
         """Put the uniform average of the candidates so far into the model."""
-        if len(self.store) == 0:
-            return
-        state = _state(module)
-        self._raw = {name: tensor.detach().clone() for name, tensor in state.items()}
-        copy_into(state, dict(self.store.mean_parameters()))
-        copy_into(state, self.store.mean_buffers())
-        self._reestimate_batchnorm(trainer, module)
+        self._swap.put_in(module, self.store, lambda: self._reestimate_batchnorm(trainer, module))
 
     def swap_average_out(self, module: LightningModule) -> None:
         """Put the weights back; does nothing where they are in place."""
-        if self._raw is not None:
-            copy_into(_state(module), self._raw)
-            self._raw = None
+        self._swap.take_out(module)
+
+    def average_in_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Give a checkpoint that is written while collecting the average that was validated last,
+        and the weights to go on from under a key of their own.
+        """
+        if self.phase != "collect" or phase.shards_parameters(trainer):
+            return
+        averaged = self._swap.averaged(checkpoint["state_dict"])
+        if averaged is not None:
+            checkpoint[RAW_WEIGHTS] = checkpoint["state_dict"]
+            checkpoint["state_dict"] = averaged
 
     # --- the end
 
@@ -365,14 +336,10 @@ class Run:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: When the state has another format, or the phase another subspace or solver.
+            ValueError: When the state has another format or is damaged, or the phase another
+                subspace or solver.
         """
-        version = state.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"The checkpoint holds TWACallback state of format_version={version}, but this "
-                f"version of lightning-twa reads {FORMAT_VERSION}. Use the version that wrote it."
-            )
+        check_state(state)
         if state["phase"] == "optimize" and state["settings"] != self._fixed_settings():
             raise ValueError(
                 f"The checkpoint's phase was started with {state['settings']}, but this callback "
@@ -405,14 +372,10 @@ class Run:
         }
 
 
-def _state(module: LightningModule) -> dict[str, Tensor]:
-    to_shards(module)
-    named = {**dict(module.named_parameters()), **persistent_buffers(module)}
-    return {name: local_part(tensor) for name, tensor in named.items()}
-
-
-@torch.no_grad()
-def copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Copy each value into the target of its name."""
-    for name, value in values.items():
-        targets[name].copy_(value)
+def _keeps_older_checkpoints(trainer: Trainer) -> bool:
+    """Whether a checkpoint callback keeps others than the newest checkpoint."""
+    return any(
+        getattr(callback, "monitor", None) is not None
+        or getattr(callback, "save_top_k", -1) not in (0, 1)
+        for callback in trainer.checkpoint_callbacks
+    )

@@ -8,14 +8,17 @@ import lightning as L
 import pytest
 import torch
 from common import Recorder, Regressor, loader, trainer, weights
-from helpers_resume import equal, ordered, state
+from helpers_resume import equal, ordered, run, state
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_twa import CollectConfig, TWACallback
 
-pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be"),
+]
 
 
 def twa(**kwargs: Any) -> TWACallback:
@@ -46,9 +49,7 @@ def statistics(module: torch.nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("phase", ["collect", "optimize", "done"])
 def test_a_checkpoint_of_every_phase_loads_with_weights_only(tmp_path, phase, data) -> None:
     saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    module, recorder, _ = fit(
-        tmp_path, twa(data=data, validate_average=True), Regressor(True), [saver]
-    )
+    module, recorder, _ = fit(tmp_path, twa(data=data), Regressor(True), [saver])
     epoch = {"collect": 2, "optimize": 4, "done": 5}[phase]
     path = tmp_path / f"epoch={epoch}.ckpt"
     checkpoint = torch.load(path, weights_only=True)
@@ -214,3 +215,53 @@ def test_the_last_checkpoint_holds_the_finished_average(
     (own,) = [v for k, v in checkpoint["callbacks"].items() if "TWACallback" in k]
     assert equal(checkpoint["state_dict"], state(module))
     assert own["phase"] == "done"
+
+
+def test_with_validate_average_checkpoints_hold_the_validated_average_and_raw_weights(
+    tmp_path,
+) -> None:
+    """The monitored metric is that of ``state_dict``; a resumed run goes on from the other."""
+    seen: dict[str, dict[str, Tensor]] = {}
+
+    class Seen(L.Callback):
+        """What was validated, and the weights that training goes on from."""
+
+        def on_validation_batch_start(self, trainer: L.Trainer, pl_module: Any, *a: Any) -> None:
+            if not trainer.sanity_checking:
+                seen[f"average {trainer.current_epoch}"] = state(pl_module)
+
+        def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            seen[f"raw {trainer.current_epoch}"] = state(pl_module)
+
+    def twa() -> TWACallback:
+        return TWACallback(4, collect=CollectConfig(start=0), validate_average=True)
+
+    def make() -> Regressor:
+        return Regressor(batchnorm=True)
+
+    saver = ModelCheckpoint(
+        tmp_path, "{epoch}", monitor="val_loss", save_top_k=-1, save_on_train_epoch_end=False
+    )
+    plain_twa = run(tmp_path, make, lambda: TWACallback(4, collect=CollectConfig(start=0)))
+    L.seed_everything(1, verbose=False)
+    module, the_twa = make(), twa()
+    the_trainer = trainer(tmp_path, callbacks=[the_twa, Seen(), saver], enable_checkpointing=True)
+    the_trainer.fit(module, ordered(), ordered(32, seed=1))
+    assert equal(state(module), plain_twa.state), "validation changes nothing"
+    for epoch in range(6):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        checkpoint = torch.load(path, weights_only=True)
+        # the first validation comes before the first candidate
+        assert equal(checkpoint["state_dict"], seen[f"average {epoch}"])
+        assert ("current_model_state" in checkpoint) == (1 <= epoch < 4)
+        if 1 <= epoch < 4:
+            assert equal(checkpoint["current_model_state"], seen[f"raw {epoch}"])
+            assert not equal(checkpoint["state_dict"], seen[f"raw {epoch}"])
+        loaded = make()
+        loaded.load_state_dict(checkpoint["state_dict"])
+        (metrics,) = trainer(tmp_path).validate(loaded, ordered(32, seed=1), verbose=False)
+        assert metrics["val_loss"] == pytest.approx(float(checkpoint["callbacks"][saver.state_key]
+                                                          ["current_score"]))  # fmt: skip
+        if epoch < 5:
+            resumed = run(tmp_path / "resumed", make, twa, ckpt_path=path)
+            assert equal(resumed.state, state(module)), epoch

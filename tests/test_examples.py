@@ -201,3 +201,23 @@ def test_communication_counts_what_each_scheme_sends(tmp_path: Path) -> None:
     times = rows_of(output, "Optimizer step and exchange, ms")
     assert [cell == "-" for cell in times[0][2:]] == [False] * 6
     assert [cell == "-" for cell in times[1][2:]] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.slow
+def test_checkpointing_prints_what_checkpoints_and_candidates_take() -> None:
+    width, n = 64, 4
+    small = ("--width", str(width), "--candidates", str(n), "--rounds", "1")
+    output = run_example("benchmarks/checkpointing.py", *small)
+    rows = rows_of(output, "candidates in")
+    moments = ["collecting", "in the phase", "finished"]
+    assert [row[:2] for row in rows] == [
+        [name, moment] for name in ("plain", "memory", "files") for moment in moments
+    ]
+    megabytes = {(name, moment): float(cells[0]) for name, moment, *cells in rows}
+    parameters = 4 * (width + 1) * width * 4 / 1e6
+    for moment, copies in zip(moments, (n - 1, n, 0), strict=True):
+        added = megabytes["memory", moment] - megabytes["plain", moment]
+        assert added == pytest.approx(copies * parameters, abs=0.1)
+        assert megabytes["files", moment] == pytest.approx(megabytes["plain", moment], abs=0.1)
+    kept = {row[0]: float(row[3]) for row in rows_of(output, "| what |")}
+    assert kept["memory, float32"] == kept["files, float32"] == pytest.approx(parameters, abs=0.1)

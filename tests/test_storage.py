@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def run(
 
 
 def saver(folder: Path, **kwargs: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True, **kwargs)
+    options = {"save_top_k": -1, "save_on_train_epoch_end": True, **kwargs}
+    return ModelCheckpoint(folder, "{epoch}", **options)
 
 
 def files(folder: Path) -> list[str]:
@@ -145,7 +147,8 @@ def test_files_out_of_the_window_are_deleted(tmp_path) -> None:
     assert files(tmp_path / "c") == [f"version_0/epoch={e}.safetensors" for e in (2, 3)]
 
 
-def test_files_that_the_newest_checkpoints_name_are_kept(tmp_path) -> None:
+@pytest.mark.parametrize("kept_checkpoints", [1, -1])
+def test_files_that_checkpoints_name_are_kept(tmp_path, kept_checkpoints) -> None:
     collect = CollectConfig(start=0, max_candidates=2)
     kept = []
 
@@ -155,21 +158,44 @@ def test_files_that_the_newest_checkpoints_name_are_kept(tmp_path) -> None:
 
     run(
         tmp_path,
-        twa(tmp_path / "c", collect=collect),
+        twa(tmp_path / "c", collect=collect, start_epoch=5),
         Regressor(),
-        saver(tmp_path / "ck"),
+        saver(tmp_path / "ck", save_top_k=kept_checkpoints),
         Look(),
         enable_checkpointing=True,
     )
-    # the checkpoint of epoch 2 may still be being written when the candidate of epoch 3 is taken
-    assert kept[:5] == [[], ["0"], ["0", "1"], ["0", "1", "2"], ["0", "1", "2", "3"]]
-    for epoch in (2, 3):
+    # When candidate 4 was taken, the checkpoints of epochs 2 and 3 were the newest two, of which
+    # the last might have been just being written.
+    if kept_checkpoints == 1:
+        assert kept[-1] == ["1", "2", "3", "4"]
+        return
+    assert kept[-1] == ["0", "1", "2", "3", "4"]
+    for epoch in (0, 1, 2, 3):
         run(
             tmp_path,
-            twa(tmp_path / "c", collect=collect),
+            twa(tmp_path / "c", collect=collect, start_epoch=5),
             Regressor(),
             ckpt_path=tmp_path / "ck" / f"epoch={epoch}.ckpt",
         )
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_testing_needs_no_files(tmp_path, stage) -> None:
+    run(
+        tmp_path,
+        twa(tmp_path / "c"),
+        Regressor(),
+        saver(tmp_path / "ck"),
+        enable_checkpointing=True,
+    )
+    shutil.rmtree(tmp_path / "c")
+    for epoch in (2, 4, 5):
+        path = tmp_path / "ck" / f"epoch={epoch}.ckpt"
+        module = Regressor()
+        tester = trainer(tmp_path, callbacks=[twa(tmp_path / "c")])
+        getattr(tester, stage)(module, loader(), ckpt_path=path, verbose=False)
+        expected = torch.load(path, weights_only=True)["state_dict"]
+        assert equal(state(module), expected)
 
 
 # --- resume

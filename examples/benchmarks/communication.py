@@ -292,26 +292,34 @@ class Cost:
         vectors: Bytes of vectors of the model's length that are read and written.
         dense: Bytes of full-precision directions that are read.
         packed: Bytes of packed directions that are read.
-        sent: Bytes sent.
+        reduced: Bytes sent in all-reduces.
+        scattered: Bytes sent in reduce-scatters and all-gathers.
         messages: Number of collectives.
     """
 
     vectors: float
     dense: float
     packed: float
-    sent: float
+    reduced: float
+    scattered: float
     messages: float
+
+    @property
+    def sent(self) -> float:
+        """Bytes sent."""
+        return self.reduced + self.scattered
 
     def terms(self) -> list[float]:
         """In the order of :data:`CONSTANTS`."""
-        return [self.vectors, self.dense, self.packed, self.sent, self.messages]
+        return [self.vectors, self.dense, self.packed, self.reduced, self.scattered, self.messages]
 
 
 CONSTANTS = (
     "seconds per byte of vectors",
     "seconds per byte of dense directions",
     "seconds per byte of packed directions",
-    "seconds per byte sent",
+    "seconds per byte sent, all-reduce",
+    "seconds per byte sent, reduce-scatter and all-gather",
     "seconds per collective",
 )
 BUCKET = 1 << 24
@@ -332,23 +340,19 @@ def cost(scheme: str, d: float, w: int, k: int, bits: int) -> Cost:
     directions = 2 * k * d * per_entry  # read by project and by expand
     message = 8 * (k + 1) * 2 * ring
     if scheme == "DDP AdamW":  # flatten, average, and AdamW's seven
-        return Cost(4 * d * 11, 0, 0, 4 * d * 2 * ring, 1)
+        return Cost(4 * d * 11, 0, 0, 4 * d * 2 * ring, 0, 1)
     if scheme == "FSDP AdamW":  # the reduce-scatter; AdamW's seven on a part
-        return Cost(4 * d * 7 / w, 0, 0, 4 * d * ring, 1)
-    if scheme == "paper, rows":
-        return Cost(4 * d * 9, directions / w, 0, 4 * d * 4 * ring, 2)
-    passes, share, sent, messages = 3.0, 1.0, message, 1
+        return Cost(4 * d * 7 / w, 0, 0, 0, 4 * d * ring, 1)
+    if scheme == "paper, rows":  # the slowest process has one row more where they do not divide
+        return Cost(4 * d * 9, directions * math.ceil(k / w) / k, 0, 4 * d * 4 * ring, 0, 2)
+    passes, share, scattered, messages = 3.0, 1.0, 0.0, 1
     if scheme == "shard":  # fill and empty the buckets
-        passes, share, sent, messages = (
-            6 + 3 / w,
-            1 / w,
-            message + 4 * d * 2 * ring,
-            1 + 2 * buckets,
-        )
+        passes, share, scattered = 6 + 3 / w, 1 / w, 4 * d * 2 * ring
+        messages = 1 + 2 * buckets
     elif scheme == "local shards":  # with FSDP's own reduce-scatter
-        passes, share, sent, messages = 3 / w, 1 / w, message + 4 * d * ring, 2
+        passes, share, scattered, messages = 3 / w, 1 / w, 4 * d * ring, 2
     dense, packed = (directions, 0.0) if bits == 32 else (0.0, directions)
-    return Cost(4 * d * passes, dense * share, packed * share, sent, messages)
+    return Cost(4 * d * passes, dense * share, packed * share, message, scattered, messages)
 
 
 def fit(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
@@ -393,7 +397,7 @@ FAR = ("DDP AdamW", "paper, rows", "replicate", "shard", "FSDP AdamW", "local sh
 def state_bytes(scheme: str, d: float, w: int, k: int, bits: int) -> float:
     """What a GPU holds: weights, gradients, AdamW's two (which rest in the phase), directions."""
     entry = k * d * (bits / 8 + 2 / 128) + 4 * d  # and the center
-    directions = {"paper, rows": 4 * k * d / w, "replicate": entry}
+    directions = {"paper, rows": 4 * math.ceil(k / w) * d, "replicate": entry}
     directions |= {"shard": entry / w, "local shards": entry / w}
     model = 16 * d / (w if scheme in ("FSDP AdamW", "local shards") else 1)
     return model + directions.get(scheme, 0.0)

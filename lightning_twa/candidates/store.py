@@ -46,6 +46,8 @@ class Store:
         root: Directory for files; ``None`` for memory only.
         processes_on_host: Number of processes that share the memory of this one.
         shards: Whether each process has a part of every parameter.
+        keep_named: Whether a run may go on from any checkpoint, not only from the newest: files
+            that one names are then never deleted.
         device: Device whose backend carries messages.
     """
 
@@ -57,11 +59,13 @@ class Store:
         root: Path | None = None,
         processes_on_host: int = 1,
         shards: bool = False,
+        keep_named: bool = False,
         device: torch.device | None = None,
     ) -> None:
         self.config = config or StorageConfig(kind="memory")
         self.max_candidates = max_candidates
         self._shards = shards
+        self._keep_named = keep_named
         self._shared = processes_on_host > 1 or shards
         self._device = device or torch.device("cpu")
         on_disk = self.config.kind != "memory" and root is not None
@@ -70,7 +74,7 @@ class Store:
         self._entries: list[_Entry] = []
         self._frozen: _Entry | None = None
         self._dropped: list[_Entry] = []  # out of the window, but a checkpoint may need them
-        self._checkpoints: list[set[str]] = []  # files named by the two newest checkpoints
+        self._checkpoints: list[set[str]] = []  # files named by checkpoints, oldest first
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -120,8 +124,8 @@ class Store:
         self._delete_dropped()
 
     def _delete_dropped(self) -> None:
-        """Delete files out of the window that neither of the two newest checkpoints names: one of
-        them may be just being written, and then the other is what a killed run goes on from.
+        """Delete files out of the window that no checkpoint to go on from names. Of the two newest
+        one may be just being written, and then the other is what a killed run goes on from.
         """
         named = set().union(*self._checkpoints)
         for entry in list(self._dropped):
@@ -218,7 +222,7 @@ class Store:
             )
         entries = [*window, *([self._frozen] if self._frozen is not None else [])]
         named = {reference.file for entry in entries for reference in entry.files or []}
-        self._checkpoints = [*self._checkpoints[-1:], named]
+        self._checkpoints = [*self._checkpoints[0 if self._keep_named else -1 :], named]
         return {
             "window": [_entry_state(entry) for entry in window],
             "frozen": None if self._frozen is None else _entry_state(self._frozen),

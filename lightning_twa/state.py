@@ -1,0 +1,154 @@
+"""What a checkpoint holds of a run, and how to tell that it is not that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FORMAT_VERSION", "RAW_WEIGHTS", "check_state"]
+
+FORMAT_VERSION = 1
+RAW_WEIGHTS = "current_model_state"  # where Lightning's WeightAveraging has them too
+
+Check = Callable[[Any], bool]
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Check the callback's state in a checkpoint before anything of it is used.
+
+    Raises:
+        ValueError: When another version wrote it, or naming the entry that is missing or is not
+            what this package writes.
+    """
+    version = state.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ValueError(
+            f"The checkpoint holds TWACallback state of format_version={version!r}, but this "
+            f"version of lightning-twa reads {FORMAT_VERSION}. Use the version that wrote it."
+        )
+    phase = state.get("phase")
+    if phase not in ("collect", "optimize", "done"):
+        raise damaged("phase", phase)
+    _check(state, "", {"epoch_batches": _optional(_is_count), "candidate_names": _is_names})
+    if phase != "done":
+        _check_candidates(state)
+    if phase != "collect":
+        _check(state, "", {"started": _is_dict})
+        started = {"epoch": _is_count, "step": _is_count, "validates_each_epoch": _is_bool}
+        _check(state["started"], "started.", {**started, "epoch_batches": _optional(_is_count)})
+        _check(state, "", {"averaging_weights": _is_numbers(2), "block_names": _is_names})
+    if phase == "optimize":
+        _check(state, "", {"optimizer": _is_dict, "mixing": _is_numbers(3), "settings": _is_dict})
+        _check_optimizer(state["optimizer"], state["mixing"], len(state["candidate_names"]))
+
+
+def damaged(entry: str, value: Any) -> ValueError:
+    """The error for an entry that is not what this package writes."""
+    kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return ValueError(
+        f"The TWACallback state in the checkpoint is damaged, or another program wrote it: "
+        f"{entry} is {kind[:100]}. Resume from another checkpoint."
+    )
+
+
+def _check(state: Mapping[str, Any], prefix: str, checks: Mapping[str, Check]) -> None:
+    for name, check in checks.items():
+        if name not in state:
+            raise damaged(f"{prefix}{name}", "missing")
+        if not check(state[name]):
+            raise damaged(f"{prefix}{name}", state[name])
+
+
+def _check_candidates(state: Mapping[str, Any]) -> None:
+    _check(state, "", {"candidates": _is_dict})
+    candidates = state["candidates"]
+    _check(candidates, "candidates.", {"window": _is_list, "frozen": _optional(_is_dict)})
+    for i, entry in enumerate(candidates["window"]):
+        _check_candidate(f"candidates.window[{i}]", entry)
+    if candidates["frozen"] is not None:
+        _check_candidate("candidates.frozen", candidates["frozen"])
+
+
+def _check_candidate(where: str, entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise damaged(where, entry)
+    _check(entry, f"{where}.", {"name": _is_str})
+    if "files" in entry:  # their entries are checked by Reference.from_state()
+        _check(entry, f"{where}.", {"files": lambda value: _is_list(value) and len(value) > 0})
+        return
+    _check(entry, f"{where}.", {"parameters": _is_tensors, "buffers": _is_tensors})
+
+
+def _check_optimizer(state: Mapping[str, Any], mixing: Tensor, n: int) -> None:
+    blocks, k, candidates = mixing.shape
+    if candidates != n:
+        raise damaged("mixing", mixing)
+    coefficients = {"coefficients": lambda v: _is_numbers(2)(v) and v.shape == (k, blocks)}
+    path = {"path_length": lambda v: _is_numbers(1)(v) and v.shape == (blocks,)}
+    counts = {"steps": _is_count, "skipped_steps": _is_count, "lr": _is_real, "solver": _is_dict}
+    _check(state, "optimizer.", {**coefficients, **path, **counts})
+    solver = state["solver"]
+    _check(solver, "optimizer.solver.", {"state": _is_dict, "param_groups": _is_list})
+    groups = solver["param_groups"]
+    if len(groups) != 1 or not _is_dict(groups[0]) or groups[0].get("params") != [0]:
+        raise damaged("optimizer.solver.param_groups", groups)
+    shapes = {"second_moment": (blocks, k, k), "step": ()}
+    for key, moments in solver["state"].items():
+        if key != 0 or not _is_dict(moments):
+            raise damaged(f"optimizer.solver.state[{key!r}]", moments)
+        for name, value in moments.items():
+            shape = shapes.get(name, (k, blocks))
+            if value is not None and not (_is_numbers(len(shape))(value) and value.shape == shape):
+                raise damaged(f"optimizer.solver.state[0][{name!r}]", value)
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _is_numbers(dimensions: int) -> Check:
+    def check(value: Any) -> bool:
+        return (
+            isinstance(value, Tensor)
+            and value.dim() == dimensions
+            and value.is_floating_point()
+            and bool(torch.isfinite(value).all())
+        )
+
+    return check
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_str(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(t, Tensor) for t in value.values())
