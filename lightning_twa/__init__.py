@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from lightning_twa.average import average
 from lightning_twa.callback import TWACallback
 from lightning_twa.config import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig
 from lightning_twa.subspace import Subspace, SubspaceOptimizer, build_subspace
@@ -14,6 +15,7 @@ __all__ = [
     "SubspaceConfig",
     "SubspaceOptimizer",
     "TWACallback",
+    "average",
     "build_subspace",
 ]
 __version__ = version("lightning-twa")

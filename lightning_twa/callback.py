@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_twa.candidates import Candidate
 from lightning_twa.checks import check_parameters
 from lightning_twa.config import (
     DATA,
@@ -19,6 +20,7 @@ from lightning_twa.config import (
     SubspaceConfig,
     check_choice,
     check_epoch_or_fraction,
+    check_uniform,
     check_unit_of_steps,
 )
 from lightning_twa.phase import restores_late
@@ -38,7 +40,7 @@ class TWACallback(Callback):
 
     Args:
         start_epoch: First epoch (0-based) of the phase that trains the coefficients; a float is a
-            fraction of ``max_epochs``.
+            fraction of ``max_epochs``. 0 with ``CollectConfig.checkpoints``: a soup.
         data: What the coefficients are trained on: ``"train"``, the training data (TWA-t);
             ``"val"``, the validation dataloader, in random order (TWA-v); ``"twa"``, what a
             ``twa_dataloader()`` hook of the module or datamodule returns. ``training_step`` is used
@@ -95,6 +97,7 @@ class TWACallback(Callback):
             distribute=distribute,
             validate_average=validate_average,
         )
+        check_uniform(self.settings)
         check_unit_of_steps(self.settings.subspace, self.settings.solver)
         self._active = False  # between setup("fit") and teardown
         self._restore_wanted = True
@@ -119,6 +122,13 @@ class TWACallback(Callback):
         optimizer steps), oldest first.
         """
         return self._run.candidate_names
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The candidates that this process holds, in the order of :attr:`candidate_names`: name,
+        ``parameters`` and ``buffers`` by name, on the CPU. Not in a checkpoint of a finished run.
+        """
+        return list(self._run.store)
 
     @property
     def block_names(self) -> list[str]:
@@ -206,7 +216,7 @@ class TWACallback(Callback):
             self._run.after_step(trainer, pl_module)
         elif self._run.optimizer is not None:
             self._log(pl_module)
-            self._run.finish_if_ending(trainer, pl_module)
+        self._run.finish_if_ending(trainer, pl_module)
 
     def _log(self, pl_module: LightningModule) -> None:
         optimizer = self._run.optimizer
@@ -229,7 +239,7 @@ class TWACallback(Callback):
         """Give the Trainer back."""
         if not self._active:
             return
-        if self.phase == "optimize":
+        if self.phase == "optimize" or (self.phase == "collect" and self._run.uniform):
             self._run.finish(trainer, pl_module)
         elif self.phase == "collect":
             rank_zero_warn(

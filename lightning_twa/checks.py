@@ -21,8 +21,16 @@ AVERAGING_CALLBACKS = {"WeightAveraging", "StochasticWeightAveraging"}  # and wh
 UNSUPPORTED = ("XLAStrategy", "SingleDeviceXLAStrategy")  # though derived from those
 
 
-def check_trainer(settings: Settings, trainer: Trainer, module: LightningModule) -> CollectPlan:
+def check_trainer(
+    settings: Settings, trainer: Trainer, module: LightningModule, files: int = 0
+) -> CollectPlan:
     """What can be said before any data is there.
+
+    Args:
+        settings: The arguments of the callback.
+        trainer: The Trainer.
+        module: The module.
+        files: Number of candidates from files.
 
     Returns:
         The schedule, resolved for this Trainer.
@@ -48,7 +56,32 @@ def check_trainer(settings: Settings, trainer: Trainer, module: LightningModule)
             "TWACallback(data='val') trains the coefficients on the validation data, but there is "
             "none. Pass val_dataloaders to fit, define val_dataloader(), or use data='train'."
         )
-    return resolve_plan(settings.start_epoch, settings.collect, phase.max_epochs(trainer))
+    _check_closure(settings, trainer)
+    uniform = settings.solver.name == "uniform"
+    epochs = phase.max_epochs(trainer)
+    return resolve_plan(settings.start_epoch, settings.collect, epochs, files, uniform)
+
+
+def _check_closure(settings: Settings, trainer: Trainer) -> None:
+    """Where the loss is evaluated at other weights than the model's, within the optimizer's step,
+    all of it must happen there.
+    """
+    if settings.solver.sam_rho > 0:
+        what = f"SolverConfig.sam_rho={settings.solver.sam_rho}"
+    elif settings.subspace.parametrization == "mask":
+        what = "SubspaceConfig.parametrization='mask'"
+    else:
+        return
+    if phase.accumulates_gradients(trainer):
+        raise ValueError(
+            f"{what} does not go with gradient accumulation: all but the last of the accumulated "
+            f"batches would see other weights. Use accumulate_grad_batches=1."
+        )
+    if phase.scales_loss(trainer):
+        raise ValueError(
+            f"{what} does not go with precision='16-mixed', whose loss scaler evaluates the loss "
+            f"outside of the optimizer's step. Use 'bf16-mixed' or '32-true'."
+        )
 
 
 def _check_strategy(settings: Settings, trainer: Trainer) -> None:
@@ -73,6 +106,14 @@ def _check_strategy(settings: Settings, trainer: Trainer) -> None:
             f"checkpoint holds the callback state of one process, and with it a part of each "
             f"candidate. Use 'auto' or 'disk'."
         )
+    for name in ("ema_decays", "checkpoints"):
+        value = getattr(settings.collect, name)
+        if value:
+            raise ValueError(
+                f"CollectConfig.{name}={value!r} does not go with "
+                f"{type(trainer.strategy).__name__}, which leaves each process a part of the "
+                f"parameters. Leave it out, or use strategy='ddp'."
+            )
 
 
 def check_parameters(module: LightningModule) -> None:
@@ -137,9 +178,13 @@ def check_data(
     Raises:
         ValueError: When there will be too few candidates, or the schedule's length is unknown.
     """
+    if settings.solver.name == "uniform":
+        return
     per_epoch = phase.steps_per_epoch(trainer)
     ahead = plan.count_ahead(trainer.current_epoch, trainer.global_step, per_epoch)
-    check_enough_candidates(plan, None if ahead is None else ahead + candidates)
+    expected = None if ahead is None else ahead + candidates
+    averages = len(settings.collect.ema_decays)
+    check_enough_candidates(plan, expected, averages, settings.subspace.mask_size)
     solver = settings.solver
     known = solver.lr is not None and solver.schedule == "constant"
     sized = settings.data == "train" or phase.has_length(loader)

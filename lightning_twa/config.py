@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -12,7 +13,8 @@ import torch
 __all__ = ["CollectConfig", "SolverConfig", "StorageConfig", "SubspaceConfig"]
 
 BASES = ("pca", "candidates", "orthonormal")
-SOLVERS = ("full_matrix_adam", "adamw", "sgd")
+SOLVERS = ("full_matrix_adam", "adamw", "sgd", "uniform")
+PARAMETRIZATIONS = ("free", "simplex", "mask")
 STORAGES = ("auto", "memory", "disk")
 DISTRIBUTE = ("auto", "replicate", "shard")
 SCHEDULES = ("cosine", "linear", "step", "constant")
@@ -60,6 +62,18 @@ def _check_count(name: str, value: object, minimum: int, none_means: str | None 
         raise ValueError(f"Invalid {name}={value!r}. Must be an int >= {minimum}{alternative}.")
 
 
+def _check_device(name: str, value: object, none_means: str) -> None:
+    if value is None:
+        return
+    try:
+        torch.device(value)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(
+            f"Invalid {name}={value!r}. Must be a name that torch.device takes ('cpu', 'cuda', "
+            f"'cuda:1', ...), or None ({none_means})."
+        ) from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
     """When the weights are kept as candidates.
@@ -72,7 +86,16 @@ class CollectConfig:
         every_n_epochs: Keep the weights at the end of every epoch ``e`` with
             ``(e + 1) % every_n_epochs == 0``, as ``ModelCheckpoint`` counts.
         every_n_train_steps: Keep them after every so many optimizer steps instead of at epoch ends.
-        max_candidates: Keep only the newest so many candidates. ``None`` keeps all.
+        max_candidates: Keep only the newest so many candidates. ``None`` keeps all. Running
+            averages and files are not counted.
+        ema_decays: Decays of exponential moving averages of the weights, updated after every
+            optimizer step from ``start`` on, which become further candidates, ``"ema(0.97)"``. Each
+            takes a float32 copy of the trainable parameters.
+        ema_device: Where they are kept, as in ``torch.device(...)``; ``None`` means with the model.
+        checkpoints: Files that hold further candidates: a path, a pattern (``"runs/*/last.ckpt"``),
+            the directory of a finished run's candidates, or a list of these. Lightning
+            checkpoints, state dicts (``.pt``, ``.pth``, ``.bin``) and safetensors. Then
+            ``start_epoch=0`` makes a soup: nothing is collected, the phase begins at once.
 
     Raises:
         ValueError: When a value is outside its range, or both intervals are given.
@@ -82,6 +105,9 @@ class CollectConfig:
     every_n_epochs: int = 1
     every_n_train_steps: int | None = None
     max_candidates: int | None = None
+    ema_decays: tuple[float, ...] = ()
+    ema_device: str | None = None
+    checkpoints: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
 
     def __post_init__(self) -> None:
         if self.start is not None:
@@ -99,6 +125,24 @@ class CollectConfig:
                 f"CollectConfig got every_n_epochs={self.every_n_epochs} and "
                 f"every_n_train_steps={self.every_n_train_steps}. Give one of them."
             )
+        self._check_averages()
+
+    def _check_averages(self) -> None:
+        decays = self.ema_decays
+        numbers = isinstance(decays, (tuple, list)) and all(
+            is_real(decay) and 0 < decay < 1 for decay in decays
+        )
+        if not numbers or len(set(decays)) < len(decays):
+            raise ValueError(
+                f"Invalid CollectConfig.ema_decays={decays!r}. Must be different numbers in "
+                f"(0, 1), such as (0.9, 0.99)."
+            )
+        _check_device("CollectConfig.ema_device", self.ema_device, "with the model")
+        if self.ema_device is not None and not decays:
+            raise ValueError(
+                f"CollectConfig.ema_device={self.ema_device!r} needs ema_decays, which are kept "
+                f"there."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +157,11 @@ class SubspaceConfig:
         blocks: ``"global"``: one coefficient per direction for the whole model. ``"tensor"``: one
             per direction and parameter tensor. An int: consecutive tensors are grouped until a
             group holds at least so many elements.
+        parametrization: ``"free"``: any averaging weights in the span. ``"simplex"``: a softmax, so
+            that none is negative (learned soup). ``"mask"``: a uniform average of ``mask_size``
+            candidates, which are learned (SeWA, arXiv 2502.10119). The last two need a basis with
+            a center.
+        mask_size: Candidates that a mask keeps; ``None`` means half of them, rounded up.
         bits: How an entry of a direction is kept: 1 to 8 bits, really packed, with one bfloat16
             scale per 128 entries; 16, bfloat16; 32, full precision. The center is always exact.
         rank: Keep only the so many largest principal directions (``basis="pca"`` only).
@@ -125,12 +174,15 @@ class SubspaceConfig:
 
     basis: Literal["pca", "candidates", "orthonormal"] = "pca"
     blocks: Literal["global", "tensor"] | int = "global"
+    parametrization: Literal["free", "simplex", "mask"] = "free"
+    mask_size: int | None = None
     bits: int = 32
     rank: int | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("SubspaceConfig.basis", self.basis, BASES)
+        self._check_parametrization()
         if self.blocks not in ("global", "tensor") and not (
             is_int(self.blocks) and self.blocks >= 1  # type: ignore[operator]
         ):
@@ -142,14 +194,7 @@ class SubspaceConfig:
             raise ValueError(
                 f"Invalid SubspaceConfig.bits={self.bits!r}. Must be 1 to 8, 16 or 32."
             )
-        if self.device is not None:
-            try:
-                torch.device(self.device)
-            except (RuntimeError, TypeError, ValueError):
-                raise ValueError(
-                    f"Invalid SubspaceConfig.device={self.device!r}. Must be a name that "
-                    f"torch.device takes ('cpu', 'cuda', 'cuda:1', ...), or None (with the model)."
-                ) from None
+        _check_device("SubspaceConfig.device", self.device, "with the model")
         _check_count("SubspaceConfig.rank", self.rank, 1, "keep all directions")
         if self.rank is not None and self.basis != "pca":
             raise ValueError(
@@ -159,13 +204,38 @@ class SubspaceConfig:
                 f"fewer."
             )
 
+    def _check_parametrization(self) -> None:
+        name = self.parametrization
+        check_choice("SubspaceConfig.parametrization", name, PARAMETRIZATIONS)
+        _check_count("SubspaceConfig.mask_size", self.mask_size, 1, "half of the candidates")
+        if self.mask_size is not None and name != "mask":
+            raise ValueError(
+                f"SubspaceConfig.mask_size={self.mask_size} needs parametrization='mask', but "
+                f"parametrization={name!r}."
+            )
+        if name == "free":
+            return
+        if self.basis == "orthonormal":
+            raise ValueError(
+                f"SubspaceConfig.parametrization={name!r} needs a basis with a center ('pca' or "
+                f"'candidates'), but basis='orthonormal'."
+            )
+        if self.rank is not None:
+            raise ValueError(
+                f"SubspaceConfig.parametrization={name!r} needs all directions, but "
+                f"rank={self.rank} drops some. Use CollectConfig.max_candidates to have fewer."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SolverConfig:
     """How the coefficients are trained.
 
     Args:
-        name: ``"full_matrix_adam"``, ``"adamw"`` or ``"sgd"``.
+        name: ``"full_matrix_adam"``, ``"adamw"`` or ``"sgd"``. Or ``"uniform"``, which trains
+            nothing: ordinary training goes on to the end of the run, the weights from
+            ``CollectConfig.start`` (``None``: from ``start_epoch``) on are candidates, and the run
+            ends with their uniform average: SWA, or, with ``max_candidates``, LAWA.
         radius: Step budget: the length of the path of each block's coefficients over the whole
             phase is at most this, in standard deviations of the candidates (``basis="pca"``), so
             the learning rate is ``radius / sum(schedule factors)``. Not used when ``lr`` is given.
@@ -178,12 +248,15 @@ class SolverConfig:
             gradient for the Adam solvers, added to it for ``"sgd"``, as in ``torch.optim``.
         momentum: Momentum of ``"sgd"``.
         betas: Decay rates of the first and second moment of the Adam solvers.
+        sam_rho: Radius of sharpness-aware minimization (Foret et al., arXiv 2010.01412) on the
+            coefficients: the gradient is taken so far up the slope, which doubles the cost of a
+            step. 0 turns it off.
 
     Raises:
         ValueError: When a value is outside its range, or given to a solver that does not use it.
     """
 
-    name: Literal["full_matrix_adam", "adamw", "sgd"] = "full_matrix_adam"
+    name: Literal["full_matrix_adam", "adamw", "sgd", "uniform"] = "full_matrix_adam"
     radius: float = 2.0
     lr: float | None = None
     schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
@@ -191,6 +264,7 @@ class SolverConfig:
     weight_decay: float = 0.0
     momentum: float = 0.9
     betas: tuple[float, float] = (0.9, 0.999)
+    sam_rho: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("SolverConfig.name", self.name, SOLVERS)
@@ -202,10 +276,10 @@ class SolverConfig:
         for field, value in (("warmup", self.warmup), ("momentum", self.momentum)):
             if not (is_real(value) and 0 <= value < 1):
                 raise ValueError(f"Invalid SolverConfig.{field}={value!r}. Must be in [0, 1).")
-        if not (is_real(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(
-                f"Invalid SolverConfig.weight_decay={self.weight_decay!r}. Must be a number >= 0."
-            )
+        for field in ("weight_decay", "sam_rho"):
+            value = getattr(self, field)
+            if not (is_real(value) and value >= 0):
+                raise ValueError(f"Invalid SolverConfig.{field}={value!r}. Must be a number >= 0.")
         pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
         if not pair or not all(is_real(b) and 0 <= b < 1 for b in self.betas):
             raise ValueError(
@@ -215,6 +289,13 @@ class SolverConfig:
 
     def _check_unused(self) -> None:
         """An option that the chosen solver would ignore is an error."""
+        if self.name == "uniform":
+            for field in fields(self):
+                if field.name != "name" and getattr(self, field.name) != field.default:
+                    raise ValueError(
+                        f"SolverConfig.{field.name}={getattr(self, field.name)!r} has no meaning "
+                        f"with name='uniform', which trains nothing. Leave it out."
+                    )
         if self.lr is None and self.name == "sgd":
             raise ValueError(
                 "SolverConfig.name='sgd' needs lr: its step has the scale of the gradient, so a "
@@ -290,13 +371,36 @@ class Settings:
     validate_average: bool
 
 
+def check_uniform(settings: Settings) -> None:
+    """What concerns the training of coefficients has no meaning without any.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    if settings.solver.name != "uniform":
+        return
+    values = {
+        "data": (settings.data, "train"),
+        "subspace": (settings.subspace, SubspaceConfig()),
+        "distribute": (settings.distribute, "auto"),
+        "CollectConfig.checkpoints": (settings.collect.checkpoints, None),
+    }
+    for name, (value, default) in values.items():
+        if value != default:
+            raise ValueError(
+                f"{name}={value!r} has no meaning with SolverConfig(name='uniform'), which trains "
+                f"no coefficients. Leave it out."
+                + (" Average files with lightning_twa.average()." if "check" in name else "")
+            )
+
+
 def check_unit_of_steps(subspace: SubspaceConfig, solver: SolverConfig) -> None:
     """A radius is measured in standard deviations, which only the ``pca`` basis is scaled to.
 
     Raises:
         ValueError: When another basis goes with a radius.
     """
-    if subspace.basis != "pca" and solver.lr is None:
+    if subspace.basis != "pca" and solver.lr is None and solver.name != "uniform":
         raise ValueError(
             f"SubspaceConfig.basis={subspace.basis!r} needs SolverConfig.lr: only basis='pca' "
             f"measures "

@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.connectors.data_connector import (
     _DataLoaderSource,
     _request_dataloader,
@@ -123,37 +124,24 @@ def strategy_names(trainer: Trainer) -> set[str]:
 
 def callback_names(trainer: Trainer) -> set[str]:
     """Names of the classes of all callbacks, and of their bases."""
-    return {cls.__name__ for callback in _callbacks(trainer) for cls in type(callback).__mro__}
+    return {cls.__name__ for callback in callbacks(trainer) for cls in type(callback).__mro__}
 
 
-GRADIENT_HOOKS = (
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "optimizer_step",
-    "configure_gradient_clipping",
-)
+def scales_loss(trainer: Trainer) -> bool:
+    """Whether the loss is scaled (``16-mixed``)."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
-def needs_true_gradient(trainer: Trainer, module: LightningModule) -> str | None:
-    """Why DDP must go on averaging gradients in the phase, ``None`` where it need not.
-
-    Whoever looks at a gradient before the optimizer's step must see the average.
-    """
-    model = trainer.strategy.model
-    if trainer.gradient_clip_val:
-        return "gradients are clipped"
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        return "the loss scaler looks for overflow in them"
-    if getattr(model, "static_graph", False):
-        return "the graph is static"
-    for owner, parent in ((module, LightningModule), *((c, Callback) for c in _callbacks(trainer))):
-        for name in GRADIENT_HOOKS:
-            if getattr(type(owner), name, None) is not getattr(parent, name, None):
-                return f"{type(owner).__name__}.{name}() may look at them"
-    return None
+def accumulates_gradients(trainer: Trainer) -> bool:
+    """Whether gradients of several batches are accumulated at any time of the run."""
+    schedulers = [c for c in callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)]
+    return trainer.accumulate_grad_batches > 1 or any(
+        scheduler.going_to_accumulate_grad_batches() for scheduler in schedulers
+    )
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
+def callbacks(trainer: Trainer) -> list[Callback]:
+    """All callbacks."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 

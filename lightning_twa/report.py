@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_twa.subspace import SubspaceOptimizer
 
-__all__ = ["effective_candidates", "finish_report", "switch_report"]
+__all__ = ["effective_candidates", "finish_report", "switch_report", "uniform_report"]
 
 PRESSED = 0.8  # of the budget used in one direction: the optimum is probably further away
 
@@ -88,3 +88,16 @@ def finish_report(optimizer: SubspaceOptimizer, batchnorm_batches: int | None) -
                 f"average may lie further out: try a larger radius, or later candidates."
             )
     return lines
+
+
+def uniform_report(names: list[str], batchnorm_batches: int | None) -> str:
+    """What a run without a phase ends with, in one line.
+
+    Args:
+        names: Names of the candidates.
+        batchnorm_batches: See :func:`finish_report`.
+    """
+    line = f"TWA: the uniform average of {len(names)} candidates ({names[0]} .. {names[-1]})."
+    if batchnorm_batches is not None:
+        line += f" BatchNorm statistics re-estimated over {batchnorm_batches} training batches."
+    return line

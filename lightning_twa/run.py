@@ -5,24 +5,28 @@ The callback's hooks call these methods; Trainer internals are behind :mod:`ligh
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_twa import checks, phase, replay, report, sharing
 from lightning_twa.candidates import Store, persistent_buffers
+from lightning_twa.collector import Collector
 from lightning_twa.config import DATA, Settings
 from lightning_twa.distributed import mean_over_ranks_
 from lightning_twa.schedule import CollectPlan
 from lightning_twa.state import FORMAT_VERSION, RAW_WEIGHTS, check_state
 from lightning_twa.subspace import SubspaceOptimizer, build_subspace
-from lightning_twa.subspace.columns import to_shards
-from lightning_twa.swap import AverageSwap, copy_into
+from lightning_twa.subspace.columns import local_part, to_shards
+from lightning_twa.swap import AverageSwap, copy_into, put_average
 
 __all__ = ["Run"]
+
+# Settings that checkpoints of earlier versions do not name, and what they did
+LATER_SETTINGS = {"parametrization": "free", "mask_size": None}
 
 
 class Run:
@@ -36,12 +40,11 @@ class Run:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.phase: Literal["collect", "optimize", "done"] = "collect"
-        self.store = Store()
+        self.collector = Collector(settings)
         self.optimizer: SubspaceOptimizer | None = None
         self.averaging_weights: Tensor | None = None
         self.block_names: list[str] = []
         self._candidate_names: list[str] = []  # of a finished run that was restored without them
-        self._plan: CollectPlan | None = None
         self._loader: Any = None
         self._switch: phase.TrainerSwitch | None = None
         self._started: dict[str, Any] = {}  # epoch and optimizer step of the switch, and its data
@@ -50,12 +53,22 @@ class Run:
         self._epoch_batches: int | None = None  # batches of the last whole epoch of collecting
         self._local_buffers = False  # nobody but average_buffers() makes them equal on all ranks
         self._warned = False  # of too few candidates
+        self._released = False  # the Trainer has been given back, after an exception too
 
     @property
     def plan(self) -> CollectPlan:
         """The resolved schedule."""
-        assert self._plan is not None, "set_up() comes before every training hook"
-        return self._plan
+        return self.collector.plan
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the average is uniform, and no phase is trained."""
+        return self.settings.solver.name == "uniform"
+
+    @property
+    def store(self) -> Store:
+        """The candidates."""
+        return self.collector.store
 
     @property
     def candidate_names(self) -> list[str]:
@@ -66,56 +79,31 @@ class Run:
 
     def set_up(self, trainer: Trainer, module: LightningModule) -> None:
         """Check the settings and resolve the schedule; see :mod:`lightning_twa.checks`."""
-        self._plan = checks.check_trainer(self.settings, trainer, module)
-        if len(self.store) > 0:  # the same Trainer goes on
-            return
-        directory = self.settings.storage.dirpath
-        self.store = Store(
-            self.settings.storage,
-            self.settings.collect.max_candidates,
-            root=Path(directory or Path(trainer.default_root_dir, "twa_candidates")),
-            processes_on_host=trainer.num_devices,
-            shards=phase.shards_parameters(trainer),
-            keep_named=_keeps_older_checkpoints(trainer),
-            device=trainer.strategy.root_device,
-        )
+        self._released = False
+        self.collector.set_up(trainer, module)
 
     def _request_loader(self, trainer: Trainer) -> None:
         self._loader = checks.request_loader(self.settings, trainer)
 
     # --- collecting
 
-    def add_candidate(self, module: LightningModule, name: str) -> None:
-        """Keep the weights under a name, unless it is there (a resumed run comes by twice)."""
-        if name not in self.store.names:
-            self.store.add(module, name)
-
     def after_step(self, trainer: Trainer, module: LightningModule) -> None:
         """After a batch: take a candidate where one is due by optimizer steps."""
-        if phase.step_was_taken(trainer) and self.plan.takes_step(
-            trainer.current_epoch, trainer.global_step
-        ):
-            self.add_candidate(module, f"step={trainer.global_step}")
+        self.collector.after_step(trainer, module)
 
     def after_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         """At the end of an epoch: take a candidate where one is due."""
         self._epoch_batches = phase.batches_seen(trainer)
-        if self.plan.takes_epoch_end(trainer.current_epoch):
-            self.add_candidate(module, f"epoch={trainer.current_epoch}")
+        self.collector.after_epoch(trainer, module)
 
     def start_collecting(self, trainer: Trainer, module: LightningModule) -> None:
-        """At the start of training; takes a candidate, and switches, where a resumed run would not.
-
-        A checkpoint that was written after the last batch of an epoch resumes behind that epoch's
-        end and behind the start of the next.
+        """At the start of training; switches where a resumed run would not, whose checkpoint was
+        written behind the start of the epoch.
         """
-        at_start = phase.at_epoch_start(trainer)
-        epoch = trainer.current_epoch
-        if at_start and self.plan.takes_epoch_end(epoch - 1):
-            self.add_candidate(module, f"epoch={epoch - 1}")
+        self.collector.start(trainer, module)
         self._request_loader(trainer)
         checks.check_data(self.settings, self.plan, trainer, self._loader, len(self.store))
-        if at_start:
+        if phase.at_epoch_start(trainer):
             self.enter_if_due(trainer, module)
 
     # --- the phase
@@ -125,15 +113,16 @@ class Run:
         if self.phase != "collect" or trainer.current_epoch < self.plan.start_epoch:
             return
         self.store.drop_damaged()
-        if len(self.store) < 2:
+        if self.collector.count < 2:
             # Data without a length, or damaged files: the checks have seen the rest coming.
             if not self._warned:
                 rank_zero_warn(
                     f"TWA needs at least two candidates, but collecting {self.plan.describe()} "
-                    f"gave {len(self.store)}. Ordinary training goes on."
+                    f"gave {self.collector.count}. Ordinary training goes on."
                 )
             self._warned = True
             return
+        self.collector.complete(module)
         self._switch = phase.TrainerSwitch(trainer)
         self._started = {
             "epoch": trainer.current_epoch,
@@ -162,6 +151,7 @@ class Run:
         """Build the subspace, move the model into it, and let the Trainer step the coefficients."""
         assert self._switch is not None
         to_shards(module)
+        self.store.check(module)
         named = dict(module.named_parameters())
         optimized = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
         varying = self.store.varying(also={n for n, p in named.items() if id(p) in optimized})
@@ -186,6 +176,7 @@ class Run:
         self.block_names = list(subspace.layout.block_names)
         if self._restored is None:
             copy_into(persistent_buffers(module), self.store.mean_buffers())
+            self._copy_rest(named, spanned=set(names))
         else:
             self.optimizer.load_state_dict(self._restored["optimizer"])
             self._restored = None
@@ -205,14 +196,22 @@ class Run:
                 "from here on validation metrics are not held out. Judge the result on test data."
             )
 
+    def _copy_rest(self, named: dict[str, nn.Parameter], spanned: set[str]) -> None:
+        """Parameters that are the same in all candidates: those from files may be others than the
+        module's, which nobody will train.
+        """
+        *_, newest = self.store
+        values = {k: v for k, v in newest.parameters.items() if k not in spanned}
+        copy_into({name: local_part(named[name]) for name in values}, values)
+
     def average_buffers(self, module: LightningModule) -> bool:
         """Make floating-point buffers equal on all ranks where DDP does not; every rank calls it.
 
         Returns:
             Whether it did.
         """
-        released = self._switch is None  # after an exception, which other ranks may not have had
-        if self.phase != "optimize" or released or not self._local_buffers:
+        # After an exception, which other ranks may not have had, nothing is exchanged.
+        if self.phase != "optimize" or self._released or not self._local_buffers:
             return False
         buffers = persistent_buffers(module).values()
         mean_over_ranks_(buffer for buffer in buffers if buffer.is_floating_point())
@@ -239,27 +238,73 @@ class Run:
         Returns:
             Whether it finished the phase now.
         """
-        released = self._switch is None
-        if self.phase != "optimize" or released or not phase.run_is_ending(trainer):
+        unfinished = self.phase == "optimize" or (self.uniform and self.phase == "collect")
+        if not unfinished or self._released or not phase.run_is_ending(trainer):
             return False
+        if self.uniform:
+            self.collector.after_epoch(trainer, module)
         self.finish(trainer, module)
-        return True
+        return self.phase == "done"
 
     def finish(self, trainer: Trainer, module: LightningModule) -> None:
-        """Complete the learned average with BatchNorm statistics of its own."""
+        """Complete the average with BatchNorm statistics of its own."""
+        if self.uniform:
+            self._finish_uniform(trainer, module)
+            return
         assert self.optimizer is not None
         self.average_buffers(module)
+        if self.optimizer.parametrization.samples:
+            self._write_exactly(module)
         batches = self._reestimate_batchnorm(trainer, module)
         self.averaging_weights = self.optimizer.averaging_weights
         self.phase = "done"
         for line in report.finish_report(self.optimizer, batches):
             rank_zero_info(line)
+        self._report_files()
+
+    def _finish_uniform(self, trainer: Trainer, module: LightningModule) -> None:
+        """Put the uniform average of the candidates, of which there may be none, in place."""
+        self.store.drop_damaged()
+        self.collector.complete(module)
+        n = len(self.store)
+        if n == 0:
+            rank_zero_warn(
+                f"There is nothing to average: the run ended before epoch "
+                f"{self.plan.collect_start}. The weights are those of ordinary training."
+            )
+            return
+        self._started = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "epoch_batches": self._epoch_batches,
+            "validates_each_epoch": False,
+        }
+        self.store.check(module)
+        put_average(module, self.store)
+        batches = self._reestimate_batchnorm(trainer, module)
+        self.averaging_weights = torch.full((n, 1), 1 / n, dtype=torch.float64)
+        self.block_names = ["global"]
+        self.phase = "done"
+        rank_zero_info(report.uniform_report(self.store.names, batches))
+        self._report_files()
+
+    def _report_files(self) -> None:
         if self.store.files is not None:
             directory, size = self.store.files
             rank_zero_info(
                 f"TWA: the candidates stay in {directory} ({size / 2**20:.1f} MiB). Checkpoints "
                 f"written before the phase ended need them."
             )
+
+    def _write_exactly(self, module: LightningModule) -> None:
+        """A mask's average of the candidates themselves, without the rounding of the basis."""
+        assert self.optimizer is not None
+        beta, named = self.optimizer.averaging_weights, dict(module.named_parameters())
+        for spec in self.optimizer.subspace.layout.specs:
+            weights = zip(beta[:, spec.block].tolist(), self.store, strict=True)
+            kept = [c.parameters[spec.name].double() for weight, c in weights if weight > 0]
+            mean = torch.stack(kept).mean(dim=0)
+            copy_into({spec.name: local_part(named[spec.name])}, {spec.name: mean})
 
     def _reestimate_batchnorm(self, trainer: Trainer, module: LightningModule) -> int | None:
         """Returns the number of batches; ``None`` when there was nothing to do, or no way to."""
@@ -292,6 +337,7 @@ class Run:
 
     def release(self, module: LightningModule) -> None:
         """Undo every change to Trainer and weights; keep what was learned. May be called again."""
+        self._released = True
         self.swap_average_out(module)
         if self._switch is not None:
             self._switch.restore()
@@ -306,7 +352,7 @@ class Run:
         """Everything to go on with, in tensors, numbers, strings, lists and dicts; empty before the
         first candidate. A finished run needs no candidates any more.
         """
-        if self.phase == "collect" and len(self.store) == 0:
+        if self.phase == "collect" and self.collector.count == 0:
             return {}
         state: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
@@ -315,7 +361,7 @@ class Run:
             "candidate_names": self.candidate_names,
         }
         if self.phase != "done":
-            state["candidates"] = self.store.state_dict()
+            state["candidates"] = self.collector.state_dict()
         if self.phase != "collect":
             state["started"] = dict(self._started)
         if self.phase == "optimize":
@@ -340,19 +386,19 @@ class Run:
                 subspace or solver.
         """
         check_state(state)
-        if state["phase"] == "optimize" and state["settings"] != self._fixed_settings():
-            raise ValueError(
-                f"The checkpoint's phase was started with {state['settings']}, but this callback "
-                f"has {self._fixed_settings()}. Resume with the same settings."
-            )
+        if state["phase"] == "optimize":
+            begun = {**LATER_SETTINGS, **state["settings"]}
+            if begun != self._fixed_settings():
+                raise ValueError(
+                    f"The checkpoint's phase was started with {begun}, but this callback "
+                    f"has {self._fixed_settings()}. Resume with the same settings."
+                )
         self.phase = state["phase"]
         self._epoch_batches = state["epoch_batches"]
         self._candidate_names = list(state["candidate_names"])
-        # The subspace of a phase that has begun is spanned by all that it began with.
-        if self.phase != "collect":
-            self.store.max_candidates = None
         if "candidates" in state:
-            self.store.load_state_dict(state["candidates"])
+            complete = self.phase != "collect"
+            self.collector.load_state_dict(state["candidates"], complete=complete)
         self.averaging_weights = state.get("averaging_weights")
         self.block_names = list(state.get("block_names", []))
         if self.phase != "collect":
@@ -369,13 +415,6 @@ class Run:
             "rank": subspace.rank,
             "bits": subspace.bits,
             "solver": solver.name,
+            "parametrization": subspace.parametrization,
+            "mask_size": subspace.mask_size,
         }
-
-
-def _keeps_older_checkpoints(trainer: Trainer) -> bool:
-    """Whether a checkpoint callback keeps others than the newest checkpoint."""
-    return any(
-        getattr(callback, "monitor", None) is not None
-        or getattr(callback, "save_top_k", -1) not in (0, 1)
-        for callback in trainer.checkpoint_callbacks
-    )

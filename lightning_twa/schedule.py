@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from lightning_twa.config import CollectConfig
+
+NEVER = sys.maxsize  # an epoch that does not come
 
 __all__ = ["CollectPlan", "resolve_epoch", "resolve_plan"]
 
@@ -99,7 +102,11 @@ class CollectPlan:
 
 
 def resolve_plan(
-    start_epoch: int | float, collect: CollectConfig, max_epochs: int | None
+    start_epoch: int | float,
+    collect: CollectConfig,
+    max_epochs: int | None,
+    files: int = 0,
+    uniform: bool = False,
 ) -> CollectPlan:
     """Turn the user's settings into epochs of this run.
 
@@ -107,10 +114,14 @@ def resolve_plan(
         start_epoch: First epoch of the phase, or a fraction of ``max_epochs``.
         collect: When candidates are kept.
         max_epochs: Number of epochs of the run; ``None`` when it has no limit in epochs.
+        files: Number of candidates from files.
+        uniform: Collect to the end of the run, without a phase.
 
     Raises:
         ValueError: When the phase would never start, or the window cannot hold two candidates.
     """
+    if uniform:
+        return _plan_to_the_end(start_epoch, collect, max_epochs)
     start = resolve_epoch("start_epoch", start_epoch, max_epochs)
     given = f"start_epoch={start_epoch}" + (f" (epoch {start})" if start != start_epoch else "")
     if max_epochs is not None and start >= max_epochs:
@@ -119,9 +130,16 @@ def resolve_plan(
             f"coefficients in the epochs from start_epoch on. Lower start_epoch or raise "
             f"max_epochs."
         )
-    if start < 1:
+    soup = start == 0 and collect.checkpoints is not None
+    if start < 1 and not soup:
         raise ValueError(
-            f"{given} leaves no epoch to collect candidates in. Pass start_epoch >= 1."
+            f"{given} leaves no epoch to collect candidates in. Pass start_epoch >= 1, or "
+            f"CollectConfig.checkpoints for a soup."
+        )
+    if soup and collect.ema_decays:
+        raise ValueError(
+            f"CollectConfig.ema_decays={collect.ema_decays} needs epochs to collect in, but "
+            f"{given}. Pass start_epoch >= 1, or no ema_decays."
         )
     if collect.start is None:
         # Halfway, but early enough for two candidates at epoch ends.
@@ -136,29 +154,74 @@ def resolve_plan(
         every_n_train_steps=collect.every_n_train_steps,
         max_candidates=collect.max_candidates,
     )
-    if collect_start >= start:
+    if collect_start >= start and not (soup and collect.start is None):
         raise ValueError(
             f"CollectConfig.start={collect.start} (epoch {collect_start}) must be below {given}: "
             f"candidates are kept before the phase starts."
         )
-    check_enough_candidates(plan, plan.count_ahead(0, 0, None))
+    check_enough_candidates(plan, plan.count_ahead(0, 0, None), files + len(collect.ema_decays))
     return plan
 
 
-def check_enough_candidates(plan: CollectPlan, expected: int | None) -> None:
-    """Two points span the smallest subspace.
+def _plan_to_the_end(
+    start_epoch: int | float, collect: CollectConfig, max_epochs: int | None
+) -> CollectPlan:
+    """Collecting without a phase after it, from ``CollectConfig.start`` or ``start_epoch`` on."""
+    name, value = "CollectConfig.start", collect.start
+    if value is None:
+        name, value = "start_epoch", start_epoch
+    first = resolve_epoch(name, value, max_epochs)
+    end = NEVER if max_epochs is None else max_epochs
+    plan = CollectPlan(
+        collect_start=first,
+        start_epoch=end,
+        every_n_epochs=collect.every_n_epochs,
+        every_n_train_steps=collect.every_n_train_steps,
+        max_candidates=collect.max_candidates,
+    )
+    some = end == NEVER or any(plan.takes_epoch_end(epoch) for epoch in range(first, end))
+    by_steps = collect.every_n_train_steps is not None
+    if first >= end or not (some or by_steps or collect.ema_decays):
+        raise ValueError(
+            f"There will be nothing to average: {name}={value} (epoch {first}), "
+            f"every_n_epochs={collect.every_n_epochs} and max_epochs={max_epochs} give no "
+            f"candidate. Lower {name}, or every_n_epochs."
+        )
+    return plan
+
+
+def check_enough_candidates(
+    plan: CollectPlan, expected: int | None, others: int = 0, mask_size: int | None = None
+) -> None:
+    """Two points span the smallest subspace; a mask leaves at least one candidate out.
 
     Args:
         plan: The schedule, for the message.
-        expected: Number of candidates there will be; ``None`` when it cannot be known.
+        expected: Number of snapshots there will be; ``None`` when it cannot be known.
+        others: Number of running averages and files.
+        mask_size: Candidates that a mask keeps.
 
     Raises:
-        ValueError: When fewer than two candidates are to be expected.
+        ValueError: When too few candidates are to be expected.
     """
-    if expected is not None and expected < 2:
+    if expected is None:
+        return
+    if mask_size is not None and expected + others <= mask_size:
         raise ValueError(
-            f"TWA needs at least two candidates, but collecting {plan.describe()} gives {expected} "
-            f"before start_epoch={plan.start_epoch}. Start collecting earlier "
-            f"(CollectConfig.start), "
-            f"collect more often (every_n_epochs, every_n_train_steps), or raise start_epoch."
+            f"SubspaceConfig.mask_size={mask_size} needs more than {mask_size} candidates, but "
+            f"there will be {expected + others}. Lower mask_size, or have more candidates."
         )
+    if expected + others >= 2:
+        return
+    if plan.start_epoch == 0:
+        raise ValueError(
+            f"TWA needs at least two candidates, but CollectConfig.checkpoints names {others} "
+            f"file(s), and start_epoch=0 leaves no epoch to collect in. Name more files."
+        )
+    also = f", and there are {others} from files and running averages" if others else ""
+    raise ValueError(
+        f"TWA needs at least two candidates, but collecting {plan.describe()} gives {expected} "
+        f"before start_epoch={plan.start_epoch}{also}. Start collecting earlier "
+        f"(CollectConfig.start), "
+        f"collect more often (every_n_epochs, every_n_train_steps), or raise start_epoch."
+    )

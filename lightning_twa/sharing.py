@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_twa import phase
@@ -26,6 +26,12 @@ from lightning_twa.subspace.layout import ParameterLayout
 __all__ = ["Sharing", "decide"]
 
 COMFORTABLE = 0.5  # of the free memory that a basis may take without being sharded
+GRADIENT_HOOKS = (
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "optimizer_step",
+    "configure_gradient_clipping",
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def decide(
     if processes == 1 or not phase.is_ddp(trainer):
         return Sharing(columns, OneProcess(), False, None)
 
-    reason = phase.needs_true_gradient(trainer, module)
+    reason = _needs_true_gradient(trainer, module)
     k = min(num_candidates, config.rank or num_candidates)
     needed = stored_bytes(whole, k, config.bits) + whole.numel * whole.dtype.itemsize
     kind, why = settings.distribute, ""
@@ -106,3 +112,25 @@ def decide(
         )
         exchange = Shard(every, averaged=reason is not None, device=device)
     return Sharing(columns, exchange, reason is None, text)
+
+
+def _needs_true_gradient(trainer: Trainer, module: LightningModule) -> str | None:
+    """Why DDP must go on averaging gradients in the phase, ``None`` where it need not.
+
+    Whoever looks at a gradient before the optimizer's step must see the average.
+    """
+    model = trainer.strategy.model
+    if trainer.gradient_clip_val:
+        return "gradients are clipped"
+    if phase.scales_loss(trainer):
+        return "the loss scaler looks for overflow in them"
+    if getattr(model, "static_graph", False):
+        return "the graph is static"
+    for owner, parent in (
+        (module, LightningModule),
+        *((c, Callback) for c in phase.callbacks(trainer)),
+    ):
+        for name in GRADIENT_HOOKS:
+            if getattr(type(owner), name, None) is not getattr(parent, name, None):
+                return f"{type(owner).__name__}.{name}() may look at them"
+    return None

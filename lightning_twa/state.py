@@ -67,10 +67,28 @@ def _check_candidates(state: Mapping[str, Any]) -> None:
     _check(state, "", {"candidates": _is_dict})
     candidates = state["candidates"]
     _check(candidates, "candidates.", {"window": _is_list, "frozen": _optional(_is_dict)})
-    for i, entry in enumerate(candidates["window"]):
-        _check_candidate(f"candidates.window[{i}]", entry)
+    given = {"given": candidates.get("given", [])}
+    _check(given, "candidates.", {"given": _is_list})
+    for where in ("given", "window"):
+        for i, entry in enumerate({**candidates, **given}[where]):
+            _check_candidate(f"candidates.{where}[{i}]", entry)
+            if entry["name"] not in state["candidate_names"]:
+                raise damaged(f"candidates.{where}[{i}].name", entry["name"])
+    if "averages" in candidates:
+        _check_averages(candidates["averages"])
     if candidates["frozen"] is not None:
         _check_candidate("candidates.frozen", candidates["frozen"])
+
+
+def _check_averages(averages: Any) -> None:
+    if not _is_dict(averages):
+        raise damaged("candidates.averages", averages)
+    checks = {"updates": _is_count, "decays": _is_list, "averages": _is_list}
+    _check(averages, "candidates.averages.", checks)
+    tensors = averages["averages"]
+    names = [set(t) for t in tensors if _is_tensors(t)]
+    if len(names) != len(averages["decays"]) or any(n != names[0] for n in names):
+        raise damaged("candidates.averages.averages", tensors)
 
 
 def _check_candidate(where: str, entry: Any) -> None:
@@ -87,7 +105,9 @@ def _check_optimizer(state: Mapping[str, Any], mixing: Tensor, n: int) -> None:
     blocks, k, candidates = mixing.shape
     if candidates != n:
         raise damaged("mixing", mixing)
-    coefficients = {"coefficients": lambda v: _is_numbers(2)(v) and v.shape == (k, blocks)}
+    # as many rows as directions or, where averaging weights are parametrized, as candidates
+    shapes_of_raw = ((k, blocks), (n, blocks))
+    coefficients = {"coefficients": lambda v: _is_numbers(2)(v) and v.shape in shapes_of_raw}
     path = {"path_length": lambda v: _is_numbers(1)(v) and v.shape == (blocks,)}
     counts = {"steps": _is_count, "skipped_steps": _is_count, "lr": _is_real, "solver": _is_dict}
     _check(state, "optimizer.", {**coefficients, **path, **counts})
@@ -96,12 +116,13 @@ def _check_optimizer(state: Mapping[str, Any], mixing: Tensor, n: int) -> None:
     groups = solver["param_groups"]
     if len(groups) != 1 or not _is_dict(groups[0]) or groups[0].get("params") != [0]:
         raise damaged("optimizer.solver.param_groups", groups)
-    shapes = {"second_moment": (blocks, k, k), "step": ()}
+    rows = state["coefficients"].shape[0]
+    shapes = {"second_moment": (blocks, rows, rows), "step": ()}
     for key, moments in solver["state"].items():
         if key != 0 or not _is_dict(moments):
             raise damaged(f"optimizer.solver.state[{key!r}]", moments)
         for name, value in moments.items():
-            shape = shapes.get(name, (k, blocks))
+            shape = shapes.get(name, (rows, blocks))
             if value is not None and not (_is_numbers(len(shape))(value) and value.shape == shape):
                 raise damaged(f"optimizer.solver.state[0][{name!r}]", value)
 

@@ -13,7 +13,7 @@ from lightning_twa.candidates import Store, persistent_buffers
 from lightning_twa.state import RAW_WEIGHTS
 from lightning_twa.subspace.columns import local_part, to_shards
 
-__all__ = ["AverageSwap", "copy_into", "restore_raw_weights"]
+__all__ = ["AverageSwap", "copy_into", "put_average", "restore_raw_weights"]
 
 
 class AverageSwap:
@@ -35,8 +35,7 @@ class AverageSwap:
             return
         state = _state(module)
         self._raw = {name: tensor.detach().clone() for name, tensor in state.items()}
-        copy_into(state, dict(store.mean_parameters()))
-        copy_into(state, store.mean_buffers())
+        put_average(module, store)
         reestimate()
 
     def take_out(self, module: nn.Module) -> None:
@@ -65,6 +64,14 @@ def restore_raw_weights(module: LightningModule, checkpoint: dict[str, Any]) -> 
     """
     if RAW_WEIGHTS in checkpoint and "averaging_state" not in checkpoint:
         module.load_state_dict(checkpoint[RAW_WEIGHTS], strict=module.strict_loading)
+
+
+def put_average(module: nn.Module, store: Store) -> None:
+    """Write the uniform average of the candidates into a module, one tensor after another."""
+    state = _state(module)
+    for name, value in store.mean_parameters():
+        copy_into(state, {name: value})
+    copy_into(state, store.mean_buffers())
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

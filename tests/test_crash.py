@@ -203,8 +203,8 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path, storage) -> N
 def phase_of(checkpoint: Path | None) -> str:
     if checkpoint is None:
         return "collect"
-    state = torch.load(checkpoint, weights_only=True)["callbacks"]["TWACallback"]
-    return state.get("phase", "collect")
+    state = torch.load(checkpoint, weights_only=True)["callbacks"]
+    return state.get("TWACallback", {}).get("phase", "collect")
 
 
 # --- damaged
@@ -276,7 +276,7 @@ def test_a_damaged_state_is_a_clear_error_and_never_another_average(
     own = good["callbacks"]["TWACallback"]
     everywhere = [p for p in places(own) if not set(p) & set(FREE)]
     rng = random.Random(epoch)
-    for place in rng.sample(everywhere, min(14, len(everywhere))):
+    for place in rng.sample(everywhere, min(40, len(everywhere))):
         how = rng.choice(list(DAMAGE))
         bad = copy.deepcopy(good)
         DAMAGE[how](at(bad["callbacks"]["TWACallback"], place[:-1]), place[-1])

@@ -511,7 +511,7 @@ def test_local_gradients_give_the_same_run_as_averaged_ones(
     """Processes count alike, as in DDP, also where their last batches differ in size."""
     module, how = Wide(), {"train": strided(2, n), "use_distributed_sampler": False}
     local = fit(tmp_path / "local", twa(distribute=distribute), deepcopy(module), **how)
-    monkeypatch.setattr("lightning_twa.phase.needs_true_gradient", lambda *args: "a test asks")
+    monkeypatch.setattr("lightning_twa.sharing._needs_true_gradient", lambda *args: "a test asks")
     averaged = fit(tmp_path / "averaged", twa(distribute=distribute), module, **how)
     torch.testing.assert_close(
         flat(local[0]["state"]), flat(averaged[0]["state"]), rtol=1e-6, atol=1e-7

@@ -157,7 +157,8 @@ def test_a_radius_needs_the_pca_basis(basis) -> None:
         ),
         (
             lambda: SolverConfig(name="lbfgs"),
-            "Invalid SolverConfig.name='lbfgs'. Must be one of 'full_matrix_adam', 'adamw', 'sgd'.",
+            "Invalid SolverConfig.name='lbfgs'. Must be one of 'full_matrix_adam', 'adamw', 'sgd', "
+            "'uniform'.",
         ),
         (
             lambda: SolverConfig(schedule="poly"),
@@ -227,7 +228,8 @@ def test_no_epoch_to_collect_in(tmp_path, start_epoch, given) -> None:
     fit_fails(
         tmp_path,
         TWACallback(start_epoch=start_epoch),
-        f"{given} leaves no epoch to collect candidates in. Pass start_epoch >= 1.",
+        f"{given} leaves no epoch to collect candidates in. Pass start_epoch >= 1, or "
+        f"CollectConfig.checkpoints for a soup.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,12 +43,15 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return result
 
 
-def check_weights(module: nn.Module, name: str) -> None:
+def check_weights(
+    module: nn.Module, name: str, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Check that the trainable weights are finite; every process calls it.
 
     Args:
         module: The model.
         name: Name of the candidate that they are to become.
+        weights: Values that take the place of the module's.
 
     Raises:
         ValueError: On every process, naming the tensor that is not finite on one of them.
@@ -57,7 +61,8 @@ def check_weights(module: nn.Module, name: str) -> None:
     try:
         for key, parameter in module.named_parameters():
             if parameter.requires_grad and parameter.is_floating_point():
-                check_finite(local_part(parameter), f"Candidate {name!r}, tensor {key!r},")
+                own = (weights or {}).get(key, parameter)
+                check_finite(local_part(own), f"Candidate {name!r}, tensor {key!r},")
     except ValueError as error:
         problem = str(error)
     for found in gather_objects(problem):
@@ -83,6 +88,7 @@ def take(
     buffers: dict[str, Tensor],
     previous: Candidate | None = None,
     dtype: torch.dtype | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Candidate:
     """Copy a module's weights, of a sharded one this process's part, to the CPU.
 
@@ -95,18 +101,20 @@ def take(
         buffers: From :func:`agreed_buffers`.
         previous: The candidate taken before.
         dtype: What trainable parameters are rounded to; ``None`` keeps their own dtype.
+        weights: Values that take the place of the module's, by name of the parameter.
     """
     to_shards(module)
     parameters: dict[str, Tensor] = {}
     for key, parameter in module.named_parameters():
         if not parameter.is_floating_point():
             continue
-        own = local_part(parameter)
+        own = local_part((weights or {}).get(key, parameter))
         old = None if previous is None else previous.parameters.get(key)
         if old is not None and not parameter.requires_grad and _same(old, own):
             parameters[key] = old
         else:
-            parameters[key] = _to_cpu(own, dtype if parameter.requires_grad else None)
+            rounded = dtype if dtype is not None and parameter.requires_grad else parameter.dtype
+            parameters[key] = _to_cpu(own, rounded)
     return Candidate(name, parameters, buffers)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lightning_twa.candidates.candidate import (
     Candidate,
     agreed_buffers,
     check_weights,
+    persistent_buffers,
     take,
 )
 from lightning_twa.candidates.disk import Disk
@@ -71,13 +72,18 @@ class Store:
         on_disk = self.config.kind != "memory" and root is not None
         self.disk = Disk(root, shards=shards) if on_disk and root is not None else None
         self._dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else None
-        self._entries: list[_Entry] = []
+        self._given: list[_Entry] = []  # not taken from this run's training: no window
+        self._window: list[_Entry] = []
         self._frozen: _Entry | None = None
         self._dropped: list[_Entry] = []  # out of the window, but a checkpoint may need them
         self._checkpoints: list[set[str]] = []  # files named by checkpoints, oldest first
 
+    @property
+    def _entries(self) -> list[_Entry]:
+        return [*self._given, *self._window]
+
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._given) + len(self._window)
 
     def __iter__(self) -> Iterator[Candidate]:
         return (entry.candidate for entry in self._entries)
@@ -101,26 +107,64 @@ class Store:
         return sum(_tensors(e.candidate for e in self._entries if e.files is None).values())
 
     def add(self, module: nn.Module, name: str) -> None:
-        """Keep the module's weights as the newest candidate.
+        """Keep the module's weights as the newest candidate of the window.
 
         What cannot be written to a file stays in memory, with a warning.
 
         Raises:
             ValueError: Naming the tensor, when a trainable weight is not finite.
         """
-        check_weights(module, name)
-        buffers = agreed_buffers(module)
-        entry = self._write(module, name, buffers) if self._goes_to_disk(module) else None
-        if entry is None:
-            previous = self._entries[-1].candidate if self._entries else None
-            entry = _Entry(take(module, name, buffers, previous, self._dtype))
-        self._entries.append(entry)
+        self._window.append(self._keep(module, name, {}, agreed_buffers(module)))
         self._keep_newest()
+
+    def give(
+        self,
+        module: nn.Module,
+        name: str,
+        weights: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Keep other weights of the module as a candidate before the window.
+
+        Args:
+            module: Where what is missing in ``weights`` is taken from.
+            name: Name of the candidate.
+            weights: By name of the parameter, the same on every process.
+            buffers: On the CPU, the same on every process; ``None`` takes the module's.
+
+        Raises:
+            ValueError: Naming the tensor, when a trainable weight is not finite.
+        """
+        buffers = agreed_buffers(module) if buffers is None else dict(buffers)
+        self._given.append(self._keep(module, name, weights, buffers))
+
+    def clear(self) -> None:
+        """Forget the window and what was given; files stay as for those out of the window."""
+        self._dropped += self._entries
+        self._given, self._window = [], []
+        self._delete_dropped()
+
+    def _keep(
+        self,
+        module: nn.Module,
+        name: str,
+        weights: Mapping[str, Tensor],
+        buffers: dict[str, Tensor],
+    ) -> _Entry:
+        check_weights(module, name, weights)
+        entry = None
+        if self._goes_to_disk(module):
+            entry = self._write(module, name, weights, buffers)
+        if entry is not None:
+            return entry
+        entries = self._entries
+        previous = entries[-1].candidate if entries else None
+        return _Entry(take(module, name, buffers, previous, self._dtype, weights))
 
     def _keep_newest(self) -> None:
         if self.max_candidates is not None:
-            self._dropped += self._entries[: -self.max_candidates]
-            del self._entries[: -self.max_candidates]
+            self._dropped += self._window[: -self.max_candidates]
+            del self._window[: -self.max_candidates]
         self._delete_dropped()
 
     def _delete_dropped(self) -> None:
@@ -143,17 +187,23 @@ class Store:
         small = free is None or self.nbytes + new <= SMALL * (free + self.nbytes)
         return not all_ranks(small, self._device)
 
-    def _write(self, module: nn.Module, name: str, buffers: dict[str, Tensor]) -> _Entry | None:
+    def _write(
+        self,
+        module: nn.Module,
+        name: str,
+        weights: Mapping[str, Tensor],
+        buffers: dict[str, Tensor],
+    ) -> _Entry | None:
         """Write a candidate to a file, and what is frozen to one of its own, once."""
         assert self.disk is not None
         try:
             if self._frozen is None and not all(p.requires_grad for p in module.parameters()):
-                self._frozen = _Entry(*self.disk.write(lambda: _frozen_part(module)))
+                self._frozen = _Entry(*self.disk.write(lambda: _frozen_part(module, weights)))
             frozen = {} if self._frozen is None else self._frozen.candidate.parameters
             known = Candidate(FROZEN, frozen, {})
 
             def changing() -> Candidate:
-                whole = take(module, name, buffers, known, self._dtype)
+                whole = take(module, name, buffers, known, self._dtype, weights)
                 own = {k: v for k, v in whole.parameters.items() if v is not frozen.get(k)}
                 return Candidate(name, own, whole.buffers)
 
@@ -165,6 +215,23 @@ class Store:
                 f"kept in memory instead. Make room there, or set StorageConfig.dirpath."
             )
             return None
+
+    def check(self, module: nn.Module) -> None:
+        """Check that every candidate has all tensors of a module that could be averaged.
+
+        Raises:
+            ValueError: Naming the candidate and the tensor that it lacks.
+        """
+        parameters = {n for n, p in module.named_parameters() if p.is_floating_point()}
+        buffers = set(persistent_buffers(module))
+        for candidate in self:
+            lacking = (parameters - set(candidate.parameters)) | (buffers - set(candidate.buffers))
+            if lacking:
+                raise ValueError(
+                    f"Candidate {candidate.name!r} has no tensor {min(lacking)!r}, which the model "
+                    f"has. It is damaged, or of another model: resume from a checkpoint of this "
+                    f"one."
+                )
 
     def varying(self, also: Collection[str] = ()) -> set[str]:
         """Names of the parameters that differ between candidates, and of those in ``also``."""
@@ -209,24 +276,28 @@ class Store:
                 self.disk.read(entry.files)
             except CandidateFileError as error:
                 rank_zero_warn(f"A candidate is left out: {error}")
-                self._entries.remove(entry)
+                (self._given if entry in self._given else self._window).remove(entry)
 
     def state_dict(self) -> dict[str, Any]:
         """The candidates, oldest first: names with tensors, or with the files that hold them."""
-        window = [e for e in self._entries if e.files is not None or not self._shards]
-        if len(window) < len(self._entries):
+        if self._shards and any(entry.files is None for entry in self._entries):
             # This process's part of it is all that there is here.
+            missing = sum(entry.files is None for entry in self._entries)
             rank_zero_warn(
-                f"The checkpoint leaves out {len(self._entries) - len(window)} candidate(s) that "
+                f"The checkpoint leaves out {missing} candidate(s) that "
                 f"could not be written to files: sharded parameters fit into no other place."
             )
-        entries = [*window, *([self._frozen] if self._frozen is not None else [])]
+        entries = [*self._entries, *([self._frozen] if self._frozen is not None else [])]
         named = {reference.file for entry in entries for reference in entry.files or []}
         self._checkpoints = [*self._checkpoints[0 if self._keep_named else -1 :], named]
         return {
-            "window": [_entry_state(entry) for entry in window],
+            "given": self._states(self._given),
+            "window": self._states(self._window),
             "frozen": None if self._frozen is None else _entry_state(self._frozen),
         }
+
+    def _states(self, entries: list[_Entry]) -> list[dict[str, Any]]:
+        return [_entry_state(e) for e in entries if e.files is not None or not self._shards]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the candidates by those of :meth:`state_dict`.
@@ -238,7 +309,8 @@ class Store:
         frozen = state["frozen"]
         self._frozen = None if frozen is None else self._read(frozen, {})
         shared = {} if self._frozen is None else self._frozen.candidate.parameters
-        self._entries = [self._read(entry, shared) for entry in state["window"]]
+        self._given = [self._read(entry, shared) for entry in state.get("given", [])]
+        self._window = [self._read(entry, shared) for entry in state["window"]]
         self._keep_newest()
 
     def _read(self, state: dict[str, Any], frozen: dict[str, Tensor]) -> _Entry:
@@ -253,8 +325,8 @@ class Store:
         return _Entry(_joined(self.disk.read(files), frozen), files)
 
 
-def _frozen_part(module: nn.Module) -> Candidate:
-    whole = take(module, FROZEN, {})
+def _frozen_part(module: nn.Module, weights: Mapping[str, Tensor]) -> Candidate:
+    whole = take(module, FROZEN, {}, weights=weights)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     return Candidate(FROZEN, {k: v for k, v in whole.parameters.items() if k not in trained}, {})
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_twa.config import SolverConfig, check_unit_of_steps
 from lightning_twa.subspace.basis import Subspace
+from lightning_twa.subspace.coefficients import Free, make_parametrization
 from lightning_twa.subspace.exchange import Exchange, OneProcess
 from lightning_twa.subspace.solvers import make_solver, schedule_factor, schedule_sum
 
@@ -40,10 +41,11 @@ class SubspaceOptimizer(Optimizer):
             has, which is right for one process, and where gradients are averaged elsewhere.
 
     Attributes:
-        coefficients: ``(k, B)`` float64 on the CPU, ``x``; zero at the start.
+        raw: ``(m, B)`` float64 on the CPU, what the solver steps: the coefficients themselves
+            unless ``SubspaceConfig.parametrization`` says otherwise; zero at the start.
         steps: Optimizer steps taken.
         last_lr: Learning rate of the last step taken; ``param_groups`` hold that of the next.
-        path_length: ``(B,)`` float64, the length of the path of each block's coefficients.
+        path_length: ``(B,)`` float64, the length of the path of each block's raw parameters.
         skipped_steps: Steps not taken because the gradient was not finite.
 
     Raises:
@@ -61,6 +63,11 @@ class SubspaceOptimizer(Optimizer):
     ) -> None:
         solver = solver or SolverConfig()
         check_unit_of_steps(subspace.config, solver)
+        if solver.name == "uniform":
+            raise ValueError(
+                "SolverConfig(name='uniform') trains no coefficients. Use an Adam solver or SGD; "
+                "lightning_twa.average() gives a uniform average."
+            )
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"Invalid {total_steps=}. Must be an int >= 1.")
         if total_steps is None and (solver.lr is None or solver.schedule != "constant"):
@@ -83,10 +90,9 @@ class SubspaceOptimizer(Optimizer):
         else:
             assert total_steps is not None
             self.peak_lr = solver.radius / schedule_sum(solver, total_steps)
-        self.coefficients = torch.zeros(
-            subspace.num_directions, subspace.num_blocks, dtype=torch.float64
-        )
-        self._solver = make_solver(solver, self.coefficients, self.peak_lr)
+        self.parametrization = make_parametrization(subspace)
+        self.raw = torch.zeros(self.parametrization.shape, dtype=torch.float64)
+        self._solver = make_solver(solver, self.raw, self.peak_lr)
         # lr, momentum and weight_decay are in the group for those who log them.
         defaults = {
             "lr": self.peak_lr * schedule_factor(solver, 0, total_steps),
@@ -96,15 +102,23 @@ class SubspaceOptimizer(Optimizer):
         super().__init__(self._outputs, defaults)
         self.write_parameters()
 
+    @property
+    def coefficients(self) -> Tensor:
+        """``(k, B)`` float64 on the CPU, ``x``; zero at the uniform average."""
+        return self.parametrization.coefficients(self.raw)
+
     @torch.no_grad()
     def write_parameters(self) -> None:
         """Write ``theta(x)`` into the parameters."""
-        self.exchange.expand(self.subspace, self.coefficients, self._outputs)
+        self._write(self.coefficients)
+
+    def _write(self, coefficients: Tensor) -> None:
+        self.exchange.expand(self.subspace, coefficients.detach(), self._outputs)
 
     @property
     def averaging_weights(self) -> Tensor:
         """``(n, B)`` float64 ``beta``, with parameters equal to ``sum_i beta[i] * candidate_i``."""
-        return self.subspace.averaging_weights(self.coefficients)
+        return self.parametrization.averaging_weights(self.raw)
 
     @property
     def coefficient_norm(self) -> float:
@@ -119,53 +133,106 @@ class SubspaceOptimizer(Optimizer):
         """Take one step in the subspace.
 
         Without any gradient nothing moves. With a gradient that is not finite the step is skipped,
-        with a warning, and counted in ``skipped_steps``.
+        with a warning, and counted in ``skipped_steps``. Also where the closure sees other weights
+        (``parametrization="mask"``, ``sam_rho``), those of :attr:`coefficients` are in the
+        parameters when it returns or raises.
 
         Args:
-            closure: Re-evaluates the model and returns the loss; it is called first.
+            closure: Re-evaluates the model and returns the loss; it is called first, and with
+                ``sam_rho`` again at the perturbed weights.
 
         Returns:
-            The closure's value.
+            The closure's value, of its first call.
+
+        Raises:
+            ValueError: Without a closure where one is needed.
         """
-        loss = None
-        if closure is not None:
+        moves_weights = self.parametrization.samples or self.config.sam_rho > 0
+        if closure is None:
+            gradient = self.exchange.project(self.subspace, self._outputs)
+            if gradient is None:
+                return None
+            if float(self.param_groups[0]["lr"]) == 0.0 and not bool(gradient.any()):
+                return None  # somebody (torch.distributed.checkpoint) only wants to see a state
+            if moves_weights:
+                raise ValueError(
+                    "step() needs a closure with parametrization='mask' and with sam_rho: the loss "
+                    "is evaluated at other weights than the model's. Pass one, or use "
+                    "parametrization='free' and sam_rho=0."
+                )
+            self._advance(self._pull_back(self.raw, gradient))
+            return None
+        if not moves_weights:
             with torch.enable_grad():
                 loss = closure()
-        gradient = self.exchange.project(self.subspace, self._outputs)
-        if gradient is None:
+            gradient = self.exchange.project(self.subspace, self._outputs)
+            if gradient is not None:
+                self._advance(self._pull_back(self.raw, gradient))
             return loss
-        if float(self.param_groups[0]["lr"]) == 0.0 and not bool(gradient.any()):
-            return loss  # somebody (torch.distributed.checkpoint) only wants to see a state
+        try:
+            loss, gradient = self._evaluate(self.raw, closure)
+            rho = self.config.sam_rho
+            norm = 0.0 if gradient is None else float(gradient.norm())
+            if rho > 0 and gradient is not None and 0 < norm < float("inf"):
+                # Foret et al., arXiv 2010.01412, on the coefficients
+                _, gradient = self._evaluate(self.raw + rho * gradient / norm, closure)
+        finally:
+            self.write_parameters()
+        if gradient is not None:
+            self._advance(gradient)
+        return loss
+
+    def _evaluate(self, raw: Tensor, closure: Callable[[], Any]) -> tuple[Any, Tensor | None]:
+        """The closure's value at raw parameters, and the gradient in them."""
+        self._write(self._sample(raw))
+        with torch.enable_grad():
+            loss = closure()
+        gradient = self.exchange.project(self.subspace, self._outputs)
+        return loss, None if gradient is None else self._pull_back(raw, gradient)
+
+    def _sample(self, raw: Tensor) -> Tensor:
+        progress = 0.5 if self.total_steps is None else min(self.steps / self.total_steps, 1.0)
+        return self.parametrization.sample(raw, self.steps, progress)
+
+    def _pull_back(self, raw: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient in the raw parameters, from that in the coefficients."""
+        if isinstance(self.parametrization, Free):
+            return gradient
+        with torch.enable_grad():
+            raw = raw.detach().clone().requires_grad_()
+            return torch.autograd.grad(self._sample(raw), raw, gradient)[0]
+
+    def _advance(self, gradient: Tensor) -> None:
+        """Step with a gradient of the raw parameters, if it is finite; write the parameters."""
         if not bool(torch.isfinite(gradient).all()):
             self.skipped_steps += 1
             warnings.warn(
                 f"The gradient at optimizer step {self.steps} of the TWA phase is not finite; the "
                 f"step is "
                 f"skipped ({self.skipped_steps} so far) and the weights stay as they are.",
-                stacklevel=2,
+                stacklevel=3,
             )
-            return loss
-        self._step_coefficients(gradient)
+            return
+        self._step_raw(gradient)
         self.write_parameters()
-        return loss
 
-    def _step_coefficients(self, gradient: Tensor) -> None:
-        """Let the solver move ``x``, and hold each block's step to its share of the budget."""
+    def _step_raw(self, gradient: Tensor) -> None:
+        """Let the solver move ``r``, and hold each block's step to its share of the budget."""
         group = self.param_groups[0]
         # Where the schedule has a length the learning rate is its own: a module that sets the rate
         # of "its" optimizer at every step (a warm-up, say) must not change the budget.
         lr = float(group["lr"]) if self.total_steps is None else self._scheduled_lr()
-        before = self.coefficients.clone()
+        before = self.raw.clone()
         self._solver.param_groups[0]["lr"] = lr
-        self.coefficients.grad = gradient
+        self.raw.grad = gradient
         self._solver.step()
-        self.coefficients.grad = None
-        moved = self.coefficients - before
+        self.raw.grad = None
+        moved = self.raw - before
         length = moved.norm(dim=0)
         if self.config.lr is None:
             # Adam's steps are about one unit long, not at most one: the radius is a promise.
             scale = (lr / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1.0)
-            self.coefficients.copy_(before + moved * scale)
+            self.raw.copy_(before + moved * scale)
             length = length * scale
         self.path_length += length
         self.last_lr = lr
@@ -182,7 +249,7 @@ class SubspaceOptimizer(Optimizer):
         A copy: later steps do not change it.
         """
         return {
-            "coefficients": self.coefficients.clone(),
+            "coefficients": self.raw.clone(),
             "path_length": self.path_length.clone(),
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
@@ -198,13 +265,13 @@ class SubspaceOptimizer(Optimizer):
             ValueError: When the state belongs to a subspace of another size.
         """
         coefficients = state_dict["coefficients"]
-        if coefficients.shape != self.coefficients.shape:
+        if coefficients.shape != self.raw.shape:
             raise ValueError(
                 f"The state has coefficients of shape {tuple(coefficients.shape)}, but this "
                 f"subspace needs "
-                f"{tuple(self.coefficients.shape)} (directions, blocks)."
+                f"{tuple(self.raw.shape)} (directions, blocks)."
             )
-        self.coefficients.copy_(coefficients)
+        self.raw.copy_(coefficients)
         self.path_length = state_dict["path_length"].clone()
         self.steps = state_dict["steps"]
         self.skipped_steps = state_dict["skipped_steps"]

@@ -1,0 +1,273 @@
+"""Averages with weights that are not learned: the baselines of TWA, on files or candidates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_twa.callback import TWACallback
+from lightning_twa.candidates.readers import find_files, read_file, unique_names
+from lightning_twa.config import check_choice, is_int, is_real
+from lightning_twa.subspace.layout import check_finite
+
+__all__ = ["average"]
+
+State = dict[str, Tensor]
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def average(
+    candidates: TWACallback | Paths | Sequence[Mapping[str, Tensor]],
+    method: Literal["uniform", "ema", "greedy", "weights"] = "uniform",
+    *,
+    last: int | None = None,
+    decay: float | None = None,
+    weights: Sequence[float] | Tensor | None = None,
+    score: Callable[[State], float] | None = None,
+    module: LightningModule | None = None,
+    trainer: Trainer | None = None,
+    dataloaders: Any = None,
+    monitor: str | None = None,
+    mode: Literal["min", "max"] = "min",
+) -> State:
+    """Average candidates with weights that are not learned.
+
+    Sums are in float64. Integer tensors, such as BatchNorm's counters, are those of the newest
+    candidate. BatchNorm statistics are averaged like weights, and do not fit the average: compute
+    them anew (``torch.optim.swa_utils.update_bn``) before you use it.
+
+    Args:
+        candidates: A callback after its run; or files, as ``CollectConfig.checkpoints`` names them;
+            or state dicts. Oldest first.
+        method: ``"uniform"``; ``"ema"``, an exponential moving average over the candidates (not
+            over steps); ``"greedy"``, the greedy soup (Wortsman et al., arXiv 2203.05482, algorithm
+            1), which takes the candidates from the best on and keeps each that makes the average no
+            worse; ``"weights"``, given ones.
+        last: Use the newest so many only.
+        decay: Of ``"ema"``, in (0, 1).
+        weights: Of ``"weights"``: one number for each candidate.
+        score: Of ``"greedy"``: how good a state dict is; higher is better.
+        module: Of ``"greedy"``, instead of ``score``: the model to validate; its weights are as
+            before afterwards.
+        trainer: Validates it.
+        dataloaders: For ``trainer.validate``; ``None`` means the module's own.
+        monitor: The metric of ``trainer.validate`` to go by.
+        mode: Whether it is to be small or large.
+
+    Returns:
+        A state dict, in the dtypes and with the names of the candidates.
+
+    Raises:
+        ValueError: Naming the argument that is missing or has no meaning, or the candidate and the
+            tensor that differ from the others.
+    """
+    check_choice("method", method, ("uniform", "ema", "greedy", "weights"))
+    needs = {"ema": ("decay",), "weights": ("weights",)}.get(method, ())
+    for name, value in {"decay": decay, "weights": weights}.items():
+        if (value is None) == (name in needs):
+            raise ValueError(
+                f"average(method={method!r}) "
+                + (f"needs {name}." if value is None else f"does not use {name}={value!r}.")
+            )
+    members = _members(candidates)
+    if last is not None:
+        if not (is_int(last) and last >= 1):
+            raise ValueError(f"Invalid {last=}. Must be an int >= 1, or None (all candidates).")
+        members = members[-last:]
+    if method == "greedy":
+        if score is None:
+            score = _validation(module, trainer, dataloaders, monitor, mode)
+        elif module is not None or trainer is not None:
+            raise ValueError("average(method='greedy') takes a score, or a module and a trainer.")
+        return _greedy(members, score)
+    if score is not None or module is not None or trainer is not None:
+        raise ValueError(f"average(method={method!r}) does not use score, module and trainer.")
+    return _mix(members, _factors(len(members), decay, weights))
+
+
+def _factors(
+    n: int, decay: float | None, weights: Sequence[float] | Tensor | None
+) -> Sequence[float]:
+    if decay is not None:
+        if not (is_real(decay) and 0 < decay < 1):
+            raise ValueError(f"Invalid {decay=}. Must be in (0, 1).")
+        powers = [decay ** (n - 1 - i) for i in range(n)]
+        return [power / sum(powers) for power in powers]
+    if weights is None:
+        return [1 / n] * n
+    factors = [float(weight) for weight in weights]
+    if len(factors) != n or not all(is_real(factor) for factor in factors):
+        raise ValueError(
+            f"Invalid weights={factors}. There are {n} candidates: pass so many finite numbers."
+        )
+    return factors
+
+
+# --- candidates
+
+
+class _Member:
+    """A candidate that is read when it is needed."""
+
+    def __init__(self, name: str, read: Callable[[], Mapping[str, Tensor]]) -> None:
+        self.name = name
+        self._read = read
+
+    def tensors(self) -> State:
+        """Its tensors, all finite."""
+        state = {k: t for k, t in self._read().items() if isinstance(t, Tensor)}
+        for key, tensor in state.items():
+            if tensor.is_floating_point():
+                check_finite(tensor, f"{self.name}, tensor {key!r},")
+        return state
+
+
+def _members(candidates: Any) -> list[_Member]:
+    if isinstance(candidates, TWACallback):
+        members = [
+            _Member(
+                f"Candidate {candidate.name!r}",
+                lambda c=candidate: {**c.parameters, **c.buffers},  # type: ignore[misc]
+            )
+            for candidate in candidates.candidates
+        ]
+        if not members:
+            raise ValueError(
+                "The callback has no candidates: it has not run, or it was restored after its end, "
+                "when a checkpoint does not hold them any more. Average files instead."
+            )
+        return members
+    several = isinstance(candidates, Sequence) and not isinstance(candidates, str)
+    if several and candidates and all(isinstance(c, Mapping) for c in candidates):
+        return [
+            _Member(f"Candidate {i}", lambda c=c: c)  # type: ignore[misc]
+            for i, c in enumerate(candidates)
+        ]
+    paths = find_files(candidates)
+    return [
+        _Member(name, lambda p=path: read_file(p))  # type: ignore[misc]
+        for path, name in zip(paths, unique_names(paths), strict=True)
+    ]
+
+
+# --- averages
+
+
+class _Sum:
+    """A weighted sum of candidates that have the same tensors."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, Tensor] = {}
+        self.newest: State = {}
+        self._first = ""
+
+    def add(self, member: _Member, factor: float) -> None:
+        """Add a candidate.
+
+        Raises:
+            ValueError: When its names, shapes or dtypes are others than the first one's.
+        """
+        state = member.tensors()
+        if not self.newest:
+            self._first = member.name
+        else:
+            _check_alike(member.name, state, self._first, self.newest)
+        for key, tensor in state.items():
+            if tensor.is_floating_point() or tensor.is_complex():
+                wide = torch.promote_types(tensor.dtype, torch.float64)
+                part = factor * tensor.detach().to(wide)
+                self.total[key] = self.total[key] + part if key in self.total else part
+        self.newest = state
+
+    def mean(self, count: float = 1.0) -> State:
+        """The sum divided by a number, in the candidates' dtypes."""
+        return {
+            key: (self.total[key] / count).to(tensor.dtype)
+            if key in self.total
+            else tensor.detach().clone()
+            for key, tensor in self.newest.items()
+        }
+
+
+def _check_alike(name: str, state: State, first: str, other: State) -> None:
+    for key in [*state, *other]:
+        if key not in state or key not in other:
+            has, lacks = (name, first) if key in state else (first, name)
+            raise ValueError(f"{has} has tensor {key!r}, but {lacks} has not. Average one model's.")
+        a, b = state[key], other[key]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise ValueError(
+                f"{name}: tensor {key!r} is {tuple(a.shape)}, {a.dtype}, but in {first} it is "
+                f"{tuple(b.shape)}, {b.dtype}. Average one model's."
+            )
+
+
+def _mix(members: Sequence[_Member], factors: Sequence[float]) -> State:
+    result = _Sum()
+    for member, factor in zip(members, factors, strict=True):
+        result.add(member, factor)
+    return result.mean()
+
+
+def _greedy(members: Sequence[_Member], score: Callable[[State], float]) -> State:
+    """Algorithm 1 of arXiv 2203.05482."""
+    scores = [_checked(score(_mix([member], [1.0])), member.name) for member in members]
+    order = sorted(range(len(members)), key=lambda i: (-scores[i], i))
+    kept: list[int] = []
+    best = -float("inf")
+    for i in order:
+        trial = _mix([members[j] for j in [*kept, i]], [1 / (len(kept) + 1)] * (len(kept) + 1))
+        found = scores[i] if not kept else _checked(score(trial), f"the average with {i}")
+        if found >= best:
+            kept, best = [*kept, i], found
+    names = ", ".join(members[i].name for i in kept)
+    rank_zero_info(f"TWA: the greedy soup has {len(kept)} of {len(members)} candidates: {names}.")
+    return _mix([members[i] for i in sorted(kept)], [1 / len(kept)] * len(kept))
+
+
+def _checked(value: Any, of: str) -> float:
+    number = float(value)
+    if number != number:
+        raise ValueError(f"The score of {of} is not a number. Return a number; higher is better.")
+    return number
+
+
+def _validation(
+    module: LightningModule | None,
+    trainer: Trainer | None,
+    dataloaders: Any,
+    monitor: str | None,
+    mode: str,
+) -> Callable[[State], float]:
+    """A score that is a metric of ``trainer.validate``."""
+    check_choice("mode", mode, ("min", "max"))
+    if module is None or trainer is None or monitor is None:
+        raise ValueError(
+            "average(method='greedy') needs a score(state_dict) function, or module=, trainer= and "
+            "monitor=, the name of a metric of trainer.validate."
+        )
+    own, the_trainer, name = module, trainer, monitor
+
+    def score(state: State) -> float:
+        before = {key: tensor.clone() for key, tensor in own.state_dict().items()}
+        try:
+            # Not all keys: a callback's candidates have tied parameters once.
+            unknown = own.load_state_dict(state, strict=False).unexpected_keys
+            if unknown:
+                raise ValueError(f"The module has no tensor {unknown[0]!r}, but candidates have.")
+            (metrics, *_) = the_trainer.validate(own, dataloaders, verbose=False)
+        finally:
+            own.load_state_dict(before)
+        if name not in metrics:
+            raise ValueError(
+                f"monitor={name!r} is no metric of trainer.validate, which gave {sorted(metrics)}."
+            )
+        return metrics[name] if mode == "max" else -metrics[name]
+
+    return score

@@ -1,0 +1,290 @@
+"""Parametrizations of the averaging weights, and SAM, against plain float64 references."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from test_core import expand, members
+from torch import Tensor, nn
+
+from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
+from lightning_twa.subspace.coefficients import Mask, Simplex, make_parametrization
+
+F64 = torch.float64
+
+
+def mix(ms: list[dict[str, Tensor]], beta: Tensor, subspace: Any) -> dict[str, Tensor]:
+    """``sum_i beta[i, b] w_i``."""
+    blocks = {spec.name: spec.block for spec in subspace.layout.specs}
+    return {
+        name: sum(b * m[name] for b, m in zip(beta[:, blocks[name]], ms, strict=True))
+        for name in ms[0]
+    }
+
+
+@pytest.mark.parametrize("blocks", ["global", "tensor", 30])
+@pytest.mark.parametrize("basis", ["pca", "candidates"])
+@pytest.mark.parametrize("name", ["simplex", "mask"])
+def test_coefficients_give_the_average_with_these_weights(name, basis, blocks) -> None:
+    ms = members(6)
+    subspace = build_subspace(ms, SubspaceConfig(basis=basis, blocks=blocks, parametrization=name))
+    parametrization = make_parametrization(subspace)
+    assert parametrization.shape == (6, subspace.num_blocks)
+    for scale in (0.0, 0.3, 3.0):
+        raw = scale * torch.randn(parametrization.shape, dtype=F64)
+        beta = parametrization.averaging_weights(raw)
+        assert bool((beta >= 0).all())
+        torch.testing.assert_close(beta.sum(0), torch.ones(subspace.num_blocks, dtype=F64))
+        theta = expand(subspace, parametrization.coefficients(raw))
+        for key, expected in mix(ms, beta, subspace).items():
+            torch.testing.assert_close(theta[key], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_candidates_that_depend_on_each_other() -> None:
+    ms = members(4)
+    ms += [dict(ms[0]), {k: (ms[1][k] + ms[2][k]) / 2 for k in ms[0]}]
+    for basis in ("pca", "candidates"):
+        subspace = build_subspace(ms, SubspaceConfig(basis=basis, parametrization="simplex"))
+        parametrization = make_parametrization(subspace)
+        raw = torch.randn(6, 1, dtype=F64)
+        theta = expand(subspace, parametrization.coefficients(raw))
+        for key, expected in mix(ms, parametrization.averaging_weights(raw), subspace).items():
+            torch.testing.assert_close(theta[key], expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_step_of_the_simplex_is_as_long_as_that_of_its_coefficients() -> None:
+    subspace = build_subspace(members(7), SubspaceConfig(parametrization="simplex"))
+    parametrization = Simplex(subspace)
+    raw = torch.zeros(7, 1, dtype=F64)
+    step = torch.randn(7, 1, dtype=F64)
+    step -= step.mean()
+    moved = parametrization.coefficients(raw + 1e-6 * step)
+    assert float(moved.norm() / (1e-6 * step).norm()) == pytest.approx(1, rel=1e-4)
+
+
+def test_probabilities_of_a_mask_sum_to_its_size_also_where_logits_are_large() -> None:
+    subspace = build_subspace(members(9), SubspaceConfig(blocks="tensor", parametrization="mask"))
+    for size, scale in itertools.product((1, 4, 8), (0.1, 5.0, 100.0)):
+        mask = Mask(subspace, size)
+        logits = scale * torch.randn(9, subspace.num_blocks, dtype=F64)
+        kept = torch.sigmoid(logits + mask._shift(logits)).sum(0)
+        torch.testing.assert_close(kept, torch.full_like(kept, size), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["simplex", "mask"])
+def test_the_gradient_of_a_sample_is_right(name) -> None:
+    subspace = build_subspace(members(5), SubspaceConfig(blocks="tensor", parametrization=name))
+    parametrization = make_parametrization(subspace)
+    raw = (0.2 * torch.randn(parametrization.shape, dtype=F64)).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda r: parametrization.sample(r, step=3, progress=0.4), (raw,), atol=1e-5
+    )
+
+
+def test_a_mask_is_a_uniform_average_of_the_most_probable() -> None:
+    subspace = build_subspace(members(5), SubspaceConfig(parametrization="mask", mask_size=2))
+    parametrization = make_parametrization(subspace)
+    raw = torch.tensor([[0.1], [-0.2], [0.5], [0.0], [0.2]], dtype=F64)
+    beta = parametrization.averaging_weights(raw)
+    assert beta.flatten().tolist() == [0, 0, 0.5, 0, 0.5]
+    among_equals = parametrization.averaging_weights(torch.zeros(5, 1, dtype=F64))
+    assert among_equals.flatten().tolist() == [0, 0, 0, 0.5, 0.5]
+
+
+def test_samples_of_a_mask_grow_sharp_and_repeat() -> None:
+    subspace = build_subspace(members(6), SubspaceConfig(parametrization="mask", mask_size=2))
+    mask = make_parametrization(subspace)
+    raw = torch.randn(6, 1, dtype=F64)
+    assert torch.equal(mask.sample(raw, 7, 0.5), mask.sample(raw, 7, 0.5))
+    assert not torch.equal(mask.sample(raw, 7, 0.5), mask.sample(raw, 8, 0.5))
+
+    def entropy(progress: float) -> float:
+        total = 0.0
+        for step in range(50):
+            beta = subspace.averaging_weights(mask.sample(raw, step, progress)).clamp_min(1e-12)
+            total -= float((beta * beta.log()).sum())
+        return total / 50
+
+    assert entropy(1.0) < entropy(0.0)
+
+
+def test_half_of_the_candidates_rounded_up_and_too_few() -> None:
+    subspace = build_subspace(members(5), SubspaceConfig(parametrization="mask"))
+    assert make_parametrization(subspace).size == 3
+    subspace = build_subspace(members(3), SubspaceConfig(parametrization="mask", mask_size=3))
+    with pytest.raises(ValueError, match="mask_size=3 keeps 3 of 3 candidates"):
+        make_parametrization(subspace)
+
+
+# --- learning
+
+
+class Quadratic(nn.Module):
+    """A loss whose minimum is a known average of the candidates."""
+
+    def __init__(self, ms: list[dict[str, Tensor]], beta: Tensor) -> None:
+        super().__init__()
+        self.names = list(ms[0])
+        for i, name in enumerate(self.names):
+            self.register_parameter(f"p{i}", nn.Parameter(torch.zeros_like(ms[0][name])))
+        self.target = {n: sum(b * m[n] for b, m in zip(beta, ms, strict=True)) for n in ms[0]}
+
+    def loss(self) -> Tensor:
+        pairs = zip(self.parameters(), self.target.values(), strict=True)
+        return sum((p - t).square().sum() for p, t in pairs)
+
+
+def learn(config: SubspaceConfig, solver: SolverConfig, beta: Tensor, steps: int = 200) -> Any:
+    ms = members(len(beta))
+    model = Quadratic(ms, beta)
+    subspace = build_subspace(ms, config)
+    optimizer = SubspaceOptimizer(model.parameters(), subspace, solver, total_steps=steps)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model.loss()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+        settled = [p.detach().clone() for p in model.parameters()]
+        optimizer.write_parameters()
+        assert all(map(torch.equal, settled, model.parameters()))
+    return optimizer, model
+
+
+@pytest.mark.parametrize("basis", ["pca", "candidates"])
+def test_the_simplex_finds_an_average_inside_of_it(basis) -> None:
+    beta = torch.tensor([0.5, 0.1, 0.1, 0.25, 0.05], dtype=F64)
+    solver = SolverConfig(radius=6.0) if basis == "pca" else SolverConfig(lr=0.05)
+    optimizer, _ = learn(SubspaceConfig(basis=basis, parametrization="simplex"), solver, beta)
+    torch.testing.assert_close(optimizer.averaging_weights[:, 0], beta, atol=0.02, rtol=0)
+
+
+def test_the_simplex_does_not_leave_the_convex_hull() -> None:
+    beta = torch.tensor([1.5, -0.5, 0.2, -0.2], dtype=F64)
+    optimizer, _ = learn(SubspaceConfig(parametrization="simplex"), SolverConfig(radius=20.0), beta)
+    learned = optimizer.averaging_weights[:, 0]
+    assert bool((learned >= 0).all())
+    assert int(learned.argmax()) == 0
+    assert float(learned[0]) > 0.8
+
+
+@pytest.mark.parametrize("kept", [{0, 3}, {1, 2}, {4, 5}])
+def test_a_mask_finds_the_subset(kept) -> None:
+    beta = torch.zeros(6, dtype=F64)
+    beta[list(kept)] = 0.5
+    config = SubspaceConfig(parametrization="mask", mask_size=2)
+    optimizer, model = learn(config, SolverConfig(radius=10.0), beta, steps=300)
+    assert set(optimizer.averaging_weights[:, 0].nonzero().flatten().tolist()) == kept
+    assert float(model.loss().detach()) < 1e-12
+
+
+def test_sam_takes_the_gradient_up_the_slope() -> None:
+    """One step of SGD with momentum 0 is the reference formula."""
+    torch.manual_seed(3)
+    ms = members(4)
+    model = Quadratic(ms, torch.tensor([0.9, 0.3, -0.1, -0.1], dtype=F64))
+    subspace = build_subspace(ms, SubspaceConfig(basis="candidates"))
+    solver = SolverConfig(name="sgd", lr=0.1, momentum=0.0, sam_rho=0.3, schedule="constant")
+    optimizer = SubspaceOptimizer(model.parameters(), subspace, solver)
+    u, c = subspace.directions, subspace.center
+    target = torch.cat([t.reshape(-1) for t in model.target.values()])
+    gradient_at = lambda x: 2 * u @ (c + x @ u - target)  # noqa: E731
+    x = torch.zeros(4, dtype=F64)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model.loss()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        first = float(optimizer.step(closure).detach())
+        assert first == pytest.approx(float((c + x @ u - target).square().sum()))
+        g = gradient_at(x)
+        x = x - 0.1 * gradient_at(x + 0.3 * g / g.norm())
+        torch.testing.assert_close(optimizer.coefficients[:, 0], x)
+
+
+@pytest.mark.parametrize(
+    ("config", "solver"),
+    [
+        (SubspaceConfig(), SolverConfig(sam_rho=0.5)),
+        (SubspaceConfig(parametrization="mask"), SolverConfig()),
+    ],
+    ids=["sam", "mask"],
+)
+def test_weights_are_settled_after_an_exception_in_the_closure(config, solver) -> None:
+    ms = members(4)
+    model = Quadratic(ms, torch.full((4,), 0.25, dtype=F64))
+    optimizer = SubspaceOptimizer(
+        model.parameters(), build_subspace(ms, config), solver, total_steps=10
+    )
+    settled = [p.detach().clone() for p in model.parameters()]
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        moved = not all(map(torch.equal, settled, model.parameters()))
+        if moved:
+            raise KeyError("a test asks")
+        loss = model.loss() + sum(p.sum() for p in model.parameters())
+        loss.backward()
+        return loss
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert calls == (2 if solver.sam_rho else 1)
+    assert all(map(torch.equal, settled, model.parameters()))
+    assert optimizer.steps == 0
+    model.loss().backward()
+    with pytest.raises(ValueError, match="needs a closure"):
+        optimizer.step()
+
+
+def test_state_of_a_mask_goes_on_exactly() -> None:
+    ms = members(5)
+    beta = torch.tensor([0.5, 0.5, 0, 0, 0], dtype=F64)
+    config = SubspaceConfig(parametrization="mask", blocks="tensor")
+    runs = []
+    for interrupted in (False, True):
+        model = Quadratic(ms, beta)
+        optimizer = SubspaceOptimizer(model.parameters(), build_subspace(ms, config), total_steps=9)
+        for step in range(9):
+            if interrupted and step == 4:
+                state = optimizer.state_dict()
+                model = Quadratic(ms, beta)
+                subspace = build_subspace(ms, config)
+                optimizer = SubspaceOptimizer(model.parameters(), subspace, total_steps=9)
+                optimizer.load_state_dict(state)
+
+            def closure(model: Any = model) -> Tensor:
+                model.zero_grad()
+                loss = model.loss()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        runs.append(optimizer.raw)
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parametrization": "convex"}, "parametrization='convex'. Must be one of"),
+        ({"parametrization": "simplex", "basis": "orthonormal"}, "needs a basis with a center"),
+        ({"parametrization": "mask", "rank": 2}, "needs all directions, but rank=2"),
+        ({"mask_size": 3}, "mask_size=3 needs parametrization='mask'"),
+        ({"parametrization": "mask", "mask_size": 0}, "Invalid SubspaceConfig.mask_size=0"),
+    ],
+)
+def test_bad_settings(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        SubspaceConfig(**arguments)

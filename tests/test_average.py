@@ -1,0 +1,360 @@
+"""Averages that are not learned: ``average()``, and runs with ``SolverConfig(name="uniform")``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from common import Recorder, Regressor, loader, trainer, weights
+from helpers_resume import differences, equal, run, state
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from test_ddp import _no_hang, fit
+from torch import Tensor, nn
+
+from lightning_twa import CollectConfig, SolverConfig, StorageConfig, TWACallback, average
+
+__all__ = ["_no_hang"]
+
+UNIFORM = SolverConfig(name="uniform")
+pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")
+
+
+def members(n: int = 5, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
+    return [
+        {
+            "w": torch.randn(4, 3, dtype=dtype),
+            "b": torch.randn(3, dtype=torch.bfloat16),
+            "count": torch.tensor(i),
+        }
+        for i in range(n)
+    ]
+
+
+def reference(ms: list[dict[str, Tensor]], factors: Any) -> dict[str, Tensor]:
+    """In float64 with numpy."""
+    result: dict[str, Tensor] = {"count": ms[-1]["count"]}
+    for key in ("w", "b"):
+        stacked = np.stack([m[key].double().numpy() for m in ms])
+        mixed = np.tensordot(np.asarray(factors), stacked, axes=1)
+        result[key] = torch.from_numpy(mixed).to(ms[0][key].dtype)
+    return {key: result[key] for key in ms[0]}
+
+
+# --- average()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fixed_weights(dtype) -> None:
+    ms = members(5, dtype)
+    factors = torch.softmax(torch.randn(5, dtype=torch.float64), 0)
+    powers = 0.7 ** np.arange(4, -1, -1)
+    cases = [
+        (average(ms), reference(ms, [0.2] * 5)),
+        (average(ms, last=2), reference(ms[-2:], [0.5] * 2)),
+        (average(ms, last=9), reference(ms, [0.2] * 5)),
+        (average(ms, "ema", decay=0.7), reference(ms, powers / powers.sum())),
+        (average(ms, "weights", weights=factors), reference(ms, factors.numpy())),
+        (average(ms[:1]), ms[0]),
+    ]
+    for found, expected in cases:
+        assert found.keys() == expected.keys()
+        for key, tensor in found.items():
+            assert tensor.dtype == expected[key].dtype
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-6)
+
+
+def test_candidates_are_not_changed() -> None:
+    ms = members()
+    copies = [{k: t.clone() for k, t in m.items()} for m in ms]
+    for tensor in average(ms, last=1).values():
+        tensor.zero_()
+    average(ms)
+    assert equal(ms, copies)
+
+
+def test_files_and_a_finished_callback_give_the_same(tmp_path) -> None:
+    twa = TWACallback(4, collect=CollectConfig(start=0))
+
+    class Save(L.Callback):
+        def on_train_epoch_end(self, t: Any, pl_module: Any) -> None:
+            torch.save(pl_module.state_dict(), tmp_path / f"{t.current_epoch}.pt")
+
+    module = Regressor(batchnorm=True)
+    trainer(tmp_path, callbacks=[twa, Save()]).fit(module, loader())
+    files = average([tmp_path / f"{i}.pt" for i in range(4)])
+    own = average(twa)
+    assert own.keys() == files.keys() == module.state_dict().keys()
+    assert all(torch.equal(own[key], files[key]) for key in own)
+    learned = average(twa, "weights", weights=twa.averaging_weights[:, 0])
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(learned[name], parameter.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_greedy_soup_is_the_paper_s() -> None:
+    """Against algorithm 1 written down as it stands."""
+    for _ in range(20):
+        ms = members(6)
+        target = torch.randn(4, 3)
+
+        def score(s: dict[str, Tensor], target: Tensor = target) -> float:
+            return -float((s["w"] - target).square().sum())
+
+        order = sorted(ms, key=score, reverse=True)
+        soup: list[dict[str, Tensor]] = []
+        for m in order:
+            mean = {"w": torch.stack([x["w"] for x in [*soup, m]]).double().mean(0).float()}
+            old = torch.stack([x["w"] for x in soup]).double().mean(0).float() if soup else None
+            if old is None or score(mean) >= score({"w": old}):
+                soup.append(m)
+        expected = torch.stack([x["w"] for x in soup]).double().mean(0).float()
+        found = average(ms, "greedy", score=score)
+        torch.testing.assert_close(found["w"], expected)
+        assert score(found) >= score(order[0])
+
+
+def test_the_greedy_soup_by_validation_of_a_module(tmp_path) -> None:
+    module = Regressor(batchnorm=True)
+    before = state(module)
+    ms = []
+    for seed in range(4):
+        other = Regressor(batchnorm=True)
+        trainer(tmp_path, max_epochs=seed + 1).fit(other, loader(seed=seed))
+        ms.append(other.state_dict())
+    validator = trainer(tmp_path)
+    arguments = {"module": module, "trainer": validator, "dataloaders": loader(32, seed=9)}
+    found = average(ms, "greedy", monitor="val_loss", **arguments)
+
+    def loss(s: dict[str, Tensor]) -> float:
+        probe = Regressor(batchnorm=True)
+        probe.load_state_dict(s)
+        (metrics,) = validator.validate(probe, loader(32, seed=9), verbose=False)
+        return metrics["val_loss"]
+
+    assert loss(found) <= min(loss(m) for m in ms) + 1e-6
+    assert equal(state(module), before)
+    expected = average(ms, "greedy", score=lambda s: -loss(s))
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    with pytest.raises(ValueError, match="monitor='acc' is no metric"):
+        average(ms, "greedy", monitor="acc", **arguments)
+    assert equal(state(module), before)
+
+
+def test_tied_parameters_are_loaded_for_validation(tmp_path) -> None:
+    class Tied(Regressor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.append(nn.Linear(1, 1))
+            self.net[3].bias = self.net[2].bias
+
+    twa = TWACallback(4, collect=CollectConfig(start=2))
+    trainer(tmp_path, callbacks=[twa]).fit(Tied(), loader())
+    seen = []
+
+    class Look(Tied):
+        def on_validation_start(self) -> None:
+            seen.append(self.net[3].bias.detach().clone())
+
+    arguments = {"module": Look(), "trainer": trainer(tmp_path), "dataloaders": loader(32)}
+    average(twa, "greedy", monitor="val_loss", **arguments)
+    expected = [c.parameters["net.2.bias"] for c in twa.candidates]
+    assert all(torch.equal(s, e) for s, e in zip(seen, expected, strict=False))
+
+
+BAD = [
+    ({"method": "median"}, "Invalid method='median'"),
+    ({"method": "ema"}, "needs decay"),
+    ({"method": "ema", "decay": 1.0}, "Invalid decay=1.0"),
+    ({"decay": 0.5}, r"method='uniform'\) does not use decay=0.5"),
+    ({"method": "weights"}, "needs weights"),
+    ({"method": "weights", "weights": [1.0]}, "There are 3 candidates"),
+    ({"last": 0}, "Invalid last=0"),
+    ({"score": float}, "does not use score"),
+    ({"method": "greedy"}, r"needs a score\(state_dict\) function"),
+    ({"method": "greedy", "score": lambda s: float("nan")}, "not a number"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_arguments(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        average(members(3), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w": torch.ones(4, 4)}, r"Candidate 1: tensor 'w' is \(4, 4\)"),
+        ({"w": torch.ones(4, 3).double()}, "torch.float64, but in Candidate 0"),
+        ({"w": torch.full((4, 3), float("inf"))}, "Candidate 1, tensor 'w'"),
+        ({"more": torch.ones(1)}, "Candidate 1 has tensor 'more', but Candidate 0 has not"),
+    ],
+)
+def test_candidates_that_differ(change, message) -> None:
+    ms = members(3)
+    ms[1].update(change)
+    with pytest.raises(ValueError, match=message):
+        average(ms)
+
+
+def test_a_callback_without_candidates() -> None:
+    with pytest.raises(ValueError, match="has no candidates"):
+        average(TWACallback(4))
+
+
+# --- SWA and LAWA as a run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "collect", "expected"),
+    [
+        ({"start_epoch": 2}, {}, [2, 3, 4, 5]),
+        ({"start_epoch": 0.5}, {"max_candidates": 2}, [4, 5]),
+        ({}, {"start": 1, "every_n_epochs": 2}, [1, 3, 5]),
+    ],
+)
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_a_uniform_run_is_ordinary_training_and_its_average(
+    tmp_path, arguments, collect, expected, storage
+) -> None:
+    dirpath = str(tmp_path / "c") if storage == "disk" else None
+    twa = TWACallback(
+        solver=UNIFORM,
+        collect=CollectConfig(**collect),
+        storage=StorageConfig(kind=storage, dirpath=dirpath),
+        **arguments,
+    )
+    start = Regressor(batchnorm=True).state_dict()
+    ends = []
+    for callbacks in ([], [twa]):
+        L.seed_everything(1, verbose=False)
+        module = Regressor(batchnorm=True)
+        module.load_state_dict(start)
+        recorder = Recorder(twa)
+        saver = ModelCheckpoint(tmp_path / str(len(callbacks)), save_last=True)
+        the_trainer = trainer(
+            tmp_path, callbacks=[*callbacks, recorder, saver], enable_checkpointing=True
+        )
+        validated: list[Tensor] = []
+        module.on_validation_end = lambda m=module, v=validated: v.append(weights(m))
+        the_trainer.fit(module, loader(), loader(32))
+        ends.append((module, recorder, validated, saver))
+    (_, plain, _, _), (module, _, validated, saver) = ends
+    assert twa.phase == "done"
+    assert twa.candidate_names == [f"epoch={e}" for e in expected]
+    mean = torch.stack([plain.epochs[e] for e in expected]).mean(0)
+    torch.testing.assert_close(weights(module), mean, rtol=1e-6, atol=1e-7)
+    assert torch.equal(validated[-1], weights(module))
+    assert equal(
+        state(Regressor.load_from_checkpoint(saver.last_model_path, batchnorm=True)), state(module)
+    )
+    n = len(expected)
+    assert torch.equal(twa.averaging_weights, torch.full((n, 1), 1 / n, dtype=torch.float64))
+    assert twa.block_names == ["global"]
+
+
+@pytest.mark.parametrize("how", ["max_steps", "early stopping", "by steps"])
+def test_a_uniform_run_that_ends_early(tmp_path, how) -> None:
+    options: dict[str, Any] = {"max_steps": {"max_steps": 18}}.get(how, {})
+    collect = CollectConfig(start=1, every_n_train_steps=5 if how == "by steps" else None)
+    twa = TWACallback(collect=collect, solver=UNIFORM)
+    recorder = Recorder(twa)
+    callbacks: list[Any] = [twa, recorder]
+    if how == "early stopping":
+        callbacks.append(EarlyStopping("val_loss", patience=0, min_delta=1e9, mode="min"))
+    module = Regressor()
+    trainer(tmp_path, callbacks=callbacks, **options).fit(module, loader(), loader(32))
+    assert twa.phase == "done"
+    taken = {
+        "max_steps": [f"epoch={e}" for e in (1, 2, 3, 4)],
+        "early stopping": ["epoch=1"],
+        "by steps": [f"step={s}" for s in (5, 10, 15, 20)],
+    }
+    assert twa.candidate_names == taken[how]
+    mean = torch.stack([weights_of(c) for c in twa.candidates]).mean(0)
+    torch.testing.assert_close(weights(module), mean, rtol=1e-6, atol=1e-7)
+
+
+def weights_of(candidate: Any) -> Tensor:
+    return torch.cat([t.double().reshape(-1) for t in candidate.parameters.values()])
+
+
+def test_a_uniform_run_of_one_running_average_is_ema(tmp_path) -> None:
+    collect = CollectConfig(start=0, every_n_epochs=99, ema_decays=(0.9,))
+    twa = TWACallback(collect=collect, solver=UNIFORM)
+    module, recorder = Regressor(), Recorder(twa)
+    trainer(tmp_path, callbacks=[twa, recorder]).fit(module, loader())
+    raw = [w for _, w in recorder.steps[:-1]]
+    (candidate,) = twa.candidates
+    torch.testing.assert_close(weights(module), weights_of(candidate))
+    assert twa.candidate_names == ["ema(0.9)"]
+    factors = torch.tensor([0.9 ** (23 - s) for s in range(23)], dtype=torch.float64)
+    known = (factors[:, None] * torch.stack(raw)).sum(0)
+    assert float((weights(module) - known / factors.sum()).norm() / known.norm()) < 0.05
+
+
+@pytest.mark.parametrize("every", ["step", "epoch"])
+def test_a_uniform_run_resumes(tmp_path, every) -> None:
+    def make_twa() -> TWACallback:
+        return TWACallback(2, solver=UNIFORM, validate_average=True)
+
+    when = {"every_n_train_steps": 3} if every == "step" else {"every_n_epochs": 1}
+    saver = ModelCheckpoint(tmp_path / "ck", save_top_k=-1, **when)
+    whole = run(tmp_path, Regressor, make_twa, saver=saver)
+    for path in sorted((tmp_path / "ck").glob("*.ckpt")):
+        assert differences(whole, run(tmp_path, Regressor, make_twa, path)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
+@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
+def test_a_uniform_run_of_two_processes(tmp_path) -> None:
+    twa = TWACallback(2, solver=UNIFORM)
+    first, second = fit(tmp_path / "r", twa, Regressor(batchnorm=True))
+    assert first["phase"] == "done"
+    assert equal(first["state"], second["state"])
+    mean = {
+        name: torch.stack([c[name] for c in first["candidates"]]).double().mean(0)
+        for name in first["candidates"][0]
+    }
+    for name, tensor in mean.items():
+        torch.testing.assert_close(first["state"][name].double(), tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_a_uniform_run_that_collects_nothing(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"nothing to average: CollectConfig.start=9 \(epoch 9\)"):
+        trainer(
+            tmp_path, callbacks=[TWACallback(collect=CollectConfig(start=9), solver=UNIFORM)]
+        ).fit(Regressor(), loader())
+    twa = TWACallback(5, solver=UNIFORM)
+    with pytest.warns(UserWarning, match="There is nothing to average"):
+        trainer(tmp_path, callbacks=[twa], max_steps=8).fit(Regressor(), loader())
+    assert twa.phase == "collect"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SolverConfig(name="uniform", radius=1.0), "SolverConfig.radius=1.0 has no mean"),
+        (lambda: TWACallback(solver=UNIFORM, data="val"), "data='val' has no meaning"),
+        (
+            lambda: TWACallback(solver=UNIFORM, collect=CollectConfig(checkpoints="x.pt")),
+            r"CollectConfig.checkpoints='x.pt' has no meaning .* lightning_twa.average\(\)",
+        ),
+    ],
+)
+def test_what_has_no_meaning_without_a_phase(make, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_paths(tmp_path) -> None:
+    ms = members(2)
+    for i, m in enumerate(ms):
+        torch.save(m, tmp_path / f"{i}.pt")
+    assert equal(average(str(tmp_path / "*.pt")), average(ms))
+    with pytest.raises(ValueError, match="matches no file"):
+        average(Path(tmp_path / "*.ckpt"))
