@@ -14,17 +14,16 @@ from lightning_twa.config import (
     DATA,
     DISTRIBUTE,
     CollectConfig,
-    Settings,
     SolverConfig,
     StorageConfig,
     SubspaceConfig,
     check_choice,
     check_epoch_or_fraction,
-    check_uniform,
     check_unit_of_steps,
 )
 from lightning_twa.phase import restores_late
 from lightning_twa.run import Run
+from lightning_twa.settings import Settings, check_cycles, check_uniform
 from lightning_twa.swap import restore_raw_weights
 
 __all__ = ["TWACallback"]
@@ -58,6 +57,13 @@ class TWACallback(Callback):
         validate_average: While collecting, validate on the uniform average of the candidates so
             far, and restore the weights afterwards. With BatchNorm, each validation then costs a
             forward pass over the training data.
+        cycles: Divide the run into so many parts of equal length, and collect and train
+            coefficients in each; ``start_epoch`` and ``CollectConfig.start`` count within a part.
+            Ordinary training goes on from the learned average. With
+            ``SolverConfig(name="uniform")``: periodic SWA.
+        start_on_early_stopping: When ``EarlyStopping`` would end the run before ``start_epoch``,
+            start the phase instead, if there are two candidates. It takes as many epochs as it
+            would have taken, and then the run ends; never later than ``max_epochs``.
 
     Raises:
         ValueError: When an argument is outside its range or two contradict each other.
@@ -74,6 +80,8 @@ class TWACallback(Callback):
         storage: StorageConfig | None = None,
         distribute: Literal["auto", "replicate", "shard"] = "auto",
         validate_average: bool = False,
+        cycles: int = 1,
+        start_on_early_stopping: bool = False,
     ) -> None:
         super().__init__()
         check_epoch_or_fraction("start_epoch", start_epoch)
@@ -96,7 +104,10 @@ class TWACallback(Callback):
             storage=storage or StorageConfig(),
             distribute=distribute,
             validate_average=validate_average,
+            cycles=cycles,
+            start_on_early_stopping=start_on_early_stopping,
         )
+        check_cycles(self.settings)
         check_uniform(self.settings)
         check_unit_of_steps(self.settings.subspace, self.settings.solver)
         self._active = False  # between setup("fit") and teardown
@@ -142,8 +153,6 @@ class TWACallback(Callback):
         In block ``b`` the model's weights are ``sum_i averaging_weights[i, b] * candidate_i``.
         Columns sum to 1 in the centered bases.
         """
-        if self._run.optimizer is not None:
-            return self._run.optimizer.averaging_weights
         return self._run.averaging_weights
 
     # --- set-up
@@ -177,10 +186,7 @@ class TWACallback(Callback):
         """Check the settings against the data; re-establish a phase that is resumed."""
         if not self._active:
             return
-        if self.phase == "optimize":
-            self._run.enter(trainer, pl_module)
-        elif self.phase == "collect":
-            self._run.start_collecting(trainer, pl_module)
+        self._run.start(trainer, pl_module)
 
     # --- training
 
@@ -189,7 +195,7 @@ class TWACallback(Callback):
         if not self._active:
             return
         self._refuse_to_go_on(trainer)
-        self._run.enter_if_due(trainer, pl_module)
+        self._run.start_epoch(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -199,7 +205,7 @@ class TWACallback(Callback):
             self._refuse_to_go_on(trainer)
 
     def _refuse_to_go_on(self, trainer: Trainer) -> None:
-        if self.phase == "done":
+        if self._run.finished:
             raise RuntimeError(
                 f"The TWA phase of this run was finished, but the Trainer goes on with epoch "
                 f"{trainer.current_epoch}. To train further from the averaged weights, load them "
@@ -212,14 +218,13 @@ class TWACallback(Callback):
         """Take candidates by optimizer steps; log; finish after the last batch of the run."""
         if not self._active:
             return
-        if self.phase == "collect":
-            self._run.after_step(trainer, pl_module)
-        elif self._run.optimizer is not None:
+        if self.phase == "optimize":
             self._log(pl_module)
+        self._run.after_step(trainer, pl_module)
         self._run.finish_if_ending(trainer, pl_module)
 
     def _log(self, pl_module: LightningModule) -> None:
-        optimizer = self._run.optimizer
+        optimizer = self._run.optimization.optimizer
         assert optimizer is not None
         values = {"twa/lr": optimizer.last_lr, "twa/coefficient_norm": optimizer.coefficient_norm}
         # A batch size of its own: with training_step(dataloader_iter) Lightning knows none.
@@ -241,6 +246,12 @@ class TWACallback(Callback):
             return
         if self.phase == "optimize" or (self.phase == "collect" and self._run.uniform):
             self._run.finish(trainer, pl_module)
+        elif self.phase == "collect" and self._run.cycle > 0:
+            rank_zero_warn(
+                f"Training stopped in part {self._run.cycle + 1} of cycles={self.settings.cycles}, "
+                f"before its phase began: ordinary training has moved the weights on from the "
+                f"average of part {self._run.cycle}."
+            )
         elif self.phase == "collect":
             rank_zero_warn(
                 f"TWA never ran: training stopped after {trainer.current_epoch} epochs and "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_twa import phase
-from lightning_twa.config import Settings
-from lightning_twa.schedule import CollectPlan, check_enough_candidates, resolve_plan
+from lightning_twa.loaders import shuffled
+from lightning_twa.schedule import CollectPlan, check_enough_candidates, resolve_plans
+from lightning_twa.settings import Settings
 
 __all__ = ["check_data", "check_parameters", "check_trainer", "request_loader"]
 
@@ -23,7 +26,7 @@ UNSUPPORTED = ("XLAStrategy", "SingleDeviceXLAStrategy")  # though derived from 
 
 def check_trainer(
     settings: Settings, trainer: Trainer, module: LightningModule, files: int = 0
-) -> CollectPlan:
+) -> list[CollectPlan]:
     """What can be said before any data is there.
 
     Args:
@@ -33,7 +36,7 @@ def check_trainer(
         files: Number of candidates from files.
 
     Returns:
-        The schedule, resolved for this Trainer.
+        The schedule of each cycle, resolved for this Trainer.
 
     Raises:
         ValueError: Naming the setting that does not fit this Trainer, and what to do instead.
@@ -59,7 +62,14 @@ def check_trainer(
     _check_closure(settings, trainer)
     uniform = settings.solver.name == "uniform"
     epochs = phase.max_epochs(trainer)
-    return resolve_plan(settings.start_epoch, settings.collect, epochs, files, uniform)
+    if settings.start_on_early_stopping and "EarlyStopping" not in phase.callback_names(trainer):
+        raise ValueError(
+            "TWACallback(start_on_early_stopping=True) needs an EarlyStopping callback, but the "
+            "Trainer has none. Add one, or leave the argument out."
+        )
+    return resolve_plans(
+        settings.start_epoch, settings.collect, epochs, files, uniform, settings.cycles
+    )
 
 
 def _check_closure(settings: Settings, trainer: Trainer) -> None:
@@ -150,7 +160,7 @@ def request_loader(settings: Settings, trainer: Trainer) -> Any:
                     f"data='twa'."
                 )
             loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
-        return phase.shuffled(loader)
+        return shuffled(loader)
     if settings.data == "twa":
         loader = phase.hook_loader(trainer, "twa_dataloader")
         if loader is None:
@@ -164,13 +174,17 @@ def request_loader(settings: Settings, trainer: Trainer) -> Any:
 
 
 def check_data(
-    settings: Settings, plan: CollectPlan, trainer: Trainer, loader: Any, candidates: int
+    settings: Settings,
+    plans: Sequence[CollectPlan],
+    trainer: Trainer,
+    loader: Any,
+    candidates: int,
 ) -> None:
     """What can be said once the data is there and before training starts.
 
     Args:
         settings: The arguments of the callback.
-        plan: From :func:`check_trainer`.
+        plans: From :func:`check_trainer`, of this cycle and those to come.
         trainer: With its training data set up.
         loader: From :func:`request_loader`.
         candidates: Number of candidates a resumed run has already.
@@ -181,10 +195,15 @@ def check_data(
     if settings.solver.name == "uniform":
         return
     per_epoch = phase.steps_per_epoch(trainer)
-    ahead = plan.count_ahead(trainer.current_epoch, trainer.global_step, per_epoch)
-    expected = None if ahead is None else ahead + candidates
+    epoch, steps = trainer.current_epoch, trainer.global_step
     averages = len(settings.collect.ema_decays)
-    check_enough_candidates(plan, expected, averages, settings.subspace.mask_size)
+    for plan in plans:
+        ahead = plan.count_ahead(epoch, steps, per_epoch)
+        expected = None if ahead is None else ahead + candidates
+        check_enough_candidates(plan, expected, averages, settings.subspace.mask_size)
+        if plan.end is not None:  # the next cycle starts there, with no candidate
+            epoch, steps, candidates = plan.end, plan.end * (per_epoch or 0), 0
+    _warn_of_max_steps(plans[0], trainer, per_epoch)
     solver = settings.solver
     known = solver.lr is not None and solver.schedule == "constant"
     sized = settings.data == "train" or phase.has_length(loader)
@@ -195,4 +214,24 @@ def check_data(
             f"max_steps={trainer.max_steps}, data={settings.data!r}), but "
             f"schedule={solver.schedule!r} with radius={solver.radius} needs it. Set max_epochs or "
             f"max_steps, or use SolverConfig(schedule='constant', lr=...)."
+        )
+    if endless and trainer.max_steps == -1 and settings.subspace.group_size is not None:
+        raise ValueError(
+            f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
+            f"max_steps={trainer.max_steps}, data={settings.data!r}), but "
+            f"SubspaceConfig.group_size={settings.subspace.group_size} shares it out among the "
+            f"groups. Set max_epochs or max_steps, or leave group_size out."
+        )
+
+
+def _warn_of_max_steps(plan: CollectPlan, trainer: Trainer, per_epoch: int | None) -> None:
+    """Say at the start, and not only at the end, that the phase will not be reached."""
+    if trainer.max_steps == -1 or per_epoch is None:
+        return
+    last = -(-trainer.max_steps // per_epoch) - 1  # the epoch in which the steps are used up
+    if plan.start_epoch > last:
+        rank_zero_warn(
+            f"TWA will not run: max_steps={trainer.max_steps} ends the run in epoch {last}, before "
+            f"start_epoch={plan.start_epoch} begins the phase. Lower start_epoch to {last} or "
+            f"less, or raise max_steps."
         )

@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_twa import checks, phase
 from lightning_twa.candidates import RunningAverages, Store, average_name, persistent_buffers
 from lightning_twa.candidates.readers import find_files, read_candidate_from, unique_names
-from lightning_twa.config import Settings
 from lightning_twa.schedule import CollectPlan
+from lightning_twa.settings import Settings
 
 __all__ = ["Collector"]
 
@@ -28,15 +28,16 @@ class Collector:
         self.settings = settings
         self.store = Store()
         self.averages = RunningAverages(settings.collect.ema_decays, settings.collect.ema_device)
-        self._plan: CollectPlan | None = None
+        self.cycle = 0
+        self._plans: list[CollectPlan] = []
         self._files: list[Path] = []
         self._names: list[str] = []  # of the candidates in them
 
     @property
     def plan(self) -> CollectPlan:
-        """The resolved schedule."""
-        assert self._plan is not None, "set_up() comes before every training hook"
-        return self._plan
+        """The resolved schedule of this cycle."""
+        assert self._plans, "set_up() comes before every training hook"
+        return self._plans[self.cycle]
 
     @property
     def names(self) -> list[str]:
@@ -49,6 +50,11 @@ class Collector:
         names = self.store.names
         return len(names) + sum(name not in names for name in self.averages.names)
 
+    def count_after(self, epoch: int) -> int:
+        """Number of candidates at the end of an epoch that is not over yet."""
+        due = self.plan.takes_epoch_end(epoch) and f"epoch={epoch}" not in self.names
+        return self.count + due
+
     def set_up(self, trainer: Trainer, module: LightningModule) -> None:
         """Check the settings, resolve the schedule and find files; see
         :mod:`lightning_twa.checks`.
@@ -56,7 +62,7 @@ class Collector:
         collect = self.settings.collect
         self._files = [] if collect.checkpoints is None else find_files(collect.checkpoints)
         self._names = [name.replace("/", "-") for name in unique_names(self._files)]
-        self._plan = checks.check_trainer(self.settings, trainer, module, len(self._files))
+        self._plans = checks.check_trainer(self.settings, trainer, module, len(self._files))
         if len(self.store) > 0:  # the same Trainer goes on
             return
         storage = self.settings.storage
@@ -69,6 +75,17 @@ class Collector:
             keep_named=_keeps_older_checkpoints(trainer),
             device=trainer.strategy.root_device,
         )
+
+    def check_data(self, trainer: Trainer, loader: Any) -> None:
+        """See :func:`lightning_twa.checks.check_data`."""
+        plans = self._plans[self.cycle :]
+        checks.check_data(self.settings, plans, trainer, loader, len(self.store))
+
+    def begin_cycle(self) -> None:
+        """Forget the candidates, and collect anew."""
+        self.store.clear()
+        self.averages.clear()
+        self.cycle += 1
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """At the start of training; takes a candidate where a resumed run would not.

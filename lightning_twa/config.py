@@ -165,6 +165,10 @@ class SubspaceConfig:
         bits: How an entry of a direction is kept: 1 to 8 bits, really packed, with one bfloat16
             scale per 128 entries; 16, bfloat16; 32, full precision. The center is always exact.
         rank: Keep only the so many largest principal directions (``basis="pca"`` only).
+        group_size: With more candidates than this, they are optimized in groups of at most so many,
+            one group after another, each for its share of the steps and from the weights that the
+            group before it arrived at; the phase ends with the mean of what the groups arrived at.
+            Memory for directions is that of a group. ``None``: all at once.
         device: Where center and directions are kept, as in ``torch.device(...)``; ``None`` means
             with the model. ``"cpu"`` keeps them off an accelerator, for slower steps.
 
@@ -178,6 +182,7 @@ class SubspaceConfig:
     mask_size: int | None = None
     bits: int = 32
     rank: int | None = None
+    group_size: int | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -196,6 +201,7 @@ class SubspaceConfig:
             )
         _check_device("SubspaceConfig.device", self.device, "with the model")
         _check_count("SubspaceConfig.rank", self.rank, 1, "keep all directions")
+        _check_count("SubspaceConfig.group_size", self.group_size, 2, "all at once")
         if self.rank is not None and self.basis != "pca":
             raise ValueError(
                 f"SubspaceConfig.rank={self.rank} needs basis='pca', where directions are ordered "
@@ -219,6 +225,12 @@ class SubspaceConfig:
             raise ValueError(
                 f"SubspaceConfig.parametrization={name!r} needs a basis with a center ('pca' or "
                 f"'candidates'), but basis='orthonormal'."
+            )
+        if self.group_size is not None:
+            raise ValueError(
+                f"SubspaceConfig.parametrization={name!r} does not go with "
+                f"group_size={self.group_size}: a group starts from weights that are no average of "
+                f"its own candidates. Use parametrization='free', or no group_size."
             )
         if self.rank is not None:
             raise ValueError(
@@ -354,43 +366,6 @@ class StorageConfig:
             raise ValueError(
                 f"StorageConfig.dirpath={str(self.dirpath)!r} needs kind='disk' or 'auto', but "
                 f"kind='memory' writes no files."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The arguments of :class:`~lightning_twa.TWACallback`, which documents them."""
-
-    start_epoch: int | float
-    data: Literal["train", "val", "twa"]
-    collect: CollectConfig
-    subspace: SubspaceConfig
-    solver: SolverConfig
-    storage: StorageConfig
-    distribute: Literal["auto", "replicate", "shard"]
-    validate_average: bool
-
-
-def check_uniform(settings: Settings) -> None:
-    """What concerns the training of coefficients has no meaning without any.
-
-    Raises:
-        ValueError: Naming the argument.
-    """
-    if settings.solver.name != "uniform":
-        return
-    values = {
-        "data": (settings.data, "train"),
-        "subspace": (settings.subspace, SubspaceConfig()),
-        "distribute": (settings.distribute, "auto"),
-        "CollectConfig.checkpoints": (settings.collect.checkpoints, None),
-    }
-    for name, (value, default) in values.items():
-        if value != default:
-            raise ValueError(
-                f"{name}={value!r} has no meaning with SolverConfig(name='uniform'), which trains "
-                f"no coefficients. Leave it out."
-                + (" Average files with lightning_twa.average()." if "check" in name else "")
             )
 
 

@@ -26,7 +26,6 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 __all__ = ["TrainerSwitch"]
 
@@ -105,6 +104,11 @@ def run_is_ending(trainer: Trainer) -> bool:
     return limit is not None and last_batch and trainer.current_epoch + 1 >= limit
 
 
+def epoch_is_ending(trainer: Trainer) -> bool:
+    """Whether the batch that was just trained on is the last of its epoch."""
+    return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+
+
 def step_was_taken(trainer: Trainer) -> bool:
     """Whether the batch that was just trained on ended with an optimizer step."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
@@ -181,37 +185,6 @@ def hook_loader(trainer: Trainer, name: str) -> Any:
     return None
 
 
-def shuffled(loader: Any) -> Any:
-    """A validation loader as training uses it: in random order, without a last batch of one sample.
-
-    Validation sets are often sorted by class, and a batch of one sample breaks BatchNorm in
-    training mode. Anything but a plain ``DataLoader`` in sequential order is returned as it is.
-    """
-    plain = (
-        type(loader) is DataLoader
-        and type(loader.sampler) is SequentialSampler
-        and type(loader.batch_sampler) is BatchSampler
-    )
-    if not plain:
-        return loader
-    leftover = len(loader.dataset) % loader.batch_size
-    return DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size,
-        shuffle=True,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last or (leftover == 1 and len(loader.dataset) > 1),
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    )
-
-
 # --- the switch
 
 
@@ -255,6 +228,16 @@ class TrainerSwitch:
         strategy.lr_scheduler_configs = [
             dataclasses.replace(config, frequency=sys.maxsize) for config in schedulers
         ]
+
+    def replace_optimizer(self, optimizer: Optimizer) -> None:
+        """Let the Trainer step another optimizer of the phase from the next batch on."""
+        self.trainer.strategy.optimizers = [optimizer]
+
+    def limit_epochs(self, end: int) -> None:
+        """Let the run end before epoch ``end``."""
+        loop = self.trainer.fit_loop
+        self._undo.callback(setattr, loop, "max_epochs", loop.max_epochs)
+        loop.max_epochs = end
 
     def stop_gradient_sync(self) -> None:
         """Let DDP exchange neither gradients nor buffers from the next forward pass on."""
@@ -350,6 +333,14 @@ class TrainerSwitch:
     def restore(self) -> None:
         """Undo everything, last change first. May be called again."""
         self._undo.close()
+
+
+def prepare_data(trainer: Trainer) -> None:
+    """Prepare the user's training data anew for the epoch that begins."""
+    loop = trainer.fit_loop
+    loop._combined_loader = None
+    loop.setup_data()
+    _set_epoch(loop._combined_loader, trainer.current_epoch)
 
 
 def _set_epoch(combined_loader: Any, epoch: int) -> None:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_twa.groups import Groups
 from lightning_twa.subspace import SubspaceOptimizer
 
-__all__ = ["effective_candidates", "finish_report", "switch_report", "uniform_report"]
+__all__ = [
+    "effective_candidates",
+    "finish_report",
+    "groups_report",
+    "switch_report",
+    "uniform_report",
+]
 
 PRESSED = 0.8  # of the budget used in one direction: the optimum is probably further away
 
@@ -54,21 +61,36 @@ def switch_report(optimizer: SubspaceOptimizer, names: list[str], data: str, epo
     )
 
 
-def finish_report(optimizer: SubspaceOptimizer, batchnorm_batches: int | None) -> list[str]:
+def groups_report(groups: Groups) -> str:
+    """How the candidates are divided, in one line."""
+    return (
+        f"TWA: the candidates are optimized in {groups.count} groups, one after another; the first "
+        f"has {len(groups.members)} candidates and {groups.steps} optimizer steps."
+    )
+
+
+def finish_report(
+    optimizer: SubspaceOptimizer,
+    averaging_weights: Tensor,
+    steps: int,
+    batchnorm_batches: int | None,
+) -> list[str]:
     """What the phase did, in one line, and further lines where the user may want to act.
 
     Args:
-        optimizer: The phase's optimizer.
+        optimizer: The phase's optimizer, of the last group of candidates where there are groups.
+        averaging_weights: ``(n, B)`` what was learned.
+        steps: Optimizer steps of the whole phase.
         batchnorm_batches: Batches that BatchNorm statistics were re-estimated over; ``None`` if
             there were none to re-estimate.
     """
-    beta = optimizer.averaging_weights
     unit = " standard deviations" if optimizer.subspace.config.basis == "pca" else ""
+    origin = "the uniform average" if optimizer.subspace.starts_at_mean else "their group's start"
     line = (
-        f"TWA: phase finished after {optimizer.steps} optimizer steps; coefficients are "
-        f"{optimizer.coefficient_norm:.2f}{unit} from the uniform average, effective number of "
+        f"TWA: phase finished after {steps} optimizer steps; coefficients are "
+        f"{optimizer.coefficient_norm:.2f}{unit} from {origin}, effective number of "
         f"candidates "
-        f"{effective_candidates(beta):.1f} of {beta.shape[0]}."
+        f"{effective_candidates(averaging_weights):.1f} of {averaging_weights.shape[0]}."
     )
     if batchnorm_batches is not None:
         line += f" BatchNorm statistics re-estimated over {batchnorm_batches} training batches."
@@ -83,7 +105,7 @@ def finish_report(optimizer: SubspaceOptimizer, batchnorm_batches: int | None) -
         if reach > PRESSED * optimizer.config.radius:
             lines.append(
                 f"TWA: the coefficients pressed against their budget: they ended {reach:.2f} from "
-                f"the uniform average, of SolverConfig.radius={optimizer.config.radius:g}. A "
+                f"{origin}, of SolverConfig.radius={optimizer.config.radius:g}. A "
                 f"better "
                 f"average may lie further out: try a larger radius, or later candidates."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from lightning_twa.config import CollectConfig
 
 NEVER = sys.maxsize  # an epoch that does not come
 
-__all__ = ["CollectPlan", "resolve_epoch", "resolve_plan"]
+__all__ = ["CollectPlan", "resolve_epoch", "resolve_plans"]
 
 
 def resolve_epoch(name: str, value: int | float, max_epochs: int | None) -> int:
@@ -42,6 +43,7 @@ class CollectPlan:
     Args:
         collect_start: First epoch that gives candidates.
         start_epoch: First epoch of the phase; no candidate is taken from here on.
+        end: The epoch that ends the phase; ``None`` where the run has no limit in epochs.
         every_n_epochs: See :class:`~lightning_twa.CollectConfig`.
         every_n_train_steps: See :class:`~lightning_twa.CollectConfig`.
         max_candidates: See :class:`~lightning_twa.CollectConfig`.
@@ -49,6 +51,7 @@ class CollectPlan:
 
     collect_start: int
     start_epoch: int
+    end: int | None
     every_n_epochs: int
     every_n_train_steps: int | None
     max_candidates: int | None
@@ -101,32 +104,65 @@ class CollectPlan:
         return f"{how} of epochs {self.collect_start} to {self.start_epoch - 1}"
 
 
-def resolve_plan(
+def resolve_plans(
     start_epoch: int | float,
     collect: CollectConfig,
     max_epochs: int | None,
     files: int = 0,
     uniform: bool = False,
-) -> CollectPlan:
-    """Turn the user's settings into epochs of this run.
+    cycles: int = 1,
+) -> list[CollectPlan]:
+    """Turn the user's settings into epochs of this run, one plan for each cycle.
 
     Args:
-        start_epoch: First epoch of the phase, or a fraction of ``max_epochs``.
+        start_epoch: First epoch of the phase, counted from the start of a cycle, or a fraction of
+            the cycle.
         collect: When candidates are kept.
         max_epochs: Number of epochs of the run; ``None`` when it has no limit in epochs.
         files: Number of candidates from files.
-        uniform: Collect to the end of the run, without a phase.
+        uniform: Collect to the end of a cycle, without a phase.
+        cycles: Parts of equal length that the run is divided into.
 
     Raises:
         ValueError: When the phase would never start, or the window cannot hold two candidates.
     """
-    if uniform:
-        return _plan_to_the_end(start_epoch, collect, max_epochs)
-    start = resolve_epoch("start_epoch", start_epoch, max_epochs)
-    given = f"start_epoch={start_epoch}" + (f" (epoch {start})" if start != start_epoch else "")
-    if max_epochs is not None and start >= max_epochs:
+    if cycles == 1:
+        return [_resolve(start_epoch, collect, 0, max_epochs, files, uniform)]
+    if max_epochs is None:
         raise ValueError(
-            f"{given} must be below max_epochs={max_epochs}: the phase trains the averaging "
+            f"cycles={cycles} divides the run's epochs, but this Trainer has no limit in epochs "
+            f"(max_epochs=-1, or max_steps alone). Set Trainer(max_epochs=...)."
+        )
+    bounds = [max_epochs * i // cycles for i in range(cycles + 1)]
+    try:
+        return [
+            _resolve(start_epoch, collect, a, b, files, uniform)
+            for a, b in itertools.pairwise(bounds)
+        ]
+    except ValueError as error:
+        raise ValueError(
+            f"cycles={cycles} gives cycles of {bounds[1]} epochs, within which start_epoch and "
+            f"CollectConfig.start count. {error}"
+        ) from None
+
+
+def _resolve(
+    start_epoch: int | float,
+    collect: CollectConfig,
+    first: int,
+    end: int | None,
+    files: int,
+    uniform: bool,
+) -> CollectPlan:
+    """The plan of the cycle of epochs ``first`` to ``end - 1``."""
+    if uniform:
+        return _plan_to_the_end(start_epoch, collect, first, end)
+    length = None if end is None else end - first
+    start = resolve_epoch("start_epoch", start_epoch, length)
+    given = f"start_epoch={start_epoch}" + (f" (epoch {start})" if start != start_epoch else "")
+    if length is not None and start >= length:
+        raise ValueError(
+            f"{given} must be below max_epochs={length}: the phase trains the averaging "
             f"coefficients in the epochs from start_epoch on. Lower start_epoch or raise "
             f"max_epochs."
         )
@@ -143,48 +179,51 @@ def resolve_plan(
         )
     if collect.start is None:
         # Halfway, but early enough for two candidates at epoch ends.
-        last = start - start % collect.every_n_epochs - 1
-        collect_start = max(min(start // 2, last - collect.every_n_epochs), 0)
+        last = (first + start) - (first + start) % collect.every_n_epochs - 1
+        collect_start = max(min(first + start // 2, last - collect.every_n_epochs), first)
     else:
-        collect_start = resolve_epoch("CollectConfig.start", collect.start, max_epochs)
+        collect_start = first + resolve_epoch("CollectConfig.start", collect.start, length)
     plan = CollectPlan(
         collect_start=collect_start,
-        start_epoch=start,
+        start_epoch=first + start,
+        end=end,
         every_n_epochs=collect.every_n_epochs,
         every_n_train_steps=collect.every_n_train_steps,
         max_candidates=collect.max_candidates,
     )
-    if collect_start >= start and not (soup and collect.start is None):
+    if collect_start >= first + start and not (soup and collect.start is None):
         raise ValueError(
-            f"CollectConfig.start={collect.start} (epoch {collect_start}) must be below {given}: "
-            f"candidates are kept before the phase starts."
+            f"CollectConfig.start={collect.start} (epoch {collect_start - first}) must be below "
+            f"{given}: candidates are kept before the phase starts."
         )
-    check_enough_candidates(plan, plan.count_ahead(0, 0, None), files + len(collect.ema_decays))
+    expected = plan.count_ahead(first, 0, None)
+    check_enough_candidates(plan, expected, files + len(collect.ema_decays))
     return plan
 
 
 def _plan_to_the_end(
-    start_epoch: int | float, collect: CollectConfig, max_epochs: int | None
+    start_epoch: int | float, collect: CollectConfig, first: int, end: int | None
 ) -> CollectPlan:
     """Collecting without a phase after it, from ``CollectConfig.start`` or ``start_epoch`` on."""
     name, value = "CollectConfig.start", collect.start
     if value is None:
         name, value = "start_epoch", start_epoch
-    first = resolve_epoch(name, value, max_epochs)
-    end = NEVER if max_epochs is None else max_epochs
+    length = None if end is None else end - first
+    collect_start = first + resolve_epoch(name, value, length)
     plan = CollectPlan(
-        collect_start=first,
-        start_epoch=end,
+        collect_start=collect_start,
+        start_epoch=NEVER if end is None else end,
+        end=end,
         every_n_epochs=collect.every_n_epochs,
         every_n_train_steps=collect.every_n_train_steps,
         max_candidates=collect.max_candidates,
     )
-    some = end == NEVER or any(plan.takes_epoch_end(epoch) for epoch in range(first, end))
+    some = end is None or any(plan.takes_epoch_end(epoch) for epoch in range(collect_start, end))
     by_steps = collect.every_n_train_steps is not None
-    if first >= end or not (some or by_steps or collect.ema_decays):
+    if collect_start >= plan.start_epoch or not (some or by_steps or collect.ema_decays):
         raise ValueError(
-            f"There will be nothing to average: {name}={value} (epoch {first}), "
-            f"every_n_epochs={collect.every_n_epochs} and max_epochs={max_epochs} give no "
+            f"There will be nothing to average: {name}={value} (epoch {collect_start - first}), "
+            f"every_n_epochs={collect.every_n_epochs} and max_epochs={length} give no "
             f"candidate. Lower {name}, or every_n_epochs."
         )
     return plan

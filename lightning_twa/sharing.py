@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_twa import phase
-from lightning_twa.config import Settings
 from lightning_twa.distributed import all_ranks, rank, world_size
 from lightning_twa.memory import free_bytes
+from lightning_twa.settings import Settings
 from lightning_twa.subspace.columns import (
     Columns,
     cut_evenly,

@@ -14,6 +14,13 @@ __all__ = ["FORMAT_VERSION", "RAW_WEIGHTS", "check_state"]
 FORMAT_VERSION = 1
 RAW_WEIGHTS = "current_model_state"  # where Lightning's WeightAveraging has them too
 
+# What the solvers keep: full-matrix Adam, AdamW, SGD
+MOMENTS = (
+    {"step", "exp_avg", "second_moment"},
+    {"step", "exp_avg", "exp_avg_sq"},
+    {"momentum_buffer"},
+)
+
 Check = Callable[[Any], bool]
 
 
@@ -34,16 +41,23 @@ def check_state(state: Mapping[str, Any]) -> None:
     if phase not in ("collect", "optimize", "done"):
         raise damaged("phase", phase)
     _check(state, "", {"epoch_batches": _optional(_is_count), "candidate_names": _is_names})
+    later = {"cycle": state.get("cycle", 0), "stopped": state.get("stopped", False)}
+    _check(later, "", {"cycle": _is_count, "stopped": _is_bool})
     if phase != "done":
         _check_candidates(state)
     if phase != "collect":
         _check(state, "", {"started": _is_dict})
         started = {"epoch": _is_count, "step": _is_count, "validates_each_epoch": _is_bool}
         _check(state["started"], "started.", {**started, "epoch_batches": _optional(_is_count)})
+        _check({"stops_at": 0, **state["started"]}, "started.", {"stops_at": _is_count})
         _check(state, "", {"averaging_weights": _is_numbers(2), "block_names": _is_names})
     if phase == "optimize":
         _check(state, "", {"optimizer": _is_dict, "mixing": _is_numbers(3), "settings": _is_dict})
-        _check_optimizer(state["optimizer"], state["mixing"], len(state["candidate_names"]))
+        n = len(state["candidate_names"])
+        if "groups" in state:
+            n = state["mixing"].shape[2]
+            _check_groups(state["groups"])
+        _check_optimizer(state["optimizer"], state["mixing"], n)
 
 
 def damaged(entry: str, value: Any) -> ValueError:
@@ -101,6 +115,16 @@ def _check_candidate(where: str, entry: Any) -> None:
     _check(entry, f"{where}.", {"parameters": _is_tensors, "buffers": _is_tensors})
 
 
+def _check_groups(groups: Any) -> None:
+    """Their shapes are compared when the phase is entered."""
+    if not _is_dict(groups):
+        raise damaged("groups", groups)
+    _check(groups, "groups.", {"results": _is_list, "steps_before": _is_count})
+    for i, result in enumerate(groups["results"]):
+        if not _is_numbers(2)(result):
+            raise damaged(f"groups.results[{i}]", result)
+
+
 def _check_optimizer(state: Mapping[str, Any], mixing: Tensor, n: int) -> None:
     blocks, k, candidates = mixing.shape
     if candidates != n:
@@ -119,11 +143,12 @@ def _check_optimizer(state: Mapping[str, Any], mixing: Tensor, n: int) -> None:
     rows = state["coefficients"].shape[0]
     shapes = {"second_moment": (blocks, rows, rows), "step": ()}
     for key, moments in solver["state"].items():
-        if key != 0 or not _is_dict(moments):
+        if key != 0 or not _is_dict(moments) or set(moments) not in MOMENTS:
             raise damaged(f"optimizer.solver.state[{key!r}]", moments)
         for name, value in moments.items():
             shape = shapes.get(name, (rows, blocks))
-            if value is not None and not (_is_numbers(len(shape))(value) and value.shape == shape):
+            none_yet = value is None and name == "momentum_buffer"
+            if not none_yet and not (_is_numbers(len(shape))(value) and value.shape == shape):
                 raise damaged(f"optimizer.solver.state[0][{name!r}]", value)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightning_twa.candidates import Store, persistent_buffers
 from lightning_twa.state import RAW_WEIGHTS
 from lightning_twa.subspace.columns import local_part, to_shards
+from lightning_twa.subspace.layout import TensorSpec
 
-__all__ = ["AverageSwap", "copy_into", "put_average", "restore_raw_weights"]
+__all__ = ["AverageSwap", "copy_into", "put_average", "put_weighted", "restore_raw_weights"]
 
 
 class AverageSwap:
@@ -72,6 +73,28 @@ def put_average(module: nn.Module, store: Store) -> None:
     for name, value in store.mean_parameters():
         copy_into(state, {name: value})
     copy_into(state, store.mean_buffers())
+
+
+def put_weighted(
+    module: nn.Module, store: Store, specs: Iterable[TensorSpec], weights: Tensor
+) -> None:
+    """Write a weighted average of the candidates into a module's parameters, summed in float64.
+
+    Args:
+        module: The model.
+        store: The candidates.
+        specs: The parameters to write, and the blocks they belong to.
+        weights: ``(n, B)``.
+    """
+    named = dict(module.named_parameters())
+    for spec in specs:
+        total: Tensor | None = None
+        for weight, candidate in zip(weights[:, spec.block].tolist(), store, strict=True):
+            if weight != 0:
+                term = weight * candidate.parameters[spec.name].double()
+                total = term if total is None else total.add_(term)
+        assert total is not None, "averaging weights sum to 1"
+        copy_into({spec.name: local_part(named[spec.name])}, {spec.name: total})
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

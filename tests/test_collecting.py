@@ -373,7 +373,7 @@ def test_validation_and_checkpoints_never_see_other_weights(tmp_path, kind) -> N
         def check(self, module: Any) -> None:
             if twa.phase == "optimize":
                 found = weights(module)
-                twa._run.optimizer.write_parameters()
+                twa._run.optimization.optimizer.write_parameters()
                 assert torch.equal(found, weights(module))
                 self.seen += 1
 

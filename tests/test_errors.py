@@ -687,11 +687,17 @@ def test_early_stopping_before_the_phase_warns_and_leaves_the_weights(tmp_path, 
 @pytest.mark.parametrize("steps", [7, 16])
 def test_max_steps_before_the_phase_warns_and_leaves_the_weights(tmp_path, steps) -> None:
     twa, module = TWACallback(start_epoch=4), Regressor()
-    message = NEVER_RAN.format(-(-steps // 4), steps)
-    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+    last = -(-steps // 4) - 1
+    early = (
+        f"TWA will not run: max_steps={steps} ends the run in epoch {last}, before start_epoch=4 "
+        f"begins the phase. Lower start_epoch to {last} or less, or raise max_steps."
+    )
+    with pytest.warns(UserWarning, match="^TWA") as caught:
         trainer(tmp_path, callbacks=[twa], max_steps=steps).fit(
             module, loader(), loader(32, seed=1)
         )
+    messages = [str(w.message) for w in caught if "TWA" in str(w.message)]
+    assert messages == [early, NEVER_RAN.format(last + 1, steps)]
     assert torch.equal(weights(module), plain_weights(tmp_path, max_steps=steps))
 
 

@@ -104,7 +104,7 @@ class Counting(TWACallback):
 
             setattr(run, name, counted)
 
-        count("enter", "switches")
+        count("_entered", "switches")
         count("finish", "finishes")
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
@@ -124,8 +124,8 @@ class Counting(TWACallback):
         assert self.finishes == int(epoch == EPOCHS - 1)
         if epoch >= START:
             taken = (epoch - START + 1) * STEPS
-            assert self._run.optimizer.steps == taken
-            assert self._run.optimizer.total_steps == (EPOCHS - START) * STEPS
+            assert self._run.optimization.optimizer.steps == taken
+            assert self._run.optimization.optimizer.total_steps == (EPOCHS - START) * STEPS
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_train_end(trainer, pl_module)
@@ -311,7 +311,7 @@ def test_data_without_a_length_and_epochs_without_an_end(tmp_path) -> None:
     the_trainer.fit(Streaming())
     assert twa.phase == "done"
     assert the_trainer.global_step == 4 * STEPS + 1
-    assert twa._run._started["epoch"] == 2
+    assert twa._run.optimization.started["epoch"] == 2
 
 
 def test_a_stream_of_one_endless_epoch_never_reaches_the_phase_and_says_so(tmp_path) -> None:

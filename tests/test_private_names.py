@@ -9,6 +9,7 @@ from functools import reduce
 import lightning as L
 import pytest
 from common import Regressor, loader, trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
@@ -37,6 +38,14 @@ def test_fit_loop_prepares_data_only_where_none_is_prepared() -> None:
         "FitLoop.setup_data decides differently when to prepare data: TrainerSwitch.install_loader "
         "sets _combined_loader to None to have it prepared anew."
     )
+
+
+def test_early_stopping_decides_in_one_method() -> None:
+    source = inspect.getsource(EarlyStopping)
+    assert source.count("self._run_early_stopping_check(trainer)") == 2, (
+        "EarlyStopping decides elsewhere: stopping.py wraps _run_early_stopping_check."
+    )
+    assert "wait_count" in EarlyStopping("loss").state_dict()
 
 
 def test_scheduler_config_has_a_frequency() -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from lightning_twa import CollectConfig
-from lightning_twa.schedule import CollectPlan, resolve_epoch, resolve_plan
+from lightning_twa.schedule import CollectPlan, resolve_epoch, resolve_plans
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_fraction_needs_a_number_of_epochs() -> None:
     [(30, 1, 15), (7, 1, 3), (3, 1, 1), (2, 1, 0), (10, 3, 5), (10, 4, 3), (8, 4, 3)],
 )
 def test_the_default_window_is_the_second_half_or_holds_two(start, every, expected) -> None:
-    plan = resolve_plan(start, CollectConfig(every_n_epochs=every), 100)
+    (plan,) = resolve_plans(start, CollectConfig(every_n_epochs=every), 100)
     assert plan.collect_start == expected
     assert sum(plan.takes_epoch_end(e) for e in range(start)) >= 2
 
@@ -51,7 +51,7 @@ def test_the_default_window_is_the_second_half_or_holds_two(start, every, expect
 )
 def test_windows_that_cannot_work_are_refused(start, collect, epochs, message) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_plan(start, CollectConfig(**collect), epochs)
+        resolve_plans(start, CollectConfig(**collect), epochs)
 
 
 @pytest.mark.parametrize("every_steps", [None, 1, 2, 3, 7])
@@ -61,6 +61,7 @@ def test_the_count_ahead_is_what_a_run_takes_from_any_epoch_on(every_steps) -> N
         plan = CollectPlan(
             collect_start=collect_start,
             start_epoch=start_epoch,
+            end=start_epoch + 2,
             every_n_epochs=every_epochs,
             every_n_train_steps=every_steps,
             max_candidates=None,

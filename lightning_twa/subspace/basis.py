@@ -47,9 +47,11 @@ class Subspace:
         layout: Names, shapes and blocks of the tensors in the flat vector of ``D`` numbers.
         local_layout: The same of the columns held here; ``layout`` unless several processes share
             the subspace.
-        center: The uniform average ``c``, flat, of the columns held here, in the layout's dtype.
+        center: The uniform average ``c``, or the given start, flat, of the columns held here, in
+            the layout's dtype.
         mixing: ``(B, k, n)`` float64 on the CPU, how each block's directions are mixed of
             candidates.
+        starts_at_mean: Whether the center is the uniform average, and not other weights.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Subspace:
         stored: Directions,
         mixing: Tensor,
         local_layout: ParameterLayout | None = None,
+        starts_at_mean: bool = True,
     ) -> None:
+        self.starts_at_mean = starts_at_mean
         self.config = config
         self.layout = layout
         self.local_layout = local_layout or layout
@@ -139,14 +143,16 @@ class Subspace:
             coefficients: ``(k, B)``.
 
         Returns:
-            ``(n, B)`` float64 on the CPU. Columns sum to 1 in the centered bases.
+            ``(n, B)`` float64 on the CPU. Columns sum to 1 in the centered bases. Of a subspace
+            with a start of its own, by how much the weights differ from those of the start; columns
+            then sum to 0.
         """
         x = coefficients.to(device="cpu", dtype=torch.float64)
         mix = torch.einsum("bkn,kb->nb", self.mixing, x)
         if self.config.basis != "orthonormal":
             # sum_i m_i (w_i - c) with c = mean(w): the mean of m comes back through the center.
             mix = mix - mix.mean(dim=0, keepdim=True)
-        return mix + 1.0 / self.num_candidates
+        return mix + 1.0 / self.num_candidates if self.starts_at_mean else mix
 
 
 def build_subspace(
@@ -157,6 +163,7 @@ def build_subspace(
     device: torch.device | str | None = None,
     mixing: Tensor | None = None,
     columns: Columns | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Subspace:
     """Build the subspace that candidates span.
 
@@ -175,6 +182,7 @@ def build_subspace(
             exactly its directions again.
         columns: What this process holds, as one of several that share the subspace, all of which
             call this at the same time; its layout says which tensors are spanned.
+        start: The weights at ``x = 0`` instead of the uniform average, by name.
 
     Returns:
         The subspace. Float64 if any tensor is float64, else float32.
@@ -197,12 +205,20 @@ def build_subspace(
     expected = layout if columns is None or columns.pieces is not None else columns.local
     for i, member in enumerate(members):
         expected.check(member, f"Candidate {i}")
+    if start is not None:
+        expected.check(start, "The start")
+        if config.parametrization != "free":
+            raise ValueError(
+                f"parametrization={config.parametrization!r} starts from the uniform average, "
+                f"so it does not go with a start. Use parametrization='free'."
+            )
     carrier = torch.device(device or "cpu")
     target = torch.device(config.device) if config.device is not None else carrier
     pieces = _Pieces(layout, members, columns)
 
     center = torch.empty(pieces.layout.numel, dtype=layout.dtype)
-    for part, _, rows in pieces.tiles():
+    origin = pieces if start is None else _Pieces(layout, [start], columns)
+    for part, _, rows in origin.tiles():
         center[part] = rows.mean(dim=0).to(layout.dtype)
     if mixing is None:
         mixing = _mixing(config, pieces, center, carrier)
@@ -218,7 +234,8 @@ def build_subspace(
     stored.close()
     if columns is not None:
         stored.prepare(lambda compiled: all_ranks(compiled, carrier))
-    return Subspace(config, layout, center.to(target), stored, mixing, pieces.layout)
+    center, at_mean = center.to(target), start is None
+    return Subspace(config, layout, center, stored, mixing, pieces.layout, at_mean)
 
 
 def _choose(first: Mapping[str, Tensor], names: Iterable[str] | None) -> dict[str, Tensor]:
