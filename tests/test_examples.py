@@ -221,3 +221,37 @@ def test_checkpointing_prints_what_checkpoints_and_candidates_take() -> None:
         assert megabytes["files", moment] == pytest.approx(megabytes["plain", moment], abs=0.1)
     kept = {row[0]: float(row[3]) for row in rows_of(output, "| what |")}
     assert kept["memory, float32"] == kept["files, float32"] == pytest.approx(parameters, abs=0.1)
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in (EXAMPLES / "benchmarks").glob("*.py")))
+def test_every_benchmark_finds_what_it_imports(script, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    path = EXAMPLES / "benchmarks" / script
+    spec = importlib.util.spec_from_file_location(f"imported_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    assert callable(module.main)
+
+
+def test_overhead_prints_a_row_for_each_size() -> None:
+    small = ("--rounds", "1", "--widths", "4", "--candidates", "3", "--batch-size", "2")
+    header, _, row = run_example("benchmarks/overhead.py", *small).splitlines()[-3:]
+    assert len(row.split("|")) == len(header.split("|"))
+    cells = [float(cell.replace(",", "")) for cell in row.strip("|").split("|")]
+    assert cells[1] == 3
+    assert all(cell > 0 for cell in cells[:-1])  # building may round to no time
+
+
+def test_running_averages_are_measured_beside_steps() -> None:
+    rows = [
+        [float(cell.strip(" %").replace(",", "")) for cell in line.strip("|").split("|")]
+        for line in run_example("benchmarks/running_averages.py", "--rounds", "1").splitlines()
+        if re.match(r"\| \d", line)
+    ]
+    assert [row[0] for row in rows] == [1, 5, 1, 5]
+    for n, update, step, ratio in rows[:2]:
+        assert ratio == pytest.approx(update / step / n, abs=0.02)
+    for n, update, step, share, each in rows[2:]:
+        assert share == pytest.approx(100 * update / step, abs=0.3)
+        assert each == pytest.approx(share / n, abs=0.1)

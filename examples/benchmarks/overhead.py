@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_twa import SubspaceOptimizer, build_subspace
-from lightning_twa.candidates import take
+from lightning_twa.candidates.candidate import persistent_buffers, take
 
 
 def convnet(width: int) -> nn.Module:
@@ -88,7 +88,7 @@ def row(width: int, n: int, rounds: int, batch_size: int) -> str:
             "training": lambda: step(model, adamw),
             "phase": lambda: step(twin, in_subspace),
             "copy": lambda: [p.clone() for p in parameters],
-            "candidate": lambda: take(model, "candidate"),
+            "candidate": lambda: take(model, "candidate", persistent_buffers(model)),
         },
         rounds,
     )
