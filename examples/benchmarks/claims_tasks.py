@@ -1,24 +1,18 @@
 """The tasks of the claims benchmark, on real data that ships with scikit-learn and Python.
 
 Batches depend on (seed, epoch) only, first weights on the seed; a run that stops early is the
-first part of the full one. Scores are accuracy in percent and NLL in nats.
-
-    python examples/benchmarks/claims_tasks.py all --seed 1        # are the tasks sound?
+first part of the full one.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
-import json
 import logging
 import math
 import sysconfig
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,13 +24,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import TensorDataset
 
 Batch = tuple[Tensor, Tensor]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 CONTEXT = 64  # bytes of a window of text
-SOUP_RUNS = 12
 
 
 def generator_of(seed: int, number: int) -> torch.Generator:
@@ -184,13 +176,19 @@ def sources(seed: int, batch_size: int, steps: int) -> Data:
     return texts(parts, batch_size, steps, seed)
 
 
-def soup_data(seed: int) -> Data:
-    """Python's manual in random chunks: 60k bytes for training, 20k for validation, the rest."""
+def soup_data(seed: int, with_validation: bool = False) -> Data:
+    """Python's manual in random chunks: 60k bytes for training, 20k for validation, the rest.
+
+    With ``with_validation`` the validation bytes are for training too, in longer epochs.
+    """
     text = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py").read_bytes()
     chunks = [text[i : i + 2000] for i in range(0, len(text), 2000)]
     order = torch.randperm(len(chunks), generator=generator_of(seed, 1003)).tolist()
     joined = as_bytes([chunks[i] for i in order])
-    return texts(joined.split([60_000, 20_000, len(joined) - 80_000]), 16, 58, seed)
+    train, val, test = joined.split([60_000, 20_000, len(joined) - 80_000])
+    if with_validation:
+        return texts([joined[:80_000], val, test], 16, 77, seed)
+    return texts([train, val, test], 16, 58, seed)
 
 
 # --- models
@@ -294,6 +292,31 @@ class Learner(L.LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
+def fit(
+    module: Learner,
+    data: Data,
+    epochs: int,
+    callbacks: Sequence[L.Callback] = (),
+    ckpt: Path | None = None,
+) -> None:
+    """Train on the CPU and print nothing; ``epochs`` include those before the checkpoint."""
+    val = shuffled(data.val, 50, 0, unchanged)  # for TWACallback(data="val")
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    options = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    off: dict[str, Any] = dict.fromkeys(options, False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on workers and on having no validation_step
+            trainer = L.Trainer(
+                accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), **off
+            )
+            trainer.fit(module, data.train, val, ckpt_path=ckpt)
+    finally:
+        logger.setLevel(level)
+
+
 # --- tasks
 
 
@@ -308,7 +331,6 @@ class Task:
     batch_size: int
     steps: int
     epochs: int = 60
-    metrics: tuple[str, ...] = ("accuracy", "nll")  # what ``evaluate`` returns: percent and nats
 
     def module(self, seed: int) -> Learner:
         """A module to train from the start; the global random state stays as it is."""
@@ -393,200 +415,3 @@ TASKS = {
         ),
     )
 }
-
-
-# --- runs
-
-
-class Recorder(L.Callback):
-    """Saves weights and buffers after every epoch, and a checkpoint after some."""
-
-    def __init__(self, folder: Path, checkpoints: Collection[int]) -> None:
-        self.folder, self.checkpoints = folder, checkpoints
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Epochs count from 0."""
-        epoch = trainer.current_epoch
-        torch.save(pl_module.state_dict(), self.folder / f"epoch={epoch}.pt")
-        if epoch in self.checkpoints:
-            trainer.save_checkpoint(self.folder / f"epoch={epoch}.ckpt")
-
-
-class Drop(L.Callback):
-    """Anneals the learning rate linearly, from what it is to 0, whatever the scheduler says."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps, self.done = steps, 0
-        self.start: list[float] = []
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """The scheduler has set its own rates since the last call."""
-        groups = trainer.optimizers[0].param_groups
-        self.start = self.start or [group["lr"] for group in groups]
-        for group, lr in zip(groups, self.start, strict=True):
-            group["lr"] = lr * (1 - self.done / self.steps)
-        self.done += 1
-
-
-def fit(
-    module: Learner,
-    data: Data,
-    epochs: int,
-    callbacks: Sequence[L.Callback] = (),
-    ckpt: Path | None = None,
-) -> None:
-    """Train on the CPU and print nothing; ``epochs`` include those before the checkpoint."""
-    val = shuffled(data.val, 50, 0, unchanged)  # for TWACallback(data="val")
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    options = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    off: dict[str, Any] = dict.fromkeys(options, False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice on workers and on having no validation_step
-            trainer = L.Trainer(
-                accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), **off
-            )
-            trainer.fit(module, data.train, val, ckpt_path=ckpt)
-    finally:
-        logger.setLevel(level)
-
-
-def base_run(
-    task: Task,
-    seed: int,
-    folder: Path,
-    until: int | None = None,
-    callbacks: Sequence[L.Callback] = (),
-    checkpoints: Collection[int] = (),
-) -> None:
-    """Save a state dict after every epoch, counted from 0, in ``folder/"epoch=<e>.pt"``.
-
-    ``until`` stops after so many epochs of the same schedule; after each epoch in
-    ``checkpoints``, Lightning's complete checkpoint goes to ``folder/"epoch=<e>.ckpt"``.
-    """
-    epochs = task.epochs if until is None else until
-    recorder = Recorder(folder, checkpoints)
-    fit(task.module(seed), task.data(seed), epochs, [*callbacks, recorder])
-
-
-def lr_drop(task: Task, seed: int, ckpt: Path, epochs: int) -> Learner:
-    """Go on from a checkpoint, the learning rate falling linearly to 0 in so many epochs."""
-    module, data = task.module(seed), task.data(seed)
-    done = torch.load(ckpt, weights_only=True)["epoch"] + 1
-    fit(module, data, done + epochs, [Drop(epochs * len(data.train))], ckpt)
-    return module
-
-
-def reestimate(module: nn.Module, data: Data) -> None:
-    """Take BatchNorm statistics, if there are any, from the training data of epoch 0."""
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-        update_bn(data.train.batches(0), module)
-
-
-def evaluate(module: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Accuracy in percent and NLL in nats, in eval mode and float32."""
-    training, correct, nll = module.training, 0.0, 0.0
-    module.eval()
-    with torch.no_grad():
-        for inputs, labels in zip(x.split(250), y.split(250), strict=True):
-            logits, target = module(inputs).float().flatten(0, -2), labels.flatten()
-            correct += (logits.argmax(dim=1) == target).sum().item()
-            nll += F.cross_entropy(logits, target, reduction="sum").item()
-    module.train(training)
-    return 100 * correct / y.numel(), nll / y.numel()
-
-
-def load(path: Path) -> dict[str, Tensor]:
-    """Weights that a run saved."""
-    return torch.load(path, weights_only=True)
-
-
-def uniform(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The average with equal weights; integers, such as BatchNorm's counts, are the last's."""
-    return {
-        name: sum(state[name] for state in states) / len(states) if x.is_floating_point() else x
-        for name, x in states[-1].items()
-    }
-
-
-def soup_net(seed: int) -> Learner:
-    """The module to load weights of soup runs, or an average of them, into."""
-    return TASKS["language"].module(seed)
-
-
-def soup_runs(seed: int, folder: Path) -> None:
-    """Fine-tune a language model 12 times, with random settings, on Python's manual.
-
-    Writes the weights, ``folder/"run=<i>.pt"``, and ``folder/"runs.json"``, a list of settings
-    and validation scores.
-    """
-    start, data = pretrained("language", seed), soup_data(seed)
-    rows = torch.rand(SOUP_RUNS, 4, generator=generator_of(seed, 1004)).tolist()
-    runs: list[dict[str, float]] = []
-    for i, (a, b, c, d) in enumerate(rows):
-        lr, decay = 10 ** (0.7 * a - 2.7), 10 ** (3 * b - 4)  # 0.002 to 0.01, 0.0001 to 0.1
-        smoothing, epochs = 0.1 * c, 3 + int(5 * d)
-        optimizer = partial(AdamW, lr=lr, weight_decay=decay)
-        recipe = Recipe(optimizer, label_smoothing=smoothing)
-        module = Learner(copy.deepcopy(start), recipe, epochs * len(data.train))
-        data.train.seed = SOUP_RUNS * seed + i  # other windows of the same text
-        fit(module, data, epochs)
-        torch.save(module.state_dict(), folder / f"run={i}.pt")
-        accuracy, nll = evaluate(module, *data.val.tensors)
-        settings = {"lr": lr, "weight_decay": decay, "smoothing": smoothing, "epochs": epochs}
-        runs.append({**settings, "accuracy": accuracy, "nll": nll})
-    (folder / "runs.json").write_text(json.dumps(runs, indent=2))
-
-
-# --- are the tasks sound?
-
-
-def check(name: str, seed: int, folder: Path) -> None:
-    """Run a task and print the scores that show whether it is sound."""
-    began = time.perf_counter()
-    if name == "language-soup":
-        soup_runs(seed, folder)
-        module, data = soup_net(seed), soup_data(seed)
-        rows = {f"run {i}": [load(folder / f"run={i}.pt")] for i in range(SOUP_RUNS)}
-        seconds = time.perf_counter() - began
-        rows["uniform soup"] = [state for states in rows.values() for state in states]
-    else:
-        task = TASKS[name]
-        module, data, half = task.module(seed), task.data(seed), task.epochs // 2
-        began = time.perf_counter()  # pre-training is over, and is shared by the runs of a seed
-        base_run(task, seed, folder, checkpoints=[half - 1])
-        seconds = time.perf_counter() - began
-        states = [load(folder / f"epoch={epoch}.pt") for epoch in range(task.epochs)]
-        rows = {f"epoch {half - 1}": [states[half - 1]]}
-        rows[f"uniform {half // 2} to {half - 1}"] = states[half // 2 : half]
-        rows[f"epoch {task.epochs - 1}"] = [states[-1]]
-        dropped = lr_drop(task, seed, folder / f"epoch={half - 1}.ckpt", 5)
-        rows[f"epoch {half + 4}, lr to 0"] = [dropped.state_dict()]
-    print(f"\n{name}, seed {seed}: {seconds:.1f} s\n")
-    print("| weights | val. accuracy (%) | val. NLL | test accuracy (%) | test NLL |")
-    print("|---|---:|---:|---:|---:|")
-    for title, states in rows.items():
-        module.load_state_dict(uniform(states))
-        if len(states) > 1:
-            reestimate(module, data)
-        (va, vn), (ta, tn) = (evaluate(module, *d.tensors) for d in (data.val, data.test))
-        print(f"| {title} | {va:.2f} | {vn:.3f} | {ta:.2f} | {tn:.3f} |", flush=True)
-
-
-def main() -> None:
-    """Check the task that the command line names."""
-    names = [*TASKS, "language-soup"]
-    parser = argparse.ArgumentParser(description="Run a task of the claims benchmark.")
-    parser.add_argument("task", choices=[*names, "all"])
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in names if arguments.task == "all" else [arguments.task]:
-        with tempfile.TemporaryDirectory() as folder:
-            check(name, arguments.seed, Path(folder))
-
-
-if __name__ == "__main__":
-    main()
