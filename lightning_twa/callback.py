@@ -155,6 +155,14 @@ class TWACallback(Callback):
         """
         return self._run.averaging_weights
 
+    @property
+    def averaging_path(self) -> Tensor | None:
+        """The way of the averaging weights through the last phase, ``(points, n, B)`` float32 on
+        the CPU, from the uniform average to what was learned; ``None`` before it, and without
+        one. Of a long phase, evenly spaced points.
+        """
+        return self._run.path.points
+
     # --- set-up
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

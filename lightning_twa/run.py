@@ -16,6 +16,7 @@ from lightning_twa import phase, replay, report
 from lightning_twa.candidates import Store
 from lightning_twa.collector import Collector
 from lightning_twa.optimization import Optimization
+from lightning_twa.path import AveragingPath
 from lightning_twa.schedule import CollectPlan
 from lightning_twa.settings import Settings
 from lightning_twa.state import FORMAT_VERSION, RAW_WEIGHTS, check_state
@@ -41,6 +42,7 @@ class Run:
         self.block_names: list[str] = []
         self._learned: Tensor | None = None  # the averaging weights of the last finished phase
         self._candidate_names: list[str] = []  # of a finished run that was restored without them
+        self.path = AveragingPath()
         self._swap = AverageSwap()
         self._watch: StopWatch | None = None
         self._stopped = False  # early stopping wanted to end the run: the phase is due
@@ -124,8 +126,11 @@ class Run:
         """After a batch: take a candidate where one is due, or go on with the next group."""
         if self.phase == "collect":
             self.collector.after_step(trainer, module)
-        else:
-            self.optimization.after_step(trainer, module, self.store)
+            return
+        now = self.averaging_weights
+        if self.phase == "optimize" and now is not None and self.path.due():
+            self.path.record(now)
+        self.optimization.after_step(trainer, module, self.store)
 
     def after_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         """At the end of an epoch: take a candidate where one is due."""
@@ -179,6 +184,10 @@ class Run:
         self.optimization.end = plan.end
         self.optimization.begin(trainer, module, self.store, self._epoch_batches, stops_at)
         self._entered()
+        self.path.clear()
+        start = self.averaging_weights
+        if start is not None:
+            self.path.record(start)
 
     def _stop_watching(self) -> None:
         if self._watch is not None:
@@ -263,6 +272,8 @@ class Run:
     def _done(self, averaging_weights: Tensor) -> None:
         self._learned = averaging_weights
         self.phase = "done"
+        if self.path.points is not None:
+            self.path.record(averaging_weights)
         if self.store.files is not None:
             directory, size = self.store.files
             rank_zero_info(
@@ -333,6 +344,8 @@ class Run:
         weights = self.averaging_weights
         if weights is not None:
             state.update(averaging_weights=weights, block_names=list(self.block_names))
+        if self.path.points is not None:
+            state["path"] = self.path.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -361,5 +374,7 @@ class Run:
             self.collector.load_state_dict(state["candidates"], complete=complete)
         self._learned = state.get("averaging_weights")
         self.block_names = list(state.get("block_names", []))
+        if "path" in state:
+            self.path.load_state_dict(state["path"])
         if self.phase != "collect":
             self.optimization.started = dict(state["started"])

@@ -51,6 +51,10 @@ def check_state(state: Mapping[str, Any]) -> None:
         _check(state["started"], "started.", {**started, "epoch_batches": _optional(_is_count)})
         _check({"stops_at": 0, **state["started"]}, "started.", {"stops_at": _is_count})
         _check(state, "", {"averaging_weights": _is_numbers(2), "block_names": _is_names})
+    if "path" in state:
+        _check(state, "", {"path": _is_dict})
+        path = {"points": _is_numbers(3), "stride": _is_count, "steps": _is_count}
+        _check(state["path"], "path.", path)
     if phase == "optimize":
         _check(state, "", {"optimizer": _is_dict, "mixing": _is_numbers(3), "settings": _is_dict})
         n = len(state["candidate_names"])
