@@ -112,6 +112,7 @@ def main() -> None:
     tasks = [task for task in args.tasks if task != SOUP]
     if args.study:
         jobs: list[Job] = [("study", task, seed) for seed in seeds for task in tasks]
+        jobs += [("soup_study", SOUP, seed) for seed in seeds if SOUP in args.tasks]
     else:
         jobs = [("generalization", task, seed) for seed in seeds for task in tasks]
         jobs += [("soups", SOUP, seed) for seed in seeds if SOUP in args.tasks]

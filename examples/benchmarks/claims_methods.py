@@ -217,12 +217,7 @@ def soups(name: str, seed: int, folder: Path) -> Rows:
         return lambda state: sign * evaluate(made(state), *data.val.tensors)[which]
 
     def learned(where: str, **arguments: Any) -> Learner:
-        subspace = SubspaceConfig(**arguments)
-        collect = CollectConfig(checkpoints=[str(file) for file in files])
-        module = soup_net(seed)
-        twa = TWACallback(0, where, collect=collect, subspace=subspace)  # type: ignore[arg-type]
-        fit(module, soup_data(seed), PHASE, [twa])
-        return module
+        return learned_soup(seed, files, where, subspace=SubspaceConfig(**arguments))
 
     def retrained() -> Learner:
         return soup_run(seed, best, settings[best], soup_data(seed, with_validation=True))
@@ -238,6 +233,56 @@ def soups(name: str, seed: int, folder: Path) -> Rows:
         "greedy soup by NLL": lambda: made(average(files, "greedy", score=score(1))),
         "best settings, trained on train + validation": retrained,
     }
+    return {title: row(make, data.test.tensors, 0) for title, make in makes.items()}
+
+
+def learned_soup(seed: int, files: list[Path], data: str, **settings: Any) -> Learner:
+    """The phase alone, with candidates from files."""
+    collect = CollectConfig(checkpoints=[str(file) for file in files])
+    module = soup_net(seed)
+    twa = TWACallback(0, data, collect=collect, **settings)  # type: ignore[arg-type]
+    fit(module, soup_data(seed), PHASE, [twa])
+    return module
+
+
+SOUP_STUDY: dict[str, dict[str, Any]] = {
+    f"TWA-v{kind}, R {radius}": {
+        "subspace": SubspaceConfig(**arguments),
+        "solver": SolverConfig(radius=float(radius)),
+    }
+    for kind, arguments in (
+        ("", {}),
+        (", simplex", {"parametrization": "simplex"}),
+        (", per tensor", {"blocks": "tensor"}),
+        (", simplex per tensor", {"parametrization": "simplex", "blocks": "tensor"}),
+    )
+    for radius in (1, 2, 4, 8)
+}
+
+
+def soup_study(name: str, seed: int, folder: Path) -> Rows:
+    """Settings of a soup beside the best single run, a uniform and a greedy soup."""
+    soup_runs(seed, folder)
+    data = soup_data(seed)
+    files = [folder / f"run={i}.pt" for i in range(SOUP_RUNS)]
+    runs = json.loads((folder / "runs.json").read_text())
+    best = min(range(SOUP_RUNS), key=lambda i: runs[i]["nll"])
+
+    def made(state: State) -> Learner:
+        module = soup_net(seed)
+        module.load_state_dict(state)
+        return module
+
+    def accuracy(state: State) -> float:
+        return evaluate(made(state), *data.val.tensors)[0]
+
+    makes: dict[str, Callable[[], Learner]] = {
+        "best single by validation": lambda: made(load(files[best])),
+        "uniform soup": lambda: made(average(files)),
+        "greedy soup by accuracy": lambda: made(average(files, "greedy", score=accuracy)),
+    }
+    for title, settings in SOUP_STUDY.items():
+        makes[title] = functools.partial(learned_soup, seed, files, "val", **settings)
     return {title: row(make, data.test.tensors, 0) for title, make in makes.items()}
 
 

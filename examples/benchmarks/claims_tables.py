@@ -81,7 +81,7 @@ def verdict(seeds: Sequence[Rows], a: str, titles: Iterable[str], metric: str) -
     how = "within one standard error of" if word == "equal" else f"{word} than"
     name = "accuracy" if metric == "accuracy" else "NLL"
     return word, (
-        f"By {name} {a} is {how} the best average with fixed weights, *{rival}*, by "
+        f"By {name} {a} is {how} the best average with fixed weights, *{rival}*: "
         f"{gap:+.{digits}f} ± {error:.{digits}f} {unit}."
     )
 
@@ -218,7 +218,7 @@ def study(results: Results) -> str:
     """Each setting against the best average with fixed weights of the task, and over the tasks."""
     tasks = tasks_of(results, "study")
     parts = []
-    for metric, (_, digits) in METRICS.items():
+    for metric, (_, digits) in METRICS.items() if tasks else ():
         by_task = {task: of_task(results, "study", task) for task in tasks}
         titles = [t for t in by_task[tasks[0]][0] if t.startswith("TWA")]
         rivals = {task: best(seeds, FIXED, metric) for task, seeds in by_task.items()}
@@ -234,4 +234,8 @@ def study(results: Results) -> str:
         name = "accuracy, points" if metric == "accuracy" else "NLL"
         header = [f"{name} better", *tasks, "worst, standard errors"]
         parts.append(table(header, lines))
+    for task in tasks_of(results, "soup_study"):
+        seeds = of_task(results, "soup_study", task)
+        parts.append(f"{task}, {len(seeds)} seeds:")
+        parts.append(compared(seeds, seeds[0], "greedy soup by accuracy", seconds=False))
     return "\n\n".join(parts) + "\n"

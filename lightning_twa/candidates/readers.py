@@ -105,6 +105,16 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return {name: _plain(path, name, t) for name, t in state.items() if isinstance(t, Tensor)}
 
 
+def load_checkpoint(path: Path) -> Any:
+    """What ``torch.save`` wrote, without any Python objects.
+
+    Raises:
+        ValueError: Naming the file, and what to do.
+    """
+    _check_file(path)
+    return _load(path)
+
+
 def read_candidate_from(path: Path, expected: _Tensors, parameters: Collection[str]) -> Candidate:
     """The weights of a model from a file, whose names may differ by what wrappers put there.
 

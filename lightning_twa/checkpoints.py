@@ -1,0 +1,37 @@
+"""The callback's state in a Lightning checkpoint, without a Trainer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning_twa.candidates.readers import load_checkpoint
+from lightning_twa.state import check_state
+
+__all__ = ["read_state"]
+
+STATE_KEY = "TWACallback"  # what Lightning keeps the state of this class under
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what a run with a ``TWACallback`` left in a checkpoint.
+
+    No Python objects are loaded, and no other file is touched.
+
+    Raises:
+        ValueError: Naming the file, when it is no checkpoint, holds no state of this callback, or
+            one that is damaged.
+    """
+    path = Path(path)
+    checkpoint = load_checkpoint(path)
+    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+    if not isinstance(callbacks, dict):
+        raise ValueError(f"{path} is no Lightning checkpoint: it has no callbacks in it.")
+    states = [s for key, s in callbacks.items() if str(key).startswith(STATE_KEY)]
+    if not states:
+        raise ValueError(f"{path} was written by a run without a TWACallback.")
+    if not isinstance(states[0], dict) or not states[0]:
+        raise ValueError(f"{path} was written before the first candidate was kept.")
+    check_state(states[0])
+    return states[0]
