@@ -29,9 +29,10 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(callbacks, dict):
         raise ValueError(f"{path} is no Lightning checkpoint: it has no callbacks in it.")
     states = [s for key, s in callbacks.items() if str(key).startswith(STATE_KEY)]
-    if not states:
-        raise ValueError(f"{path} was written by a run without a TWACallback.")
-    if not isinstance(states[0], dict) or not states[0]:
-        raise ValueError(f"{path} was written before the first candidate was kept.")
+    if not states or not isinstance(states[0], dict):
+        raise ValueError(
+            f"{path} holds nothing of a TWACallback: the run had none, or it was written before "
+            f"the first candidate was kept."
+        )
     check_state(states[0])
     return states[0]
