@@ -54,13 +54,13 @@ def test_inspect_in_every_phase(tmp_path, capsys, kind) -> None:
     assert "basis: pca" in optimizing
     state = torch.load(tmp_path / "epoch=4.ckpt", weights_only=True)["callbacks"]["TWACallback"]
     for name, weight in zip(twa.candidate_names, state["averaging_weights"][:, 0], strict=True):
-        assert f"{name}    {weight:+.4f}" in optimizing
+        assert f"{name}     {weight:+.4f}" in optimizing
 
     done = printed(capsys, "inspect", tmp_path / "epoch=5.ckpt")
     assert "phase: done" in done
     assert "candidates: 3, no longer needed" in done
     for name, weight in zip(twa.candidate_names, twa.averaging_weights[:, 0], strict=True):
-        assert f"{name}    {weight:+.4f}" in done
+        assert f"{name}     {weight:+.4f}" in done
 
 
 def test_many_blocks_are_summed_up(tmp_path, capsys) -> None:
@@ -97,8 +97,8 @@ def test_inspect_says_what_is_wrong(tmp_path, capsys) -> None:
     broken.write_bytes((tmp_path / "epoch=5.ckpt").read_bytes()[:1000])
     torch.save({"w": torch.ones(2)}, tmp_path / "weights.pt")
     for file, message in (
-        (plain, "was written by a run without a TWACallback"),
-        (tmp_path / "epoch=0.ckpt", "was written before the first candidate was kept"),
+        (plain, "holds nothing of a TWACallback"),
+        (tmp_path / "epoch=0.ckpt", "before the first candidate was kept"),
         (broken, "is damaged"),
         (tmp_path, "is a directory"),
         (tmp_path / "none.ckpt", "does not exist"),
