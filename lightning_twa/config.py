@@ -35,12 +35,18 @@ def is_real(value: object) -> bool:
     return is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def check_epoch_or_fraction(name: str, value: object) -> None:
-    """An epoch (int >= 0) or a fraction of ``max_epochs`` (float in [0, 1))."""
-    if is_int(value) and value >= 0:  # type: ignore[operator]
-        return
+def epoch_or_fraction(name: str, value: int | float) -> int | float:
+    """An epoch (int >= 0) or a fraction of ``max_epochs`` (float in [0, 1)).
+
+    Returns:
+        The value; an int for a whole float, which command lines make of one (``4.0``).
+    """
+    if is_int(value) and value >= 0:
+        return value
     if isinstance(value, float) and 0.0 <= value < 1.0:
-        return
+        return value
+    if isinstance(value, float) and value >= 1.0 and value.is_integer():
+        return int(value)
     raise ValueError(
         f"Invalid {name}={value!r}. Must be an epoch (int >= 0) "
         f"or a fraction of max_epochs (float in [0, 1))."
@@ -111,7 +117,8 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         if self.start is not None:
-            check_epoch_or_fraction("CollectConfig.start", self.start)
+            start = epoch_or_fraction("CollectConfig.start", self.start)
+            object.__setattr__(self, "start", start)
         _check_count("CollectConfig.every_n_epochs", self.every_n_epochs, 1)
         _check_count(
             "CollectConfig.every_n_train_steps",

@@ -155,7 +155,7 @@ def plot_subspace(
     figure.colorbar(filled, ax=axes).set_label("loss")
     (x, y), (u, v) = places.T.numpy(), way.T.numpy()
     axes.scatter(x, y, s=22, color="white", edgecolors="black", label="candidates")
-    axes.plot(u, v, color="white", linewidth=1.6, label="phase")
+    axes.plot(u, v, color="#f2b134", linewidth=1.8, label="phase")
     for i, label, marker, size, color in (
         (0, "uniform average", "s", 60, COLOR),
         (-1, "learned average", "*", 170, ACCENT),

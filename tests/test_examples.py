@@ -255,3 +255,11 @@ def test_running_averages_are_measured_beside_steps() -> None:
     for n, update, step, share, each in rows[2:]:
         assert share == pytest.approx(100 * update / step, abs=0.3)
         assert each == pytest.approx(share / n, abs=0.1)
+
+
+def test_plots_are_drawn(tmp_path) -> None:
+    quick = ("--epochs", "7", "--start-epoch", "6", "--points", "3")
+    written = run_example("plots.py", str(tmp_path), *quick).splitlines()[-2:]
+    for path in written:
+        assert Path(path).read_bytes().startswith(b"\x89PNG")
+    assert [Path(path).name for path in written] == ["averaging-weights.png", "subspace.png"]
