@@ -18,8 +18,8 @@ from lightning_twa.config import (
     StorageConfig,
     SubspaceConfig,
     check_choice,
+    check_epoch_or_fraction,
     check_unit_of_steps,
-    epoch_or_fraction,
 )
 from lightning_twa.phase import restores_late
 from lightning_twa.run import Run
@@ -84,7 +84,7 @@ class TWACallback(Callback):
         start_on_early_stopping: bool = False,
     ) -> None:
         super().__init__()
-        start_epoch = epoch_or_fraction("start_epoch", start_epoch)
+        check_epoch_or_fraction("start_epoch", start_epoch)
         check_choice("data", data, tuple(DATA))
         check_choice("distribute", distribute, DISTRIBUTE)
         for name, config, kind in (

@@ -212,7 +212,7 @@ def check_data(
         raise ValueError(
             f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
             f"max_steps={trainer.max_steps}, data={settings.data!r}), but "
-            f"schedule={solver.schedule!r} with radius={solver.radius} needs it. Set max_epochs or "
+            f"schedule={solver.schedule!r} needs it. Set max_epochs or "
             f"max_steps, or use SolverConfig(schedule='constant', lr=...)."
         )
     if endless and trainer.max_steps == -1 and settings.subspace.group_size is not None:

@@ -35,18 +35,12 @@ def is_real(value: object) -> bool:
     return is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def epoch_or_fraction(name: str, value: int | float) -> int | float:
-    """An epoch (int >= 0) or a fraction of ``max_epochs`` (float in [0, 1)).
-
-    Returns:
-        The value; an int for a whole float, which command lines make of one (``4.0``).
-    """
-    if is_int(value) and value >= 0:
-        return value
+def check_epoch_or_fraction(name: str, value: object) -> None:
+    """An epoch (int >= 0) or a fraction of ``max_epochs`` (float in [0, 1))."""
+    if is_int(value) and value >= 0:  # type: ignore[operator]
+        return
     if isinstance(value, float) and 0.0 <= value < 1.0:
-        return value
-    if isinstance(value, float) and value >= 1.0 and value.is_integer():
-        return int(value)
+        return
     raise ValueError(
         f"Invalid {name}={value!r}. Must be an epoch (int >= 0) "
         f"or a fraction of max_epochs (float in [0, 1))."
@@ -117,8 +111,10 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         if self.start is not None:
-            start = epoch_or_fraction("CollectConfig.start", self.start)
-            object.__setattr__(self, "start", start)
+            # jsonargparse may make 4.0 of 4: to its caches int | float is float | int
+            if isinstance(self.start, float) and self.start >= 1.0 and self.start.is_integer():
+                object.__setattr__(self, "start", int(self.start))
+            check_epoch_or_fraction("CollectConfig.start", self.start)
         _check_count("CollectConfig.every_n_epochs", self.every_n_epochs, 1)
         _check_count(
             "CollectConfig.every_n_train_steps",
@@ -257,7 +253,10 @@ class SolverConfig:
             ends with their uniform average: SWA, or, with ``max_candidates``, LAWA.
         radius: Step budget: the length of the path of each block's coefficients over the whole
             phase is at most this, in standard deviations of the candidates (``basis="pca"``), so
-            the learning rate is ``radius / sum(schedule factors)``. Not used when ``lr`` is given.
+            the learning rate is ``radius / sum(schedule factors)``. ``None`` means 2, and in a soup
+            (``start_epoch=0``) ``2 sqrt(n)``: among runs that are no steps of one way the best may
+            be a single one, and those lie ``sqrt(n - 1)`` from their mean. Not used when ``lr`` is
+            given.
         lr: Peak learning rate of the coefficients, instead of ``radius``. Required for ``"sgd"``
             and for every basis but ``"pca"``, where steps have no common unit.
         schedule: ``"cosine"`` to zero, ``"linear"`` to zero, ``"step"`` (a tenth at 50 % and again
@@ -276,7 +275,7 @@ class SolverConfig:
     """
 
     name: Literal["full_matrix_adam", "adamw", "sgd", "uniform"] = "full_matrix_adam"
-    radius: float = 2.0
+    radius: float | None = None
     lr: float | None = None
     schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
     warmup: float = 0.2
@@ -290,7 +289,7 @@ class SolverConfig:
         check_choice("SolverConfig.schedule", self.schedule, SCHEDULES)
         for field in ("radius", "lr"):
             value = getattr(self, field)
-            if not (field == "lr" and value is None) and not (is_real(value) and value > 0):
+            if value is not None and not (is_real(value) and value > 0):
                 raise ValueError(f"Invalid SolverConfig.{field}={value!r}. Must be a number > 0.")
         for field, value in (("warmup", self.warmup), ("momentum", self.momentum)):
             if not (is_real(value) and 0 <= value < 1):
@@ -320,7 +319,7 @@ class SolverConfig:
                 "SolverConfig.name='sgd' needs lr: its step has the scale of the gradient, so a "
                 "radius in standard deviations has no meaning. Pass lr=..., or use an Adam solver."
             )
-        if self.lr is not None and self.radius != 2.0:
+        if self.lr is not None and self.radius is not None:
             raise ValueError(
                 f"SolverConfig got lr={self.lr} and radius={self.radius}. Give one of them."
             )
@@ -385,6 +384,5 @@ def check_unit_of_steps(subspace: SubspaceConfig, solver: SolverConfig) -> None:
     if subspace.basis != "pca" and solver.lr is None and solver.name != "uniform":
         raise ValueError(
             f"SubspaceConfig.basis={subspace.basis!r} needs SolverConfig.lr: only basis='pca' "
-            f"measures "
-            f"coefficients in standard deviations, which SolverConfig.radius={solver.radius} means."
+            f"measures coefficients in standard deviations, which SolverConfig.radius means."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -45,6 +46,7 @@ class Optimization:
         self.started: dict[str, Any] = {}
         self.end: int | None = None
         self._groups: Groups | None = None
+        self._solver = settings.solver  # with the radius of a soup
         self._steps_before = 0  # of the groups before the current one
         self._loader: Any = None
         self._share: sharing.Sharing | None = None
@@ -128,11 +130,15 @@ class Optimization:
         elif self._groups is not None:
             self._groups.load_state_dict(restored["groups"])
             self._steps_before = restored["groups"]["steps_before"]
+        solver = self.settings.solver
+        if self.started["epoch"] == 0 and solver.lr is None and solver.radius is None:
+            solver = replace(solver, radius=2.0 * held**0.5)  # a soup
+        self._solver = solver
         subspace = self._build(trainer, module, store, share, restored)
         self.optimizer = SubspaceOptimizer(
             named.items(),
             subspace,
-            self.settings.solver,
+            self._solver,
             total_steps=total_steps if self._groups is None else max(self._groups.steps, 1),
             exchange=share.exchange,
         )
@@ -218,7 +224,7 @@ class Optimization:
         self.optimizer = SubspaceOptimizer(
             module.named_parameters(),
             self._build(trainer, module, store, self._share),
-            self.settings.solver,
+            self._solver,
             total_steps=groups.steps,
             exchange=self._share.exchange,
         )

@@ -43,7 +43,7 @@ def switch_report(optimizer: SubspaceOptimizer, names: list[str], data: str, epo
     length = (
         "" if optimizer.total_steps is None else f" for {optimizer.total_steps} optimizer steps"
     )
-    budget = f"lr {config.lr:g}" if config.lr is not None else f"radius {config.radius:g}"
+    budget = f"lr {config.lr:g}" if config.lr is not None else f"radius {optimizer.radius:g}"
     blocks = f"{subspace.num_blocks} block{'s' if subspace.num_blocks > 1 else ''}"
     stored = subspace.stored
     kept = f"{subspace.config.bits} bits, relative error {stored.error:.2g}, {stored.path}"
@@ -102,10 +102,10 @@ def finish_report(
         )
     if optimizer.config.lr is None:
         reach = float(optimizer.coefficients.norm(dim=0).max())
-        if reach > PRESSED * optimizer.config.radius:
+        if reach > PRESSED * optimizer.radius:
             lines.append(
                 f"TWA: the coefficients pressed against their budget: they ended {reach:.2f} from "
-                f"{origin}, of SolverConfig.radius={optimizer.config.radius:g}. A "
+                f"{origin}, of SolverConfig.radius={optimizer.radius:g}. A "
                 f"better "
                 f"average may lie further out: try a larger radius, or later candidates."
             )

@@ -157,3 +157,8 @@ def test_it_runs_as_a_command(tmp_path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "TWA: phase finished after 4 optimizer steps" in result.stdout + result.stderr
+
+
+def test_a_whole_number_is_an_epoch_even_as_a_float() -> None:
+    assert CollectConfig(start=4.0) == CollectConfig(start=4)
+    assert isinstance(CollectConfig(start=4.0).start, int)

@@ -299,6 +299,21 @@ def test_frozen_parameters_come_from_the_files(tmp_path) -> None:
     is_mixed(module, twa.averaging_weights, trained)
 
 
+def test_a_soup_may_go_as_far_as_a_single_run(tmp_path, soup) -> None:
+    class Budget(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            self.radius = trainer.optimizers[0].radius
+
+    folder, models = soup
+    paths = [folder / name for name in ("a.ckpt", "b.pt", "c.safetensors")]
+    for solver, radius in ((None, 2 * 3**0.5), (SolverConfig(radius=1.0), 1.0)):
+        budget = Budget()
+        twa = TWACallback(0, collect=CollectConfig(checkpoints=paths), solver=solver)
+        trainer(tmp_path, callbacks=[twa, budget]).fit(Regressor(batchnorm=True), loader())
+        assert twa.num_candidates == len(models)
+        assert budget.radius == radius
+
+
 @pytest.mark.parametrize("storage", ["memory", "disk"])
 def test_a_soup_resumes(tmp_path, soup, storage) -> None:
     folder, _ = soup

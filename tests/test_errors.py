@@ -104,7 +104,7 @@ def test_data_is_one_of_three(value) -> None:
 def test_a_radius_needs_the_pca_basis(basis) -> None:
     message = (
         f"SubspaceConfig.basis='{basis}' needs SolverConfig.lr: only basis='pca' measures "
-        f"coefficients in standard deviations, which SolverConfig.radius=2.0 means."
+        f"coefficients in standard deviations, which SolverConfig.radius means."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         TWACallback(subspace=SubspaceConfig(basis=basis))
@@ -115,8 +115,8 @@ def test_a_radius_needs_the_pca_basis(basis) -> None:
     ("make", "message"),
     [
         (
-            lambda: CollectConfig(start=1.0),
-            "Invalid CollectConfig.start=1.0. Must be an epoch (int >= 0) "
+            lambda: CollectConfig(start=1.5),
+            "Invalid CollectConfig.start=1.5. Must be an epoch (int >= 0) "
             "or a fraction of max_epochs (float in [0, 1)).",
         ),
         (
@@ -339,7 +339,7 @@ def test_a_schedule_needs_a_length(tmp_path, solver, schedule) -> None:
         tmp_path,
         TWACallback(start_epoch=4, solver=solver),
         f"The length of the phase is not known (max_epochs=-1, max_steps=-1, data='train'), but "
-        f"schedule='{schedule}' with radius=2.0 needs it. Set max_epochs or max_steps, or use "
+        f"schedule='{schedule}' needs it. Set max_epochs or max_steps, or use "
         f"SolverConfig(schedule='constant', lr=...).",
         max_epochs=-1,
     )
@@ -355,7 +355,7 @@ def test_a_schedule_needs_the_length_of_the_phase_s_own_data(tmp_path, data) -> 
         tmp_path,
         TWACallback(start_epoch=4, data=data),
         f"The length of the phase is not known (max_epochs=6, max_steps=-1, data='{data}'), but "
-        f"schedule='cosine' with radius=2.0 needs it. Set max_epochs or max_steps, or use "
+        f"schedule='cosine' needs it. Set max_epochs or max_steps, or use "
         f"SolverConfig(schedule='constant', lr=...).",
         module=WithHook(),
         val=stream(),

@@ -19,6 +19,8 @@ from lightning_twa.subspace.solvers import make_solver, schedule_factor, schedul
 
 __all__ = ["SubspaceOptimizer"]
 
+RADIUS = 2.0  # standard deviations
+
 
 class SubspaceOptimizer(Optimizer):
     """Train averaging coefficients by back-propagation through the model (arXiv 2205.13104v4, alg.
@@ -43,6 +45,7 @@ class SubspaceOptimizer(Optimizer):
     Attributes:
         raw: ``(m, B)`` float64 on the CPU, what the solver steps: the coefficients themselves
             unless ``SubspaceConfig.parametrization`` says otherwise; zero at the start.
+        radius: Step budget; without meaning where ``SolverConfig.lr`` is given.
         steps: Optimizer steps taken.
         last_lr: Learning rate of the last step taken; ``param_groups`` hold that of the next.
         path_length: ``(B,)`` float64, the length of the path of each block's raw parameters.
@@ -85,11 +88,12 @@ class SubspaceOptimizer(Optimizer):
         self.skipped_steps = 0
         self.last_lr = 0.0
         self.path_length = torch.zeros(subspace.num_blocks, dtype=torch.float64)
+        self.radius = RADIUS if solver.radius is None else solver.radius
         if solver.lr is not None:
             self.peak_lr = float(solver.lr)
         else:
             assert total_steps is not None
-            self.peak_lr = solver.radius / schedule_sum(solver, total_steps)
+            self.peak_lr = self.radius / schedule_sum(solver, total_steps)
         self.parametrization = make_parametrization(subspace)
         self.raw = torch.zeros(self.parametrization.shape, dtype=torch.float64)
         self._solver = make_solver(solver, self.raw, self.peak_lr)

@@ -294,7 +294,7 @@ def test_a_phase_equals_the_reference_step_by_step(solver, blocks) -> None:
 
     solvers = [make() for _ in range(b)]
     factors = [reference.factor(config.schedule, t, total, config.warmup) for t in range(total)]
-    peak = config.lr if config.lr is not None else config.radius / sum(factors)
+    peak = config.lr if config.lr is not None else (config.radius or 2.0) / sum(factors)
     x, path = np.zeros((k, b)), np.zeros(b)
     for step in range(total):
         inputs, target = torch.randn(8, 5, dtype=F64), torch.randn(8, 3, dtype=F64)
@@ -314,7 +314,7 @@ def test_a_phase_equals_the_reference_step_by_step(solver, blocks) -> None:
         assert optimizer.last_lr == pytest.approx(lr)
     np.testing.assert_allclose(optimizer.path_length.numpy(), path, rtol=1e-7)
     if config.lr is None:
-        assert path.max() <= config.radius * (1 + 1e-9)
+        assert path.max() <= (config.radius or 2.0) * (1 + 1e-9)
     theta = {s.name: torch.empty(s.shape, dtype=F64) for s in subspace.layout.specs}
     subspace.expand(torch.tensor(x), list(theta.values()))
     np.testing.assert_allclose(

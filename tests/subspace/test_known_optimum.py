@@ -76,7 +76,7 @@ def test_full_batches_close_99_percent_of_the_gap(load, seed) -> None:
 def test_defaults_on_minibatches_close_85_percent_where_the_optimum_is_near(seed) -> None:
     problem = Problem(load_breast_cancer, seed)
     assert problem.distance < 1.7, "the optimum of this seed is not near"
-    problem.solve(radius=SolverConfig().radius, steps=90, batch=32)
+    problem.solve(radius=None, steps=90, batch=32)
     assert problem.closed > 0.85
 
 
