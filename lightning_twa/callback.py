@@ -228,6 +228,7 @@ class TWACallback(Callback):
             return
         if self.phase == "optimize":
             self._log(pl_module)
+            self._run.optimization.losses.add(outputs)
         self._run.after_step(trainer, pl_module)
         self._run.finish_if_ending(trainer, pl_module)
 

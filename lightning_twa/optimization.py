@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -49,6 +50,8 @@ class Optimization:
         self._solver = settings.solver  # with the radius of a soup
         self._steps_before = 0  # of the groups before the current one
         self._loader: Any = None
+        self.losses = report.LossRecord()
+        self._began = 0.0
         self._share: sharing.Sharing | None = None
         self._switch: phase.TrainerSwitch | None = None
         self._restored: dict[str, Any] | None = None  # what load_state_dict() left for enter()
@@ -110,6 +113,7 @@ class Optimization:
     def enter(self, trainer: Trainer, module: LightningModule, store: Store) -> None:
         """Build the subspace, move the model into it, and let the Trainer step the coefficients."""
         assert self._switch is not None
+        self._began, self.losses = time.perf_counter(), report.LossRecord()
         to_shards(module)
         store.check(module)
         named = dict(module.named_parameters())
@@ -272,7 +276,14 @@ class Optimization:
         """Say what the phase did; see :func:`lightning_twa.report.finish_report`."""
         assert self.optimizer is not None
         steps = self._steps_before + self.optimizer.steps
-        lines = report.finish_report(self.optimizer, averaging_weights, steps, batchnorm_batches)
+        lines = report.finish_report(
+            self.optimizer,
+            averaging_weights,
+            steps,
+            batchnorm_batches,
+            self.losses,
+            time.perf_counter() - self._began,
+        )
         for line in lines:
             rank_zero_info(line)
 

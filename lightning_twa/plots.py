@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,20 @@ def _draw_map(figure: Figure, axes: Any, weights: Tensor, blocks: Sequence[str])
     axes.set_ylabel("coefficient block")
     bar = figure.colorbar(image, ax=axes)
     bar.set_label(f"averaging weight (white: uniform, 1/{weights.shape[0]})")
+
+
+def log_figure(loggers: Sequence[Any], callback: TWACallback, step: int) -> bool:
+    """Give the averaging weights as ``twa/averaging_weights`` to TensorBoard loggers.
+
+    Returns:
+        Whether there was one, and matplotlib to draw with.
+    """
+    writers = [logger.experiment for logger in loggers if "TensorBoard" in type(logger).__name__]
+    if not writers or importlib.util.find_spec("matplotlib") is None:
+        return False
+    for writer in writers:
+        writer.add_figure("twa/averaging_weights", plot_averaging_weights(callback), step)
+    return True
 
 
 def plot_subspace(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from lightning_twa.groups import Groups
 from lightning_twa.subspace import SubspaceOptimizer
 
 __all__ = [
+    "LossRecord",
     "effective_candidates",
     "finish_report",
     "groups_report",
@@ -15,7 +20,37 @@ __all__ = [
     "uniform_report",
 ]
 
+FEW = 8  # batches whose losses are averaged
 PRESSED = 0.8  # of the budget used in one direction: the optimum is probably further away
+
+
+class LossRecord:
+    """Training losses of the first and the last batches of a phase, on this process."""
+
+    def __init__(self) -> None:
+        self._first: list[Tensor] = []
+        self._last: deque[Tensor] = deque(maxlen=FEW)
+        self._count = 0
+
+    def add(self, outputs: Any) -> None:
+        """What ``training_step`` returned; read at the end only, so no device is waited for."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            return
+        self._count += 1
+        if len(self._first) < FEW:
+            self._first.append(loss.detach())
+        self._last.append(loss.detach())
+
+    def __str__(self) -> str:
+        """Of a phase of two batches or more."""
+        few = min(FEW, self._count // 2)
+        if few == 0:
+            return ""
+        first = sum(float(loss) for loss in self._first[:few]) / few
+        last = sum(float(loss) for loss in list(self._last)[-few:]) / few
+        batches = "batch" if few == 1 else f"{few} batches"
+        return f"training loss {first:.4g} in the first {batches}, {last:.4g} in the last"
 
 
 def effective_candidates(averaging_weights: Tensor) -> float:
@@ -74,6 +109,8 @@ def finish_report(
     averaging_weights: Tensor,
     steps: int,
     batchnorm_batches: int | None,
+    losses: LossRecord,
+    seconds: float,
 ) -> list[str]:
     """What the phase did, in one line, and further lines where the user may want to act.
 
@@ -83,15 +120,19 @@ def finish_report(
         steps: Optimizer steps of the whole phase.
         batchnorm_batches: Batches that BatchNorm statistics were re-estimated over; ``None`` if
             there were none to re-estimate.
+        losses: Of the phase.
+        seconds: The phase took, re-estimation included; since it was resumed if it was.
     """
     unit = " standard deviations" if optimizer.subspace.config.basis == "pca" else ""
     origin = "the uniform average" if optimizer.subspace.starts_at_mean else "their group's start"
     line = (
-        f"TWA: phase finished after {steps} optimizer steps; coefficients are "
+        f"TWA: phase finished after {steps} optimizer steps in {seconds:.1f} s; coefficients are "
         f"{optimizer.coefficient_norm:.2f}{unit} from {origin}, effective number of "
         f"candidates "
         f"{effective_candidates(averaging_weights):.1f} of {averaging_weights.shape[0]}."
     )
+    if str(losses):
+        line += f" {str(losses).capitalize()}."
     if batchnorm_batches is not None:
         line += f" BatchNorm statistics re-estimated over {batchnorm_batches} training batches."
     lines = [line]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_twa.report import effective_candidates
+from lightning_twa.report import FEW, LossRecord, effective_candidates
 
 
 def test_effective_candidates_is_n_for_the_uniform_average_and_one_for_one() -> None:
@@ -20,3 +20,19 @@ def test_effective_candidates_is_at_least_one_with_negative_weights() -> None:
     weights /= weights.sum(0)
     for block in weights.T:
         assert 1 <= effective_candidates(block.unsqueeze(1)) <= 20
+
+
+@pytest.mark.parametrize(("count", "few"), [(2, 1), (5, 2), (9, 4), (16, 8), (100, 8)])
+def test_losses_are_means_of_as_many_first_and_last_batches(count, few) -> None:
+    record = LossRecord()
+    assert str(record) == ""
+    for i in range(count):
+        record.add({"loss": torch.tensor(float(i))})
+        record.add({"other": 3})  # of a module that skips a batch
+        record.add(None)
+    first, last = sum(range(few)) / few, sum(range(count - few, count)) / few
+    batches = "batch" if few == 1 else f"{few} batches"
+    assert (
+        str(record) == f"training loss {first:.4g} in the first {batches}, {last:.4g} in the last"
+    )
+    assert few <= FEW

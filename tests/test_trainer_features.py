@@ -726,7 +726,7 @@ def test_report_says_when_coefficients_press_against_the_budget(tmp_path, caplog
         L.seed_everything(1, verbose=False)
         twa = TWACallback(start_epoch=4, solver=SolverConfig(radius=radius))
         fit(tmp_path, twa, train=full_batch, max_epochs=14)
-        assert "phase finished after 10 optimizer steps" in caplog.text
+        assert "phase finished after 10 optimizer steps in " in caplog.text
         assert (
             "they ended 0.05 from the uniform average, of SolverConfig.radius=0.05" in caplog.text
         ) is (radius == 0.05)
