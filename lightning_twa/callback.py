@@ -269,6 +269,10 @@ class TWACallback(Callback):
                 f"training. Lower start_epoch to run it."
             )
         self._run.release(pl_module)
+        if self.phase == "done" and trainer.is_global_zero:
+            from lightning_twa.plots import log_figure  # it imports this file
+
+            log_figure(trainer.loggers, self, trainer.global_step)
 
     # --- validation
 

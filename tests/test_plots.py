@@ -205,3 +205,22 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.startswith('Plots need matplotlib: pip install "lightning-twa[plot]"')
+
+
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, .tensorboardX.")
+def test_tensorboard_gets_the_averaging_weights(tmp_path) -> None:
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path, name="board")]
+    twa = TWACallback(4, collect=CollectConfig(start=0))
+    trainer(tmp_path, callbacks=[twa], logger=loggers, log_every_n_steps=1).fit(
+        Regressor(), loader()
+    )
+    events = EventAccumulator(str(Path(loggers[1].log_dir)), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["twa/averaging_weights"]
+    (image,) = events.Images("twa/averaging_weights")
+    assert image.step == 24
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+    assert "twa/lr" in events.Tags()["scalars"]
