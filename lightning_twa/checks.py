@@ -54,6 +54,12 @@ def check_trainer(
             f"TWACallback and {name} cannot be used in one run: both put an average of their "
             f"own into the model at its end. Compare them in separate runs."
         )
+    if "ModelPruning" in phase.callback_names(trainer):
+        raise ValueError(
+            "TWACallback and ModelPruning cannot be used in one run: pruning replaces parameters "
+            "by others with masks, so candidates from before and after it do not match. Prune in "
+            "a run before, or after."
+        )
     if settings.data == "val" and not phase.has_validation_data(trainer):
         raise ValueError(
             "TWACallback(data='val') trains the coefficients on the validation data, but there is "
