@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test lint docs format clean
+.PHONY: venv demo test package claims lint docs format clean
 
 venv: $(STAMP)
 
@@ -22,7 +22,25 @@ demo: venv
 # Everything that CI checks: lint, types, tests with coverage, documentation.
 test: venv lint
 	$(BIN)/python -m pytest --cov --cov-report=term
-	$(MAKE) docs
+	$(MAKE) docs package
+
+# The built wheel, not the checkout, passes the quick tests.
+WHEEL_TESTS = package schedule report average inspect store cycles
+package: venv
+	rm -rf build/package
+	$(BIN)/python -m hatchling build -d build/package/dist
+	$(BIN)/python -m pip install --quiet --no-deps --target build/package/site build/package/dist/*.whl
+	cp -r tests examples docs README.md pyproject.toml build/package
+	cd build/package && PYTHONPATH=site $(abspath $(BIN))/python -c \
+		"import lightning_twa; assert 'build/package/site' in lightning_twa.__file__"
+	cd build/package && PYTHONPATH=site $(abspath $(BIN))/python -m pytest -q --durations=1 \
+		$(WHEEL_TESTS:%=tests/test_%.py)
+
+# The tables of docs/benchmarks.md about the paper's claims; about 20 minutes on 2 cores.
+claims: venv
+	$(BIN)/python examples/benchmarks/claims.py --out results
+	$(BIN)/python examples/benchmarks/claims.py --out results --study
+	cp results/claims.md results/study.md docs/_results
 
 lint: venv
 	$(BIN)/ruff check .
@@ -37,4 +55,4 @@ docs: venv
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) docs/_build .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) build docs/_build .pytest_cache .mypy_cache .ruff_cache .coverage

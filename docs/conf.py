@@ -9,7 +9,7 @@ release = metadata.version("lightning-twa")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_results"]
 html_theme = "furo"
 html_title = f"lightning-twa {release}"
 html_show_sphinx = False
