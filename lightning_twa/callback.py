@@ -247,7 +247,14 @@ class TWACallback(Callback):
             self._run.after_epoch(trainer, pl_module)
         self._run.finish_if_ending(trainer, pl_module)
         count = float(self.num_candidates)
-        pl_module.log("twa/num_candidates", count, on_step=False, on_epoch=True, batch_size=1)
+        pl_module.log(  # the same on every rank; without sync_dist Lightning warns
+            "twa/num_candidates",
+            count,
+            on_step=False,
+            on_epoch=True,
+            batch_size=1,
+            sync_dist=True,
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the Trainer back."""

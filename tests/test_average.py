@@ -310,7 +310,7 @@ def test_a_uniform_run_resumes(tmp_path, every) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
-@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
+@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss")
 def test_a_uniform_run_of_two_processes(tmp_path) -> None:
     twa = TWACallback(2, solver=UNIFORM)
     first, second = fit(tmp_path / "r", twa, Regressor(batchnorm=True))

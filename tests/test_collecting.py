@@ -151,7 +151,7 @@ def test_other_decays_on_resuming(tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
-@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
+@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss")
 def test_two_processes_have_the_same_running_averages(tmp_path) -> None:
     collect = CollectConfig(start=1, ema_decays=DECAYS)
     ends, module = {}, Regressor()
@@ -446,7 +446,7 @@ def test_these_resume_exactly(tmp_path, kind) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
-@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
+@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss")
 @pytest.mark.parametrize("distribute", ["replicate", "shard"])
 def test_two_processes_draw_the_same_masks(tmp_path, distribute) -> None:
     subspace = SubspaceConfig(parametrization="mask", blocks="tensor")

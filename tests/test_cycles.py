@@ -422,7 +422,7 @@ def test_groups_lower_the_loss_on_what_they_train(tmp_path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
-@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
+@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss")
 @pytest.mark.parametrize("distribute", ["replicate", "shard"])
 @pytest.mark.parametrize("what", ["groups", "cycles"])
 def test_two_processes_do_what_one_does(tmp_path, what, distribute) -> None:

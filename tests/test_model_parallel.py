@@ -24,7 +24,7 @@ __all__ = ["_no_hang"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
-    pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
+    pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss"),
     pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch"),  # Lightning's calls into torch

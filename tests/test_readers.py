@@ -461,7 +461,7 @@ def tensors_of(module: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
 
 
 @pytest.mark.parametrize("kind", [Regressor, Frozen])
-@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log")
+@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss")
 def test_checkpoints_and_candidates_of_a_run_hold_the_same(tmp_path: Path, kind: Any) -> None:
     """A Trainer's checkpoints are written at the epochs whose ends are candidates."""
     module = kind()

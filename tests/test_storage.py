@@ -23,7 +23,7 @@ from lightning_twa.candidates import CandidateFileError, disk, store
 __all__ = ["_no_hang"]
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:It is recommended to use .self.log"),
+    pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss"),
     pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be"),
 ]
