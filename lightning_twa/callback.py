@@ -237,7 +237,7 @@ class TWACallback(Callback):
         assert optimizer is not None
         values = {"twa/lr": optimizer.last_lr, "twa/coefficient_norm": optimizer.coefficient_norm}
         # A batch size of its own: with training_step(dataloader_iter) Lightning knows none.
-        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1, prog_bar=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take candidates by epochs; finish where something has stopped the run."""
@@ -254,6 +254,7 @@ class TWACallback(Callback):
             on_epoch=True,
             batch_size=1,
             sync_dist=True,
+            prog_bar=True,
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

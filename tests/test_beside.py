@@ -101,6 +101,22 @@ def test_rich_progress_bar(tmp_path, first) -> None:
     assert torch.equal(weights(module), expected)
 
 
+def test_progress_bars_show_where_the_run_is(tmp_path) -> None:
+    shown: dict[int, set[str]] = {}
+
+    class Bar(TQDMProgressBar):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            super().on_train_batch_end(trainer, *args)
+            metrics = self.get_metrics(trainer, trainer.lightning_module)
+            shown.setdefault(trainer.current_epoch, set()).update(metrics)
+
+    beside(tmp_path, [Bar()], first=True, enable_progress_bar=True)
+    assert not shown[0] & {"twa/lr", "twa/num_candidates"}
+    assert "twa/num_candidates" in shown[1]
+    assert not shown[3] & {"twa/lr"}
+    assert {"twa/lr", "twa/coefficient_norm"} <= shown[4]
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_accumulation_that_changes_on_the_way(tmp_path, first) -> None:
     scheduler = GradientAccumulationScheduler({0: 1, 2: 2})
