@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_twa.callback import TWACallback
+from lightning_twa.callback import TWAHooks
 from lightning_twa.candidates.readers import find_files, read_file, unique_names
 from lightning_twa.config import check_choice, is_int, is_real
 from lightning_twa.subspace.layout import check_finite
@@ -23,7 +23,7 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def average(
-    candidates: TWACallback | Paths | Sequence[Mapping[str, Tensor]],
+    candidates: TWAHooks | Paths | Sequence[Mapping[str, Tensor]],
     method: Literal["uniform", "ema", "greedy", "weights"] = "uniform",
     *,
     last: int | None = None,
@@ -129,7 +129,7 @@ class _Member:
 
 
 def _members(candidates: Any) -> list[_Member]:
-    if isinstance(candidates, TWACallback):
+    if isinstance(candidates, TWAHooks):
         members = [
             _Member(
                 f"Candidate {candidate.name!r}",

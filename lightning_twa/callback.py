@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.candidates import Candidate
-from lightning_twa.checks import check_parameters
+from lightning_twa.checks import check_package, check_parameters
 from lightning_twa.config import (
     DATA,
     DISTRIBUTE,
@@ -26,10 +26,15 @@ from lightning_twa.run import Run
 from lightning_twa.settings import Settings, check_cycles, check_uniform
 from lightning_twa.swap import restore_raw_weights
 
-__all__ = ["TWACallback"]
+__all__ = ["TWACallback", "TWAHooks"]
+
+if TYPE_CHECKING:
+    Hooks = Callback
+else:
+    Hooks = object
 
 
-class TWACallback(Callback):
+class TWAHooks(Hooks):
     """Trainable Weight Averaging (Li et al., arXiv 2205.13104v4) for a Lightning ``Trainer``.
 
     The run collects weights as candidates, then, from ``start_epoch`` on, trains only the
@@ -169,6 +174,7 @@ class TWACallback(Callback):
         """Check the settings against the Trainer; nothing happens outside ``fit``."""
         if stage != "fit":
             return
+        check_package(self, trainer)
         if trainer.global_step == 0:  # else the same Trainer goes on with its run
             self._run = Run(self.settings)
         self._restore_wanted = True
@@ -356,3 +362,9 @@ class TWACallback(Callback):
                 rank_zero_info("TWA: the checkpoint holds no candidates; collecting starts here.")
         if self._restore_wanted and restores_late(trainer):
             self._restored_late = trainer
+
+
+class TWACallback(TWAHooks, Callback):
+    """For a ``Trainer`` of the package ``lightning``."""
+
+    __doc__ = TWAHooks.__doc__

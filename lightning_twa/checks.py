@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_twa import phase
@@ -130,6 +130,22 @@ def _check_strategy(settings: Settings, trainer: Trainer) -> None:
                 f"{type(trainer.strategy).__name__}, which leaves each process a part of the "
                 f"parameters. Leave it out, or use strategy='ddp'."
             )
+
+
+def check_package(callback: Callback, trainer: Trainer) -> None:
+    """A callback of one package of Lightning does not fit a Trainer of the other.
+
+    Raises:
+        ValueError: Naming both, and what to import.
+    """
+    mine, theirs = phase.package_of(callback), phase.package_of(trainer)
+    if mine == theirs:
+        return
+    module = "lightning_twa" if theirs == "lightning.pytorch" else "lightning_twa.pytorch_lightning"
+    raise ValueError(
+        f"This TWACallback is of the package {mine}, but the Trainer is of {theirs}. Use one of "
+        f"them throughout: from {module} import TWACallback."
+    )
 
 
 def check_parameters(module: LightningModule) -> None:

@@ -17,12 +17,7 @@ from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.trainer.connectors.data_connector import (
-    _DataLoaderSource,
-    _request_dataloader,
-)
-from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -126,6 +121,26 @@ def strategy_names(trainer: Trainer) -> set[str]:
     return {cls.__name__ for cls in type(trainer.strategy).__mro__}
 
 
+def is_a(thing: object, name: str) -> bool:
+    """Whether a class of this name is among an object's; there are two packages of Lightning."""
+    return any(cls.__name__ == name for cls in type(thing).__mro__)
+
+
+def package_of(thing: object) -> str:
+    """The package of Lightning that a Trainer or a callback is of: ``lightning.pytorch`` or
+    ``pytorch_lightning``.
+    """
+    modules = [cls.__module__ for cls in type(thing).__mro__]
+    old = any(module.split(".")[0] == "pytorch_lightning" for module in modules)
+    return "pytorch_lightning" if old else "lightning.pytorch"
+
+
+def overrides(owner: LightningModule | Callback, name: str) -> bool:
+    """Whether a module or callback defines a hook that its base class in Lightning has."""
+    bases = [c for c in type(owner).__mro__ if c.__name__ in ("LightningModule", "Callback")]
+    return any(getattr(type(owner), name, None) is not getattr(b, name, None) for b in bases[-1:])
+
+
 def callback_names(trainer: Trainer) -> set[str]:
     """Names of the classes of all callbacks, and of their bases."""
     return {cls.__name__ for callback in callbacks(trainer) for cls in type(callback).__mro__}
@@ -138,7 +153,8 @@ def scales_loss(trainer: Trainer) -> bool:
 
 def accumulates_gradients(trainer: Trainer) -> bool:
     """Whether gradients of several batches are accumulated at any time of the run."""
-    schedulers = [c for c in callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)]
+    found = [c for c in callbacks(trainer) if is_a(c, "GradientAccumulationScheduler")]
+    schedulers: list[Any] = list(found)
     return trainer.accumulate_grad_batches > 1 or any(
         scheduler.going_to_accumulate_grad_batches() for scheduler in schedulers
     )
@@ -181,7 +197,7 @@ def hook_loader(trainer: Trainer, name: str) -> Any:
     """What the datamodule's hook ``name``, or else the module's, returns; ``None`` without one."""
     for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
         if callable(getattr(owner, name, None)):
-            return _request_dataloader(_DataLoaderSource(owner, name))
+            return _request_dataloader(type(trainer.fit_loop._data_source)(owner, name))
     return None
 
 
@@ -379,7 +395,8 @@ def modules_in_training(trainer: Trainer, module: LightningModule) -> set[nn.Mod
 def training_stage(trainer: Trainer) -> Iterator[None]:
     """Be in the training stage, as a module's hooks see it, also where validation is running."""
     stage = trainer.state.stage
-    trainer.state.stage = RunningStage.TRAINING
+    assert stage is not None, "a run is in some stage"
+    trainer.state.stage = type(stage).TRAINING
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_twa.callback import TWACallback
+from lightning_twa.callback import TWAHooks
 from lightning_twa.candidates import Candidate
 from lightning_twa.checkpoints import read_state
 from lightning_twa.subspace.layout import ParameterLayout
@@ -25,7 +25,7 @@ MAX_TICKS = 30
 COLOR, ACCENT = "#4c78a8", "#d1495b"
 
 
-def plot_averaging_weights(source: TWACallback | str | os.PathLike[str]) -> Figure:
+def plot_averaging_weights(source: TWAHooks | str | os.PathLike[str]) -> Figure:
     """Draw how much each candidate counts.
 
     With one coefficient block a bar for each candidate, the uniform average marked by a line; with
@@ -41,7 +41,7 @@ def plot_averaging_weights(source: TWACallback | str | os.PathLike[str]) -> Figu
         ValueError: When there are no averaging weights yet.
         ImportError: Without matplotlib.
     """
-    if isinstance(source, TWACallback):
+    if isinstance(source, TWAHooks):
         weights, names, blocks = (
             source.averaging_weights,
             source.candidate_names,
@@ -98,7 +98,7 @@ def _draw_map(figure: Figure, axes: Any, weights: Tensor, blocks: Sequence[str])
     bar.set_label(f"averaging weight (white: uniform, 1/{weights.shape[0]})")
 
 
-def log_figure(loggers: Sequence[Any], callback: TWACallback, step: int) -> bool:
+def log_figure(loggers: Sequence[Any], callback: TWAHooks, step: int) -> bool:
     """Give the averaging weights as ``twa/averaging_weights`` to TensorBoard loggers.
 
     Returns:
@@ -113,7 +113,7 @@ def log_figure(loggers: Sequence[Any], callback: TWACallback, step: int) -> bool
 
 
 def plot_subspace(
-    callback: TWACallback,
+    callback: TWAHooks,
     module: nn.Module,
     loss: Callable[[], float],
     *,

@@ -126,11 +126,9 @@ def _needs_true_gradient(trainer: Trainer, module: LightningModule) -> str | Non
         return "the loss scaler looks for overflow in them"
     if getattr(model, "static_graph", False):
         return "the graph is static"
-    for owner, parent in (
-        (module, LightningModule),
-        *((c, Callback) for c in phase.callbacks(trainer)),
-    ):
+    owners: list[LightningModule | Callback] = [module, *phase.callbacks(trainer)]
+    for owner in owners:
         for name in GRADIENT_HOOKS:
-            if getattr(type(owner), name, None) is not getattr(parent, name, None):
+            if phase.overrides(owner, name):
                 return f"{type(owner).__name__}.{name}() may look at them"
     return None

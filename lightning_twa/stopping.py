@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_twa import phase
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import EarlyStopping
 
 __all__ = ["StopWatch"]
 
@@ -28,7 +31,8 @@ class StopWatch:
 
     def __init__(self, trainer: Trainer, wanted: Callable[[], bool]) -> None:
         self.stopped = False
-        self._callbacks = [c for c in phase.callbacks(trainer) if isinstance(c, EarlyStopping)]
+        found = [c for c in phase.callbacks(trainer) if phase.is_a(c, "EarlyStopping")]
+        self._callbacks = cast("list[EarlyStopping]", found)
         for callback in self._callbacks:
             callback._run_early_stopping_check = partial(self._check, callback, wanted)  # type: ignore[method-assign]
 
