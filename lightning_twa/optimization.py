@@ -16,6 +16,7 @@ from lightning_twa.candidates import Store, persistent_buffers
 from lightning_twa.config import DATA
 from lightning_twa.distributed import mean_over_ranks_
 from lightning_twa.groups import Groups
+from lightning_twa.progress import progress_bar
 from lightning_twa.settings import Settings
 from lightning_twa.subspace import Subspace, SubspaceOptimizer, build_subspace
 from lightning_twa.subspace.columns import local_part, to_shards
@@ -181,14 +182,18 @@ class Optimization:
             members = [members[i] for i in self._groups.members]
             put_weighted(module, store, share.columns.whole.specs, self._groups.start)
             start = {name: local_part(p) for name, p in module.named_parameters()}
-        return build_subspace(
-            (candidate.parameters for candidate in members),
-            self.settings.subspace,
-            device=trainer.strategy.root_device,
-            mixing=None if restored is None else restored["mixing"],
-            columns=share.columns,
-            start=start,
-        )
+        passes = 3 if restored is None else 2
+        total = passes * share.columns.local.numel
+        with progress_bar(trainer, "building the subspace", " columns", total) as tick:
+            return build_subspace(
+                (candidate.parameters for candidate in members),
+                self.settings.subspace,
+                device=trainer.strategy.root_device,
+                mixing=None if restored is None else restored["mixing"],
+                columns=share.columns,
+                start=start,
+                tick=tick,
+            )
 
     def _copy_rest(self, named: dict[str, nn.Parameter], store: Store, spanned: set[str]) -> None:
         """Parameters that are the same in all candidates: those from files may be others than the

@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from lightning_twa import phase
 from lightning_twa.batchnorm import reestimate, tracked_batch_norms
 from lightning_twa.distributed import all_ranks
+from lightning_twa.progress import progress_bar
 
 __all__ = ["reestimate_batchnorm", "training_steps"]
 
@@ -100,11 +101,14 @@ def training_steps(
         stack.enter_context(_modes(module, training))
         stack.enter_context(_logging_off(module))
         stack.enter_context(_metrics_kept(module))
+        what = "re-estimating BatchNorm statistics"
+        tick = stack.enter_context(progress_bar(trainer, what, " batches", max_batches))
         for batch in _second_pass(combined_loader, stack.callback):
             if max_batches is not None and batches >= max_batches:
                 break
             phase.training_step(trainer, module, batch, batches)
             batches += 1
+            tick(1)
     return batches
 
 

@@ -117,6 +117,20 @@ def test_progress_bars_show_where_the_run_is(tmp_path) -> None:
     assert {"twa/lr", "twa/coefficient_norm"} <= shown[4]
 
 
+@pytest.mark.parametrize("bar", [True, False])
+def test_what_takes_long_between_batches_has_a_bar(tmp_path, monkeypatch, capsys, bar) -> None:
+    monkeypatch.setattr("lightning_twa.progress.PATIENCE", 0.0)
+    _, callback, _ = beside(tmp_path, [], first=True, enable_progress_bar=bar)
+    shown = capsys.readouterr().err
+    for what in ("TWA: building the subspace", "TWA: re-estimating BatchNorm statistics"):
+        assert (what in shown) == bar
+    if bar:
+        numel = sum(p.numel() for p in callback.candidates[0].parameters.values())
+        assert numel == 81
+        assert "/243" in shown  # columns in three passes
+        assert "/4.00 " in shown  # batches
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_accumulation_that_changes_on_the_way(tmp_path, first) -> None:
     scheduler = GradientAccumulationScheduler({0: 1, 2: 2})

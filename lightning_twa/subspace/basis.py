@@ -17,7 +17,7 @@ paper's normalised candidates are ``candidates`` (v4), its Gram-Schmidt is ``ort
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -164,6 +164,7 @@ def build_subspace(
     mixing: Tensor | None = None,
     columns: Columns | None = None,
     start: Mapping[str, Tensor] | None = None,
+    tick: Callable[[int], object] | None = None,
 ) -> Subspace:
     """Build the subspace that candidates span.
 
@@ -183,6 +184,7 @@ def build_subspace(
         columns: What this process holds, as one of several that share the subspace, all of which
             call this at the same time; its layout says which tensors are spanned.
         start: The weights at ``x = 0`` instead of the uniform average, by name.
+        tick: Called with the number of columns just done, in each of the passes.
 
     Returns:
         The subspace. Float64 if any tensor is float64, else float32.
@@ -214,10 +216,10 @@ def build_subspace(
             )
     carrier = torch.device(device or "cpu")
     target = torch.device(config.device) if config.device is not None else carrier
-    pieces = _Pieces(layout, members, columns)
+    pieces = _Pieces(layout, members, columns, tick)
 
     center = torch.empty(pieces.layout.numel, dtype=layout.dtype)
-    origin = pieces if start is None else _Pieces(layout, [start], columns)
+    origin = pieces if start is None else _Pieces(layout, [start], columns, tick)
     for part, _, rows in origin.tiles():
         center[part] = rows.mean(dim=0).to(layout.dtype)
     if mixing is None:
@@ -266,6 +268,7 @@ class _Pieces:
         whole: The layout of the whole model.
         members: The candidates.
         columns: What is held here; ``None`` for everything.
+        tick: Called after each tile with its number of columns.
     """
 
     def __init__(
@@ -273,7 +276,9 @@ class _Pieces:
         whole: ParameterLayout,
         members: Sequence[Mapping[str, Tensor]],
         columns: Columns | None,
+        tick: Callable[[int], object] | None,
     ) -> None:
+        self.tick = tick
         self.layout = whole if columns is None else columns.local
         self.members = members
         self.columns = columns
@@ -302,6 +307,8 @@ class _Pieces:
                 if centered:
                     rows -= rows.mean(dim=0)
                 yield slice(start, stop), spec, rows
+                if self.tick is not None:
+                    self.tick(stop - start)
 
 
 def _mixing(

@@ -1,0 +1,41 @@
+"""Bars for what takes long between a Trainer's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch import Trainer
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+__all__ = ["progress_bar"]
+
+PATIENCE = 1.0  # seconds before a bar appears
+
+
+@contextmanager
+def progress_bar(
+    trainer: Trainer, what: str, unit: str, total: int | None
+) -> Iterator[Callable[[int], object]]:
+    """A bar on rank zero, where the Trainer has one too, for what takes more than a second.
+
+    Args:
+        trainer: The Trainer.
+        what: What is done, ``"building the subspace"``.
+        unit: What is counted.
+        total: How many there are, ``None`` when it is not known.
+
+    Yields:
+        To be called with the number that has been done since the last call.
+    """
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with tqdm(
+        total=total,
+        desc=f"TWA: {what}",
+        unit=unit,
+        unit_scale=True,
+        delay=PATIENCE,
+        leave=False,
+        disable=not shown,
+    ) as bar:
+        yield bar.update
