@@ -20,7 +20,7 @@ from lightning_twa.path import AveragingPath
 from lightning_twa.schedule import CollectPlan
 from lightning_twa.settings import Settings
 from lightning_twa.state import FORMAT_VERSION, RAW_WEIGHTS, check_state
-from lightning_twa.stopping import StopWatch
+from lightning_twa.stopping import StopWatch, renew_patience
 from lightning_twa.swap import AverageSwap, put_average
 
 __all__ = ["Run"]
@@ -180,6 +180,8 @@ class Run:
         if self._stopped and epoch < plan.start_epoch and plan.end is not None:
             stops_at = epoch + plan.end - plan.start_epoch
         self._stop_watching()
+        if self._stopped:
+            renew_patience(trainer)
         self.collector.complete(module)
         self.optimization.end = plan.end
         self.optimization.begin(trainer, module, self.store, self._epoch_batches, stops_at)

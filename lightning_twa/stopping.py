@@ -16,7 +16,7 @@ from lightning_twa import phase
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import EarlyStopping
 
-__all__ = ["StopWatch"]
+__all__ = ["StopWatch", "renew_patience"]
 
 
 class StopWatch:
@@ -31,8 +31,7 @@ class StopWatch:
 
     def __init__(self, trainer: Trainer, wanted: Callable[[], bool]) -> None:
         self.stopped = False
-        found = [c for c in phase.callbacks(trainer) if phase.is_a(c, "EarlyStopping")]
-        self._callbacks = cast("list[EarlyStopping]", found)
+        self._callbacks = _early_stopping(trainer)
         for callback in self._callbacks:
             callback._run_early_stopping_check = partial(self._check, callback, wanted)  # type: ignore[method-assign]
 
@@ -44,9 +43,18 @@ class StopWatch:
             trainer.should_stop = False
 
     def release(self) -> None:
-        """Let callbacks stop the run again, with all of their patience. May be called again."""
+        """Let callbacks stop the run again. May be called again."""
         for callback in self._callbacks:
             del callback._run_early_stopping_check
-            if self.stopped:
-                callback.wait_count = 0
         self._callbacks = []
+
+
+def renew_patience(trainer: Trainer) -> None:
+    """Let ``EarlyStopping`` wait as long as at the start of a run."""
+    for callback in _early_stopping(trainer):
+        callback.wait_count = 0
+
+
+def _early_stopping(trainer: Trainer) -> list[EarlyStopping]:
+    found = [c for c in phase.callbacks(trainer) if phase.is_a(c, "EarlyStopping")]
+    return cast("list[EarlyStopping]", found)

@@ -275,6 +275,36 @@ def test_patience_counts_anew_in_the_phase(tmp_path) -> None:
     assert twa.phase == "done"
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_patience_counts_anew_in_a_phase_that_is_resumed(tmp_path) -> None:
+    def fit(ckpt: Path | None) -> tuple[Tensor, int]:
+        stop = EarlyStopping("val_loss", patience=2, mode="max", check_on_train_epoch_end=True)
+        twa = TWACallback(12, collect=CollectConfig(start=0), start_on_early_stopping=True)
+        saver = ModelCheckpoint(
+            tmp_path / ("whole" if ckpt is None else "resumed"),
+            filename="{epoch}",
+            save_top_k=-1,
+            save_on_train_epoch_end=True,
+        )
+        torch.manual_seed(0 if ckpt is None else 9)
+        module = Regressor(lr=0.001)
+        the_trainer = trainer(
+            tmp_path, callbacks=[stop, twa, saver], max_epochs=16, enable_checkpointing=True
+        )
+        the_trainer.fit(module, ordered(), loader(32, seed=1), ckpt_path=ckpt)
+        return weights(module), the_trainer.current_epoch
+
+    expected, epochs = fit(None)
+    assert epochs > 4
+    files = {int(file.stem[6:]): file for file in (tmp_path / "whole").glob("*.ckpt")}
+    assert sorted(files) == list(range(epochs))
+    for epoch in range(epochs - 1):  # the last is that of a finished run
+        file = files[epoch]
+        found, ended = fit(file)
+        assert ended == epochs, file.name
+        assert torch.equal(found, expected), file.name
+
+
 def test_other_stops_and_too_few_candidates_stop_as_ever(tmp_path) -> None:
     class Stops(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
