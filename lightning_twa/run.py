@@ -151,6 +151,10 @@ class Run:
             self.finish(trainer, module)
         self.optimization.leave(trainer)
         self.collector.begin_cycle()
+        # what was learned and validated belongs to other candidates
+        self._learned, self.block_names, self._candidate_names = None, [], []
+        self.path.clear()
+        self._swap = AverageSwap()
         self.phase = "collect"
         self._warned = False
 

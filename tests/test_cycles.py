@@ -124,6 +124,26 @@ def test_cycles_resume_exactly(tmp_path, data, written) -> None:
         assert differences(whole, resumed) == [], file.name
 
 
+def test_checkpoints_of_a_new_cycle_do_not_hold_the_average_of_the_last(tmp_path) -> None:
+    twa = TWACallback(3, collect=CollectConfig(start=1), cycles=2, validate_average=True)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    recorder = Recorder(twa)
+    trainer(
+        tmp_path, callbacks=[twa, recorder, saver], max_epochs=8, enable_checkpointing=True
+    ).fit(Regressor(), loader(), loader(32, seed=1))
+    for epoch in (0, 4):  # no candidate yet: the weights are those of training
+        checkpoint = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
+        saved = torch.cat([t.double().flatten() for t in checkpoint["state_dict"].values()])
+        assert torch.equal(saved, recorder.epochs[epoch])
+        assert "current_model_state" not in checkpoint
+        state = checkpoint["callbacks"].get("TWACallback", {})
+        assert "averaging_weights" not in state
+        assert not state.get("candidate_names")
+    later = torch.load(tmp_path / "epoch=6.ckpt", weights_only=True)
+    assert "current_model_state" in later
+    assert later["callbacks"]["TWACallback"]["candidate_names"] == ["epoch=5", "epoch=6"]
+
+
 def test_a_stop_in_a_later_cycle_says_where_the_weights_are(tmp_path) -> None:
     twa = TWACallback(2, cycles=2, collect=CollectConfig(start=0))
     message = (
