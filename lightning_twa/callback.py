@@ -135,7 +135,7 @@ class TWAHooks(Hooks):
     @property
     def candidate_names(self) -> list[str]:
         """``"epoch=3"`` (weights at the end of that 0-based epoch) or ``"step=120"`` (after so many
-        optimizer steps), oldest first.
+        optimizer steps), oldest first; before them ``"ema(0.97)"`` and the names of files.
         """
         return self._run.candidate_names
 
@@ -153,7 +153,8 @@ class TWAHooks(Hooks):
 
     @property
     def averaging_weights(self) -> Tensor | None:
-        """The learned weights, ``(n, B)`` float64 on the CPU; ``None`` before the phase.
+        """The learned weights, ``(n, B)`` float64 on the CPU; ``None`` before the phase, of each
+        cycle.
 
         In block ``b`` the model's weights are ``sum_i averaging_weights[i, b] * candidate_i``.
         Columns sum to 1 in the centered bases.
