@@ -28,7 +28,11 @@ def progress_bar(
     Yields:
         To be called with the number that has been done since the last call.
     """
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    if not trainer.is_global_zero or trainer.progress_bar_callback is None:
+        # Even a disabled bar starts a thread, and takes a lock that forked processes share: one
+        # that is killed while it holds it would block the others.
+        yield lambda count: None
+        return
     with tqdm(
         total=total,
         desc=f"TWA: {what}",
@@ -36,6 +40,5 @@ def progress_bar(
         unit_scale=True,
         delay=PATIENCE,
         leave=False,
-        disable=not shown,
     ) as bar:
         yield bar.update
