@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_twa.average import average
-from lightning_twa.candidates.readers import find_files, load_checkpoint
-from lightning_twa.checkpoints import read_state
+from lightning_twa.candidates.readers import find_files, load_checkpoint, unique_names
+from lightning_twa.inspecting import describe_candidates, describe_run, is_candidates, printable
 from lightning_twa.plots import plot_averaging_weights
-from lightning_twa.report import effective_candidates
+from lightning_twa.state import RAW_WEIGHTS
 
-MOST_BLOCKS = 6  # columns of the table; more blocks are summed up
 # What is left out of a checkpoint whose weights are replaced: it belongs to other weights.
-STALE = ("callbacks", "optimizer_states", "lr_schedulers", "loops", "MixedPrecision", "AMP")
+STALE = (
+    "callbacks",
+    "optimizer_states",
+    "lr_schedulers",
+    "loops",
+    "MixedPrecision",
+    "AMP",
+    RAW_WEIGHTS,
+    "averaging_state",  # of Lightning's WeightAveraging
+)
 SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
+
+INSPECT = """\
+Print the phase, the settings, the candidates and their averaging weights, and which of the files
+that a checkpoint names are there. No Python objects are loaded, and no named file is opened."""
+AVERAGE = """\
+Average files with weights that are not learned. The order of the files counts for --last, --method
+ema and --weights: oldest first; those of a pattern come in natural order (epoch=2 before epoch=10).
+BatchNorm statistics are averaged too, and do not fit the average: compute them anew."""
+FORMATS = """\
+The suffix of the output says what is written: .safetensors; .pt or .pth, a state dict; .ckpt, the
+last file (a Lightning checkpoint) with the average as its weights, without the states of
+optimizers, schedulers, loops and callbacks, which belong to other weights. It can be loaded and
+tested, not resumed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,8 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as in "| head"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the flush at exit
+        return 1
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -43,35 +71,44 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     inspect = commands.add_parser(
-        "inspect",
-        help="print what a checkpoint holds of TWA",
-        description="Print the candidates of a checkpoint, their averaging weights and the phase's "
-        "settings. Reads that file alone, and no Python objects in it.",
+        "inspect", help="print what a checkpoint holds of TWA", description=INSPECT
     )
-    inspect.add_argument("checkpoint", type=Path, help="a Lightning checkpoint")
+    inspect.add_argument(
+        "path",
+        type=Path,
+        help="a Lightning checkpoint; or a candidate's .safetensors file, or a directory of them",
+    )
     inspect.add_argument(
         "--plot", type=Path, metavar="FILE", help="also draw the averaging weights (.png, .pdf)"
     )
-    inspect.set_defaults(run=_inspect)
+    inspect.add_argument(
+        "--candidates",
+        type=Path,
+        metavar="DIR",
+        help="the storage directory (StorageConfig.dirpath) that the files of candidates are in; "
+        "by default twa_candidates beside the checkpoint or above",
+    )
+    inspect.set_defaults(run=_inspect, parser=inspect)
 
     mean = commands.add_parser(
-        "average",
-        help="average checkpoint files",
-        description="Average files with weights that are not learned, oldest first. BatchNorm "
-        "statistics are averaged too, and do not fit the average: compute them anew.",
+        "average", help="average checkpoint files", description=AVERAGE, epilog=FORMATS
     )
     mean.add_argument(
         "files", nargs="+", help="checkpoints, state dicts, safetensors, or quoted patterns"
     )
-    mean.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    mean.add_argument("-o", "--output", type=_output, required=True, metavar="FILE")
     mean.add_argument("--method", choices=("uniform", "ema", "weights"), default="uniform")
-    mean.add_argument("--last", type=int, metavar="N", help="only the newest N")
-    mean.add_argument("--decay", type=float, help="of --method ema, from file to file")
+    mean.add_argument("--last", type=_count, metavar="N", help="only the last N files")
+    mean.add_argument("--decay", type=_decay, help="of --method ema, from file to file; in (0, 1)")
     mean.add_argument(
-        "--weights", type=float, nargs="+", metavar="W", help="of --method weights, one a file"
+        "--weights",
+        type=_numbers,
+        nargs="+",
+        metavar="W",
+        help="of --method weights: a number for each file, also with commas (--weights=-1e-3,1)",
     )
     mean.add_argument("--force", action="store_true", help="replace the output file")
-    mean.set_defaults(run=_average)
+    mean.set_defaults(run=_average, parser=mean)
     return parser
 
 
@@ -79,110 +116,108 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    state = read_state(args.checkpoint)
-    for line in _described(state):
-        print(line)
-    if args.plot is not None:
-        plot_averaging_weights(args.checkpoint).savefig(args.plot)
-        print(f"wrote {args.plot}")
-
-
-def _described(state: dict[str, Any]) -> list[str]:
-    """The report, line by line."""
-    names, weights = state["candidate_names"], state.get("averaging_weights")
-    lines = [f"phase: {state['phase']}   format: {state['format_version']}"]
-    if state.get("cycle", 0):
-        lines.append(f"cycle: {state['cycle'] + 1}")
-    if "started" in state:
-        started = state["started"]
-        lines.append(f"phase began: epoch {started['epoch']}, optimizer step {started['step']}")
-    for name, value in state.get("settings", {}).items():
-        lines.append(f"{name}: {value}")
-    lines.append(f"candidates: {len(names)}, {_where(state)}")
-    if weights is None:
-        return [*lines, *(f"  {name}" for name in names)]
-    effective = effective_candidates(weights)
-    lines.append(f"effective number of candidates: {effective:.1f}")
-    return [*lines, "", *_table(names, weights, state["block_names"])]
-
-
-def _where(state: dict[str, Any]) -> str:
-    """Where the candidates are; files are named, not opened."""
-    if "candidates" not in state:
-        return "no longer needed"
-    held = state["candidates"]
-    entries = [*held.get("given", []), *held["window"]]
-    files = [str(f.get("file")) for e in entries for f in e.get("files", [])]
-    tensors = {
-        t.data_ptr(): t.nbytes
-        for e in entries
-        for part in ("parameters", "buffers")
-        for t in e.get(part, {}).values()
-    }
-    parts = []
-    if tensors:
-        parts.append(f"{sum(tensors.values()) / 2**20:.1f} MiB in the checkpoint")
-    if files:
-        directories = sorted({file.rpartition("/")[0] or "." for file in files})
-        parts.append(f"{len(files)} files in {', '.join(directories)} of the storage directory")
-    return " and ".join(parts) or "none kept"
-
-
-def _table(names: Sequence[str], weights: Tensor, blocks: Sequence[str]) -> list[str]:
-    """Averaging weights: a column for each block, or a summary of many."""
-    if len(blocks) > MOST_BLOCKS:
-        columns = ["mean", "smallest", "largest"]
-        values = torch.stack([weights.mean(1), weights.amin(1), weights.amax(1)], dim=1)
-        title = f"averaging weights over {len(blocks)} blocks"
+    if is_candidates(args.path):
+        for name in ("plot", "candidates"):
+            if getattr(args, name) is not None:
+                args.parser.error(f"--{name} needs a checkpoint, but {args.path} is none")
+        lines = describe_candidates(args.path)
     else:
-        columns, values, title = list(blocks), weights, "averaging weights"
-    left = max(map(len, ["candidate", *names]))
-    widths = [max(len(column), 8) for column in columns]
-    header = "  ".join(c.rjust(w) for c, w in zip(columns, widths, strict=True))
-    rows = [
-        name.ljust(left)
-        + "  "
-        + "  ".join(f"{v:+.4f}".rjust(w) for v, w in zip(row, widths, strict=True))
-        for name, row in zip(names, values.tolist(), strict=True)
-    ]
-    return [title, f"{'candidate'.ljust(left)}  {header}", *rows]
+        lines = describe_run(args.path, args.candidates)
+    for line in lines:
+        print(printable(line))
+    if args.plot is not None:
+        plot_averaging_weights(args.path).savefig(args.plot)
+        print(f"wrote {args.plot}")
 
 
 # --- average
 
 
+def _output(text: str) -> Path:
+    if Path(text).suffix not in SUFFIXES:
+        raise argparse.ArgumentTypeError(f"{text!r} must end in one of {', '.join(SUFFIXES)}")
+    return Path(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer, 1 or more")
+    return int(text)
+
+
+def _decay(text: str) -> float:
+    number = _number(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be between 0 and 1")
+    return number
+
+
+def _numbers(text: str) -> list[float]:
+    return [_number(part) for part in text.split(",")]
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number")
+    return number
+
+
 def _average(args: argparse.Namespace) -> None:
+    for method, option in (("ema", "decay"), ("weights", "weights")):
+        if (args.method == method) != (getattr(args, option) is not None):
+            args.parser.error(f"--method {method} and --{option} go together")
     output: Path = args.output
-    if output.suffix not in SUFFIXES:
-        raise ValueError(f"{output} must end in one of {', '.join(SUFFIXES)}.")
-    if output.exists() and not args.force:
-        raise ValueError(f"{output} exists. Use --force to replace it.")
+    _check_free(output, args.force)
     files = find_files(args.files)
-    state = average(
-        [str(file) for file in files],
-        args.method,
-        last=args.last,
-        decay=args.decay,
-        weights=args.weights,
-    )
+    weights = None if args.weights is None else [w for part in args.weights for w in part]
+    used = files[-(args.last or 0) :]
+    if weights is not None and len(weights) != len(used):
+        args.parser.error(f"--weights has {len(weights)} numbers, but {len(used)} file(s) are used")
+    state = average([str(file) for file in used], args.method, decay=args.decay, weights=weights)
+    _write(output, used[-1], state, args.force)
+    names = unique_names(used)
+    which = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} .. {names[-1]}"
+    kind = {"ema": "exponential moving", "weights": "weighted"}.get(args.method, args.method)
+    print(printable(f"wrote {output}: the {kind} average of {which}"))
+
+
+def _check_free(output: Path, force: bool) -> None:
+    if not output.parent.is_dir():
+        raise ValueError(f"{output.parent} is no directory. Make it first, or write elsewhere.")
+    if output.is_dir():
+        raise ValueError(f"{output} is a directory. Give the name of a file.")
+    if os.path.lexists(output) and not force:
+        raise ValueError(f"{output} exists. Use --force to replace it.")
+
+
+def _write(output: Path, newest: Path, state: dict[str, Tensor], force: bool) -> None:
+    """Write the average to the file, completely or not at all."""
+    content = _as_checkpoint(newest, state) if output.suffix == ".ckpt" else state
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
+        with open(temporary, "xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if output.suffix != ".safetensors":
+                torch.save(content, file)
         if output.suffix == ".safetensors":
-            save_file({k: v.contiguous().clone() for k, v in state.items()}, temporary)
-        elif output.suffix == ".ckpt":
-            torch.save(_as_checkpoint(files[-1], state), temporary)
-        else:
-            torch.save(state, temporary)
+            # of its own memory each: the format has no tensors that share it
+            tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            os.chmod(temporary, mode)  # safetensors 0.8 leaves it to the owner alone
+        _check_free(output, force)
         os.replace(temporary, output)
+    except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
+        raise OSError(f"{output} could not be written ({error}).") from error
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"wrote {output}: the average of {len(files[-(args.last or 0) :])} files")
 
 
 def _as_checkpoint(newest: Path, state: dict[str, Tensor]) -> dict[str, Any]:
-    """The newest checkpoint with other weights; what belongs to its own weights is left out, so it
-    can be loaded (``load_from_checkpoint``, ``test(ckpt_path=...)``) and not resumed.
-    """
+    """The newest checkpoint with other weights, without what belongs to its own."""
     checkpoint = load_checkpoint(newest) if newest.suffix == ".ckpt" else None
     if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
         raise ValueError(
@@ -190,7 +225,8 @@ def _as_checkpoint(newest: Path, state: dict[str, Tensor]) -> dict[str, Any]:
             f".safetensors file."
         )
     kept = {key: value for key, value in checkpoint.items() if key not in STALE}
-    return {**kept, "state_dict": state}
+    # Extra state of modules is no tensor, and has no average
+    return {**kept, "state_dict": {**checkpoint["state_dict"], **state}}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 
 def test_pages_with_code_are_found() -> None:
-    assert {page.name for page in PAGES if blocks(page)} >= {"README.md", "quickstart.md"}
+    pages = {"README.md", "quickstart.md", "averages.md", "plots.md"}
+    assert {page.name for page in PAGES if blocks(page)} >= pages
+    assert all(page.read_text().strip() for page in PAGES)
 
 
 @pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
