@@ -11,7 +11,8 @@ from lightning_twa.state import check_state
 
 __all__ = ["read_state"]
 
-STATE_KEY = "TWACallback"  # what Lightning keeps the state of this class under
+# Of the state, whatever the class that wrote it is called
+KEYS = {"format_version", "phase", "candidate_names"}
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -28,8 +29,8 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
     if not isinstance(callbacks, dict):
         raise ValueError(f"{path} is no Lightning checkpoint: it has no callbacks in it.")
-    states = [s for key, s in callbacks.items() if str(key).startswith(STATE_KEY)]
-    if not states or not isinstance(states[0], dict):
+    states = [s for s in callbacks.values() if isinstance(s, dict) and s.keys() >= KEYS]
+    if not states:
         raise ValueError(
             f"{path} holds nothing of a TWACallback: the run had none, or it was written before "
             f"the first candidate was kept."

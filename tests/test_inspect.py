@@ -416,3 +416,17 @@ def test_it_runs_as_a_module(tmp_path) -> None:
     )
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("error: none.ckpt does not exist")
+
+
+def test_the_state_of_a_derived_callback_is_found(tmp_path, capsys) -> None:
+    class Mine(TWACallback):
+        pass
+
+    twa = Mine(4, collect=CollectConfig(start=1))
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(tmp_path, callbacks=[twa, saver], enable_checkpointing=True).fit(
+        Regressor(), loader(), loader(32, seed=1)
+    )
+    keys = torch.load(tmp_path / "epoch=5.ckpt", weights_only=True)["callbacks"]
+    assert not any(key.startswith("TWACallback") for key in keys)
+    assert "phase: done" in printed(capsys, "inspect", tmp_path / "epoch=5.ckpt")

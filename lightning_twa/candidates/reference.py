@@ -70,15 +70,13 @@ def resolve(root: Path, reference: Reference) -> Path:
         CandidateFileError: When it names no safetensors file inside ``root``.
     """
     windows = PureWindowsPath(reference.file)  # knows both separators, and drives
+    inside = not windows.anchor and ".." not in windows.parts
+    path = root
     try:
         base = root.resolve()
-        path = (base / reference.file).resolve()
-        allowed = (
-            not windows.anchor
-            and ".." not in windows.parts
-            and reference.file.endswith(SUFFIX)
-            and path.is_relative_to(base)
-        )
+        if inside and reference.file.endswith(SUFFIX):  # else not even links are followed
+            path = (base / reference.file).resolve()
+        allowed = path != root and path.is_relative_to(base)
     except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL
         allowed = False
     if not allowed:
