@@ -222,8 +222,10 @@ def _greedy(members: Sequence[_Member], score: Callable[[State], float]) -> Stat
     kept: list[int] = []
     best = -float("inf")
     for i in order:
-        trial = _mix([members[j] for j in [*kept, i]], [1 / (len(kept) + 1)] * (len(kept) + 1))
-        found = scores[i] if not kept else _checked(score(trial), f"the average with {i}")
+        found, size = scores[i], len(kept) + 1
+        if kept:
+            trial = _mix([members[j] for j in [*kept, i]], [1 / size] * size)
+            found = _checked(score(trial), f"the average with {members[i].name}")
         if found >= best:
             kept, best = [*kept, i], found
     names = ", ".join(members[i].name for i in kept)

@@ -13,7 +13,13 @@ from lightning_twa.loaders import shuffled
 from lightning_twa.schedule import CollectPlan, check_enough_candidates, resolve_plans
 from lightning_twa.settings import Settings
 
-__all__ = ["check_data", "check_parameters", "check_trainer", "request_loader"]
+__all__ = [
+    "check_data",
+    "check_package",
+    "check_parameters",
+    "check_trainer",
+    "request_loader",
+]
 
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 WHY_NOT = {

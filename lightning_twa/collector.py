@@ -84,6 +84,7 @@ class Collector:
     def begin_cycle(self) -> None:
         """Forget the candidates, and collect anew."""
         self.store.clear()
+        self.store.max_candidates = self.settings.collect.max_candidates  # a resumed phase had none
         self.averages.clear()
         self.cycle += 1
 

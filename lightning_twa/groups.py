@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -46,10 +47,13 @@ class Groups:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the current group."""
-        return self.total_steps * (self.current + 1) // self.count - (
-            self.total_steps * self.current // self.count
+        """Optimizer steps of the current group; one at least, so that of more groups than steps the
+        last have none.
+        """
+        before, after = (
+            self.total_steps * g // self.count for g in (self.current, self.current + 1)
         )
+        return max(after - before, 1)
 
     @property
     def last(self) -> bool:
@@ -70,12 +74,13 @@ class Groups:
         """``(n, B)`` the mean of what the groups arrived at, the current one included."""
         return torch.stack([*self.results, self.weights(moved)]).mean(dim=0)
 
-    def advance(self, moved: Tensor) -> None:
-        """Go on with the next group."""
-        arrived = self.weights(moved)
-        self.results.append(arrived)
-        self.start = arrived
-        self.current += 1
+    def following(self, moved: Tensor) -> Groups:
+        """The groups as they are when the next one begins."""
+        following = copy.copy(self)
+        following.start = self.weights(moved)
+        following.results = [*self.results, following.start]
+        following.current = self.current + 1
+        return following
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on with."""

@@ -128,6 +128,13 @@ class Optimization:
         self.block_names = list(layout.block_names)
         if size is not None and size < len(store):
             self._groups = Groups(len(store), layout.num_blocks, size, _known(total_steps))
+            left_out = self._groups.count - self._groups.total_steps
+            if left_out > 0:
+                rank_zero_warn(
+                    f"group_size={size} makes {self._groups.count} groups, but the phase has "
+                    f"{total_steps} optimizer steps: the last {left_out} are left out. Use a "
+                    f"larger group_size, or a longer phase."
+                )
         restored, self._restored = self._restored, None
         if restored is None:
             copy_into(persistent_buffers(module), store.mean_buffers())
@@ -144,7 +151,7 @@ class Optimization:
             named.items(),
             subspace,
             self._solver,
-            total_steps=total_steps if self._groups is None else max(self._groups.steps, 1),
+            total_steps=total_steps if self._groups is None else self._groups.steps,
             exchange=share.exchange,
         )
         if restored is not None:
@@ -228,13 +235,18 @@ class Optimization:
             return
         assert self._switch is not None
         assert self._share is not None
-        groups.advance(optimizer.averaging_weights)
+        self._groups = groups.following(optimizer.averaging_weights)
+        try:
+            subspace = self._build(trainer, module, store, self._share)
+        except BaseException:
+            self._groups = groups  # as the optimizer, should a checkpoint be written now
+            raise
         self._steps_before += optimizer.steps
         self.optimizer = SubspaceOptimizer(
             module.named_parameters(),
-            self._build(trainer, module, store, self._share),
+            subspace,
             self._solver,
-            total_steps=groups.steps,
+            total_steps=self._groups.steps,
             exchange=self._share.exchange,
         )
         self._switch.replace_optimizer(self.optimizer)

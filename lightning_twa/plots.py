@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_twa.callback import TWAHooks
@@ -115,18 +116,18 @@ def _draw_map(axes: Any, weights: Tensor, blocks: Sequence[str]) -> None:
     bar.set_label(f"averaging weight\n(white: uniform, 1/{weights.shape[0]}{zero})")
 
 
-def log_figure(loggers: Sequence[Any], callback: TWAHooks, step: int) -> bool:
-    """Give the averaging weights as ``twa/averaging_weights`` to TensorBoard loggers.
-
-    Returns:
-        Whether there was one, and matplotlib to draw with.
+def log_figure(loggers: Sequence[Any], callback: TWAHooks, step: int) -> None:
+    """Give the averaging weights as ``twa/averaging_weights`` to TensorBoard loggers, if there is
+    matplotlib to draw with. A failure is a warning: a run must not end with an error for a figure.
     """
     writers = [logger.experiment for logger in loggers if "TensorBoard" in type(logger).__name__]
-    if not writers or importlib.util.find_spec("matplotlib") is None:
-        return False
+    if importlib.util.find_spec("matplotlib") is None:
+        return
     for writer in writers:
-        writer.add_figure("twa/averaging_weights", plot_averaging_weights(callback), step)
-    return True
+        try:
+            writer.add_figure("twa/averaging_weights", plot_averaging_weights(callback), step)
+        except Exception as error:
+            rank_zero_warn(f"TensorBoard got no figure of the averaging weights: {error}")
 
 
 def plot_subspace(

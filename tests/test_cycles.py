@@ -144,6 +144,22 @@ def test_checkpoints_of_a_new_cycle_do_not_hold_the_average_of_the_last(tmp_path
     assert later["callbacks"]["TWACallback"]["candidate_names"] == ["epoch=5", "epoch=6"]
 
 
+@pytest.mark.parametrize("name", ["full_matrix_adam", "uniform"])
+def test_the_window_of_a_later_cycle_is_that_of_the_first(tmp_path, name) -> None:
+    def make_twa() -> TWACallback:
+        collect = CollectConfig(start=0, max_candidates=2)
+        return TWACallback(3, collect=collect, cycles=2, solver=SolverConfig(name=name))
+
+    saver = ModelCheckpoint(tmp_path / "c", filename="{epoch}", save_top_k=-1)
+    whole = run(tmp_path / "a", Regressor, make_twa, saver=saver, max_epochs=10)
+    last = ["epoch=6", "epoch=7"] if name != "uniform" else ["epoch=8", "epoch=9"]
+    assert whole.callback["candidate_names"] == last
+    for epoch in (2, 3, 4, 6):  # collecting, within the phase, after it, in the next cycle
+        file = tmp_path / "c" / f"epoch={epoch}.ckpt"
+        resumed = run(tmp_path / "b", Regressor, make_twa, ckpt_path=file, max_epochs=10)
+        assert differences(whole, resumed) == [], epoch
+
+
 def test_a_stop_in_a_later_cycle_says_where_the_weights_are(tmp_path) -> None:
     twa = TWACallback(2, cycles=2, collect=CollectConfig(start=0))
     message = (
@@ -280,6 +296,55 @@ def test_the_phase_begins_where_early_stopping_would_end_the_run(
     assert "_run_early_stopping_check" not in vars(stop)
 
 
+@pytest.mark.parametrize("epoch", [1, 4])
+def test_an_exception_gives_everything_back(tmp_path, epoch) -> None:
+    class Fails(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.current_epoch == epoch:
+                raise RuntimeError("CRASH")
+
+    twa = TWACallback(6, collect=CollectConfig(start=0), start_on_early_stopping=True)
+    stop = StopAt(2, at_epoch_end=True)
+    the_trainer = trainer(tmp_path, callbacks=[stop, twa, Fails()], max_epochs=8)
+    with pytest.raises(RuntimeError, match="CRASH"):
+        the_trainer.fit(Regressor(), loader(), loader(32, seed=1))
+    assert twa.phase == ("collect" if epoch == 1 else "optimize")
+    assert the_trainer.max_epochs == 8
+    assert "_run_early_stopping_check" not in vars(stop)
+    assert [type(o).__name__ for o in the_trainer.optimizers] == ["SGD"]
+
+
+@pytest.mark.parametrize("what", ["second group", "second cycle"])
+def test_an_exception_in_a_later_part_gives_everything_back(tmp_path, monkeypatch, what) -> None:
+    import lightning_twa.optimization as optimization
+
+    calls, build = [], optimization.build_subspace
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(optimization, "build_subspace", fails)
+    collect = CollectConfig(start=0)
+    twa = TWACallback(2, "val", cycles=2, collect=collect)
+    if what == "second group":
+        twa = TWACallback(4, "val", collect=collect, subspace=SubspaceConfig(group_size=2))
+    module, train, val = Regressor(), loader(), loader(32, seed=1)
+    the_trainer = trainer(tmp_path, callbacks=[twa], max_epochs=8)
+    with pytest.raises(MemoryError, match="no room"):
+        the_trainer.fit(module, train, val)
+    assert [type(o).__name__ for o in the_trainer.optimizers] == ["SGD"]
+    assert the_trainer.fit_loop._data_source.instance is train
+    if what == "second group":  # its state is still one that goes on
+        state = twa.state_dict()
+        assert state["groups"]["results"] == []
+        beta = twa.averaging_weights[:, 0]
+        mix = sum(b * weights_of(c.parameters) for b, c in zip(beta, twa.candidates, strict=True))
+        torch.testing.assert_close(weights(module), mix, rtol=1e-5, atol=1e-6)
+
+
 def test_patience_counts_anew_in_the_phase(tmp_path) -> None:
     stop = EarlyStopping("val_loss", patience=2, mode="max", check_on_train_epoch_end=True)
     twa = TWACallback(
@@ -391,10 +456,10 @@ def test_groups_cover_every_candidate_and_step() -> None:
             steps.append(groups.steps)
             if groups.last:
                 break
-            groups.advance(torch.zeros(len(groups.members), 2, dtype=torch.float64))
+            groups = groups.following(torch.zeros(len(groups.members), 2, dtype=torch.float64))
         assert set().union(*members) == set(range(n))
         assert all(2 <= len(m) <= size for m in members)
-        assert sum(steps) == total
+        assert sum(steps) == max(total, groups.count)
         assert max(steps) - min(steps) <= 1
         moved = torch.zeros(len(groups.members), 2, dtype=torch.float64)
         torch.testing.assert_close(groups.result(moved), torch.full((n, 2), 1 / n).double())
@@ -451,6 +516,25 @@ def test_groups_are_what_a_loop_by_hand_gives(tmp_path, basis, size) -> None:
     mix = {n: sum(b * s[n].double() for b, s in zip(beta, states, strict=True)) for n in states[0]}
     flat = torch.cat([v.reshape(-1) for v in mix.values()])
     torch.testing.assert_close(weights(module), flat, rtol=1e-5, atol=1e-6)
+
+
+def test_more_groups_than_steps(tmp_path) -> None:
+    twa = TWACallback(9, collect=CollectConfig(start=0), subspace=SubspaceConfig(group_size=2))
+    recorder = Recorder(twa)
+    module = Regressor()
+    message = "group_size=2 makes 5 groups, .* 3 optimizer steps: the last 2 are left out"
+    with pytest.warns(UserWarning, match=message):
+        trainer(tmp_path, callbacks=[twa, recorder], max_epochs=10, limit_train_batches=3).fit(
+            module, loader()
+        )
+    assert [phase for phase, _ in recorder.steps][-3:] == ["optimize", "optimize", "done"]
+    beta = twa.averaging_weights[:, 0]
+    mix = sum(b * weights_of(c.parameters) for b, c in zip(beta, twa.candidates, strict=True))
+    torch.testing.assert_close(weights(module), mix, rtol=1e-5, atol=1e-6)
+
+
+def weights_of(parameters: dict[str, Tensor]) -> Tensor:
+    return torch.cat([p.double().flatten() for p in parameters.values()])
 
 
 def test_groups_lower_the_loss_on_what_they_train(tmp_path) -> None:

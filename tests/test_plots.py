@@ -444,3 +444,19 @@ def test_tensorboard_gets_the_averaging_weights(tmp_path) -> None:
     assert image.step == 24
     assert image.encoded_image_string.startswith(b"\x89PNG")
     assert "twa/lr" in events.Tags()["scalars"]
+
+
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, .tensorboardX.")
+def test_a_figure_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, monkeypatch) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("lightning_twa.plots.plot_averaging_weights", fails)
+    twa = TWACallback(4, collect=CollectConfig(start=0))
+    with pytest.warns(UserWarning, match="^TensorBoard got no figure .*: no fonts$"):
+        trainer(
+            tmp_path, callbacks=[twa], logger=TensorBoardLogger(tmp_path), log_every_n_steps=1
+        ).fit(Regressor(), loader())
+    assert twa.phase == "done"
