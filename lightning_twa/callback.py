@@ -141,8 +141,9 @@ class TWAHooks(Hooks):
 
     @property
     def candidates(self) -> list[Candidate]:
-        """The candidates that this process holds, in the order of :attr:`candidate_names`: name,
-        ``parameters`` and ``buffers`` by name, on the CPU. Not in a checkpoint of a finished run.
+        """The candidates that this process holds, in the order of :attr:`candidate_names`. Each has
+        a ``name``, and ``parameters`` and ``buffers`` by name, on the CPU. A checkpoint of a
+        finished run holds none.
         """
         return list(self._run.store)
 

@@ -36,6 +36,13 @@ def test_code_of_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
 
 
+def test_code_is_no_wider_than_the_page() -> None:
+    for page in PAGES:
+        for block in re.findall(r"^```\w+\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            wide = [line for line in block.splitlines() if len(line) > 100]
+            assert wide == [], page.name
+
+
 def test_links_between_pages_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
