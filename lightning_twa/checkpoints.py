@@ -35,5 +35,8 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} holds nothing of a TWACallback: the run had none, or it was written before "
             f"the first candidate was kept."
         )
-    check_state(states[0])
+    try:
+        check_state(states[0])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return states[0]

@@ -37,29 +37,19 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: Naming the file, when it is no checkpoint, holds no state of the callback, or
             one that is damaged.
     """
+    damaged = (
+        f"{path}: The TWACallback state in the checkpoint is damaged, or another program wrote it: "
+        f"its entries do not fit together. Use another checkpoint."
+    )
     try:
         state = read_state(path)
-        weights, names = state.get("averaging_weights"), state["candidate_names"]
-        blocks = state.get("block_names", [])
-        fits = weights is None or (
-            len(names) > 0 and weights.shape == (len(names), len(blocks)) and len(blocks) > 0
-        )
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:  # of forged entries
-        raise ValueError(_damaged(path)) from error
-    if not fits:
-        raise ValueError(_damaged(path))
+        raise ValueError(damaged) from error
     try:
         list(_references(state))
     except (TypeError, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(_damaged(path)) from error
+        raise ValueError(damaged) from error
     return state
-
-
-def _damaged(path: str | os.PathLike[str]) -> str:
-    return (
-        f"The TWACallback state in {path} is damaged, or another program wrote it: its entries do "
-        f"not fit together. Use another checkpoint."
-    )
 
 
 def printable(text: str) -> str:

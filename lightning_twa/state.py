@@ -51,6 +51,9 @@ def check_state(state: Mapping[str, Any]) -> None:
         _check(state["started"], "started.", {**started, "epoch_batches": _optional(_is_count)})
         _check({"stops_at": 0, **state["started"]}, "started.", {"stops_at": _is_count})
         _check(state, "", {"averaging_weights": _is_numbers(2), "block_names": _is_names})
+        weights, blocks = state["averaging_weights"], state["block_names"]
+        if 0 in weights.shape or weights.shape != (len(state["candidate_names"]), len(blocks)):
+            raise damaged("averaging_weights", weights)
     if "path" in state:
         _check(state, "", {"path": _is_dict})
         path = {"points": _is_numbers(3), "stride": _is_count, "steps": _is_count}
@@ -164,6 +167,7 @@ def _is_numbers(dimensions: int) -> Check:
     def check(value: Any) -> bool:
         return (
             isinstance(value, Tensor)
+            and value.layout == torch.strided
             and value.dim() == dimensions
             and value.is_floating_point()
             and bool(torch.isfinite(value).all())

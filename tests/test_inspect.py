@@ -218,7 +218,7 @@ FORGED = [
 @pytest.mark.parametrize(("epoch", "change"), FORGED)
 def test_inspect_of_entries_that_do_not_fit_together(tmp_path, capsys, epoch, change) -> None:
     text = failure(capsys, "inspect", forged(tmp_path, epoch, change))
-    assert "forged.ckpt is damaged, or another program wrote it" in text
+    assert "forged.ckpt: The TWACallback state in the checkpoint is damaged, or another" in text
 
 
 def test_names_cannot_steer_the_terminal(tmp_path, capsys) -> None:
