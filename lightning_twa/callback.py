@@ -340,7 +340,9 @@ class TWAHooks(Hooks):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Finish a run that was stopped (EarlyStopping) after this callback's last hook."""
+        """Finish a run that was stopped (EarlyStopping) after this callback's last hook; leave out
+        of the candidates what the checkpoint's ``state_dict`` holds.
+        """
         if not self._active:
             return
         finished = self._run.finish_if_ending(trainer, pl_module)
@@ -348,6 +350,7 @@ class TWAHooks(Hooks):
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
         if finished:
             checkpoint["callbacks"][self.state_key] = self.state_dict()
+        self._run.leave_out_frozen(pl_module, checkpoint["callbacks"].get(self.state_key, {}))
         if self.settings.validate_average:
             self._run.average_in_checkpoint(trainer, checkpoint)
 

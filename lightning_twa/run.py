@@ -105,6 +105,7 @@ class Run:
         """At the start of training. What is due at the start of an epoch happens here for a resumed
         run, whose checkpoint was written behind it.
         """
+        self.store.put_frozen_back(module)
         if self.phase == "optimize":
             self._enter(trainer, module)
         at_epoch_start = phase.at_epoch_start(trainer)
@@ -353,6 +354,16 @@ class Run:
         if self.path.points is not None:
             state["path"] = self.path.state_dict()
         return state
+
+    def leave_out_frozen(self, module: LightningModule, state: dict[str, Any]) -> None:
+        """See :meth:`Store.leave_out_frozen`.
+
+        Args:
+            module: The model.
+            state: From :meth:`state_dict`; changed in place.
+        """
+        if "candidates" in state:
+            self.store.leave_out_frozen(state["candidates"], module)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`.

@@ -120,6 +120,7 @@ def _check_candidate(where: str, entry: Any) -> None:
         _check(entry, f"{where}.", {"files": lambda value: _is_list(value) and len(value) > 0})
         return
     _check(entry, f"{where}.", {"parameters": _is_tensors, "buffers": _is_tensors})
+    _check({"as_in_module": [], **entry}, f"{where}.", {"as_in_module": _is_names})
 
 
 def _check_groups(groups: Any) -> None:

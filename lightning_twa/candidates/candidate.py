@@ -12,7 +12,15 @@ from lightning_twa.distributed import from_rank_zero_, gather_objects, mean_over
 from lightning_twa.subspace.columns import local_part, to_shards
 from lightning_twa.subspace.layout import check_finite
 
-__all__ = ["Candidate", "agreed_buffers", "check_weights", "persistent_buffers", "take"]
+__all__ = [
+    "Candidate",
+    "agreed_buffers",
+    "check_weights",
+    "persistent_buffers",
+    "same",
+    "take",
+    "to_cpu",
+]
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def agreed_buffers(module: nn.Module) -> dict[str, Tensor]:
     result = {key: local_part(b).clone() for key, b in persistent_buffers(module).items()}
     mean_over_ranks_(buffer for buffer in result.values() if buffer.is_floating_point())
     from_rank_zero_(buffer for buffer in result.values() if not buffer.is_floating_point())
-    return {key: _to_cpu(buffer) for key, buffer in result.items()}
+    return {key: to_cpu(buffer) for key, buffer in result.items()}
 
 
 @torch.no_grad()
@@ -110,21 +118,23 @@ def take(
             continue
         own = local_part((weights or {}).get(key, parameter))
         old = None if previous is None else previous.parameters.get(key)
-        if old is not None and not parameter.requires_grad and _same(old, own):
+        if old is not None and not parameter.requires_grad and same(old, own):
             parameters[key] = old
         else:
             rounded = dtype if dtype is not None and parameter.requires_grad else parameter.dtype
-            parameters[key] = _to_cpu(own, rounded)
+            parameters[key] = to_cpu(own, rounded)
     return Candidate(name, parameters, buffers)
 
 
-def _to_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def to_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous copy on the CPU, in another dtype if one is given."""
     return tensor.detach().to(
         device="cpu", dtype=dtype, copy=True, memory_format=torch.contiguous_format
     )
 
 
-def _same(old: Tensor, new: Tensor) -> bool:
+def same(old: Tensor, new: Tensor) -> bool:
+    """Whether a tensor on the CPU equals another on any device."""
     return (
         old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new.detach().cpu())
     )

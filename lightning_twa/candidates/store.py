@@ -16,7 +16,9 @@ from lightning_twa.candidates.candidate import (
     agreed_buffers,
     check_weights,
     persistent_buffers,
+    same,
     take,
+    to_cpu,
 )
 from lightning_twa.candidates.disk import Disk
 from lightning_twa.candidates.files import CandidateFileError, Reference
@@ -32,10 +34,13 @@ FROZEN = "frozen"  # name of the candidate that holds what never changes
 
 @dataclass(frozen=True)
 class _Entry:
-    """A candidate and, where it is on disk, its files."""
+    """A candidate and, where it is on disk, its files. A checkpoint may leave out parameters that
+    are as in the module that it holds.
+    """
 
     candidate: Candidate
     files: list[Reference] | None = None
+    as_in_module: tuple[str, ...] = ()
 
 
 class Store:
@@ -299,6 +304,41 @@ class Store:
     def _states(self, entries: list[_Entry]) -> list[dict[str, Any]]:
         return [_entry_state(e) for e in entries if e.files is not None or not self._shards]
 
+    def leave_out_frozen(self, state: Mapping[str, Any], module: nn.Module) -> None:
+        """Leave frozen parameters that are as in the module out of the state of a checkpoint, which
+        holds them already or, with adapters alone, is not meant to.
+
+        Args:
+            state: From :meth:`state_dict`; changed in place.
+            module: The model.
+        """
+        parameters = {} if self._shards else dict(module.named_parameters())
+        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        as_in_module: dict[
+            tuple[str, int], bool
+        ] = {}  # a copy that candidates share: compared once
+        for entry in (*state["given"], *state["window"]):
+            held = entry.get("parameters", {})
+            for name in [name for name in held if name in frozen]:
+                key = (name, id(held[name]))
+                if key not in as_in_module:
+                    as_in_module[key] = same(held[name], frozen[name])
+                if as_in_module[key]:
+                    del held[name]
+                    entry.setdefault("as_in_module", []).append(name)
+
+    def put_frozen_back(self, module: nn.Module) -> None:
+        """Undo :meth:`leave_out_frozen`, once the module has the weights of the checkpoint."""
+        parameters = dict(module.named_parameters())
+        copies: dict[str, Tensor] = {}
+        for entry in self._entries:
+            held = entry.candidate.parameters
+            for name in entry.as_in_module:
+                if name in parameters and name not in held:
+                    if name not in copies:
+                        copies[name] = to_cpu(parameters[name])
+                    held[name] = copies[name]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the candidates by those of :meth:`state_dict`.
 
@@ -315,7 +355,8 @@ class Store:
 
     def _read(self, state: dict[str, Any], frozen: dict[str, Tensor]) -> _Entry:
         if "files" not in state:
-            return _Entry(Candidate(state["name"], state["parameters"], state["buffers"]))
+            candidate = Candidate(state["name"], dict(state["parameters"]), state["buffers"])
+            return _Entry(candidate, as_in_module=tuple(state.get("as_in_module", ())))
         files = [Reference.from_state(reference) for reference in state["files"]]
         if self.disk is None:
             raise ValueError(

@@ -1,0 +1,150 @@
+"""Fine-tuning with most parameters frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from common import Regressor, loader, mse, trainer, weights
+from helpers_resume import differences, run
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_twa import CollectConfig, StorageConfig, TWACallback
+from lightning_twa.candidates import Store
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")
+
+
+class Head(Regressor):
+    """A small head on a large frozen backbone, which may be trained from some epoch on."""
+
+    def __init__(self, unfreeze: int = 99, assign: bool = False) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(6, 2000), nn.Linear(2000, 6)).requires_grad_(False)
+        self.unfreeze, self.assign = unfreeze, assign
+
+    def on_train_epoch_start(self) -> None:
+        self.backbone.requires_grad_(self.current_epoch >= self.unfreeze)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return mse(self.net(self.backbone(batch[0])), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict(state_dict, strict=True, assign=self.assign)
+
+
+def memory(start_epoch: int = 4) -> TWACallback:
+    storage = StorageConfig(kind="memory")
+    return TWACallback(start_epoch, collect=CollectConfig(start=1), storage=storage)
+
+
+def test_a_checkpoint_holds_what_is_frozen_once(tmp_path) -> None:
+    def sizes(folder: Path, *callbacks: L.Callback) -> list[int]:
+        saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+        trainer(folder, callbacks=[*callbacks, saver], enable_checkpointing=True).fit(
+            Head(), loader()
+        )
+        return [p.stat().st_size for p in sorted(folder.glob("*.ckpt"))]
+
+    frozen = sum(p.nbytes for p in Head().backbone.parameters())
+    plain, with_twa = sizes(tmp_path / "plain"), sizes(tmp_path / "twa", memory())
+    assert frozen < min(plain) < 2 * frozen
+    more = [b - a for a, b in zip(plain, with_twa, strict=True)]
+    assert 0 < max(more) < frozen / 2
+    state = torch.load(tmp_path / "twa" / "epoch=2.ckpt", weights_only=True)
+    entry = state["callbacks"]["TWACallback"]["candidates"]["window"][0]
+    assert set(entry["parameters"]) == {n for n, _ in Head().named_parameters() if "net" in n}
+    assert set(entry["as_in_module"]) == {n for n, _ in Head().named_parameters() if "back" in n}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("unfreeze", [99, 3])
+def test_what_is_frozen_resumes(tmp_path, unfreeze, assign) -> None:
+    def make() -> Head:
+        return Head(unfreeze, assign)
+
+    saver = ModelCheckpoint(tmp_path / "ck", "{epoch}", save_top_k=-1)
+    whole = run(tmp_path, make, memory, saver=saver)
+    for path in sorted((tmp_path / "ck").glob("*.ckpt")):
+        assert differences(whole, run(tmp_path, make, memory, path)) == [], path.name
+
+
+class AdaptersOnly(Head):
+    """Keeps the backbone, which it can load from elsewhere, out of its checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.backbone.parameters():
+                parameter.normal_(0, 0.02, generator=generator)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name in [name for name in checkpoint["state_dict"] if "backbone" in name]:
+            del checkpoint["state_dict"][name]
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module.load_state_dict(self, state_dict, strict=False)
+
+
+def test_checkpoints_of_adapters_alone_stay_small_and_resume(tmp_path) -> None:
+    saver = ModelCheckpoint(tmp_path / "ck", "{epoch}", save_top_k=-1)
+    whole = run(tmp_path, AdaptersOnly, memory, saver=saver)
+    frozen = sum(p.nbytes for p in Head().backbone.parameters())
+    paths = sorted((tmp_path / "ck").glob("*.ckpt"))
+    assert len(paths) == 6
+    for path in paths:
+        assert path.stat().st_size < frozen / 2
+        assert differences(whole, run(tmp_path, AdaptersOnly, memory, path)) == [], path.name
+
+
+def test_what_is_not_as_in_the_module_is_kept() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
+    store = Store()
+    store.add(net, "first")
+    with torch.no_grad():
+        net[1].weight += 1
+    store.add(net, "second")
+    expected = [dict(candidate.parameters) for candidate in store]
+    state = store.state_dict()
+    store.leave_out_frozen(state, net)
+    first, second = state["window"]
+    trained = {"0.weight", "0.bias"}
+    assert set(first["parameters"]) == {*trained, "1.weight"}
+    assert set(second["parameters"]) == trained
+    assert [set(c.parameters) for c in store] == [{*trained, "1.weight", "1.bias"}] * 2
+
+    again = Store()
+    again.load_state_dict(state)
+    for _ in range(2):  # the second time the weights are others
+        again.put_frozen_back(net)
+        for parameters, candidate in zip(expected, again, strict=True):
+            assert parameters.keys() == candidate.parameters.keys()
+            for name, tensor in parameters.items():
+                assert torch.equal(tensor, candidate.parameters[name])
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.zero_()
+    held = [candidate.parameters["1.bias"].data_ptr() for candidate in again]
+    assert held[0] == held[1], "one copy for all"
+
+
+def test_the_average_is_of_what_is_trained(tmp_path) -> None:
+    twa, module = memory(), Head()
+    before = weights(module.backbone)
+    trainer(tmp_path, callbacks=[twa]).fit(module, loader())
+    assert torch.equal(weights(module.backbone), before)
+    beta = twa.averaging_weights[:, 0]
+    for name, parameter in module.net.named_parameters():
+        mix = sum(
+            b * c.parameters[f"net.{name}"].double()
+            for b, c in zip(beta, twa.candidates, strict=True)
+        )
+        torch.testing.assert_close(parameter.double(), mix, rtol=1e-5, atol=1e-6)
