@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_twa.callback import TWAHooks
+from lightning_twa.candidates import Candidate
 from lightning_twa.candidates.readers import find_files, read_file, unique_names
 from lightning_twa.config import check_choice, is_int, is_real
 from lightning_twa.subspace.layout import check_finite
@@ -130,10 +131,11 @@ class _Member:
 
 def _members(candidates: Any) -> list[_Member]:
     if isinstance(candidates, TWAHooks):
+        further = candidates._run.further_names
         members = [
             _Member(
                 f"Candidate {candidate.name!r}",
-                lambda c=candidate: {**c.parameters, **c.buffers},  # type: ignore[misc]
+                lambda c=candidate: _state_dict(c, further),  # type: ignore[misc]
             )
             for candidate in candidates.candidates
         ]
@@ -154,6 +156,11 @@ def _members(candidates: Any) -> list[_Member]:
         _Member(name, lambda p=path: read_file(p))  # type: ignore[misc]
         for path, name in zip(paths, unique_names(paths), strict=True)
     ]
+
+
+def _state_dict(candidate: Candidate, further: Mapping[str, str]) -> State:
+    state = {**candidate.parameters, **candidate.buffers}
+    return {**state, **{name: state[own] for name, own in further.items() if own in state}}
 
 
 # --- averages
@@ -259,7 +266,7 @@ def _validation(
     def score(state: State) -> float:
         before = {key: tensor.clone() for key, tensor in own.state_dict().items()}
         try:
-            # Not all keys: a callback's candidates have tied parameters once.
+            # Not all keys: a callback's candidates have floating-point parameters only.
             unknown = own.load_state_dict(state, strict=False).unexpected_keys
             if unknown:
                 raise ValueError(f"The module has no tensor {unknown[0]!r}, but candidates have.")

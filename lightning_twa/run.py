@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_twa import phase, replay, report
-from lightning_twa.candidates import Store
+from lightning_twa.candidates import Store, further_names
 from lightning_twa.collector import Collector
 from lightning_twa.optimization import Optimization
 from lightning_twa.path import AveragingPath
@@ -42,6 +42,7 @@ class Run:
         self.block_names: list[str] = []
         self._learned: Tensor | None = None  # the averaging weights of the last finished phase
         self._candidate_names: list[str] = []  # of a finished run that was restored without them
+        self.further_names: dict[str, str] = {}  # of tied tensors, which candidates have once
         self.path = AveragingPath()
         self._swap = AverageSwap()
         self._watch: StopWatch | None = None
@@ -105,6 +106,7 @@ class Run:
         """At the start of training. What is due at the start of an epoch happens here for a resumed
         run, whose checkpoint was written behind it.
         """
+        self.further_names = further_names(module)
         self.store.put_frozen_back(module)
         if self.phase == "optimize":
             self._enter(trainer, module)

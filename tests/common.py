@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lightning as L
@@ -72,6 +75,20 @@ def trainer(tmp_path: Path, **kwargs: Any) -> L.Trainer:
 def weights(module: nn.Module) -> Tensor:
     """All parameters in one flat float64 vector, copied."""
     return torch.cat([p.detach().double().reshape(-1) for p in module.parameters()])
+
+
+def load_script(path: Path) -> ModuleType:
+    """An example as a module, found under the name ``<stem>_example`` while it is loaded and used:
+    there its dataclasses look their annotations up.
+    """
+    name = f"{path.stem}_example"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 class Recorder(L.Callback):

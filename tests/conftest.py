@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from typing import Any
 
 import lightning as L
 import pytest
@@ -16,3 +18,17 @@ def _fixed_start() -> Iterator[None]:
     L.seed_everything(1, verbose=False)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_hang() -> Iterator[None]:
+    """A deadlock becomes a failure."""
+
+    def fail(*args: Any) -> None:
+        raise TimeoutError("the test takes too long: do processes wait for each other?")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 from common import Recorder, Regressor, loader, trainer, weights
+from helpers_ddp import fit
 from helpers_resume import differences, equal, run, state
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from test_ddp import _no_hang, fit
 from torch import Tensor, nn
 
 from lightning_twa import CollectConfig, SolverConfig, StorageConfig, TWACallback, average
-
-__all__ = ["_no_hang"]
 
 UNIFORM = SolverConfig(name="uniform")
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")
@@ -162,6 +160,11 @@ def test_tied_parameters_are_loaded_for_validation(tmp_path) -> None:
     average(twa, "greedy", monitor="val_loss", **arguments)
     expected = [c.parameters["net.2.bias"] for c in twa.candidates]
     assert all(torch.equal(s, e) for s, e in zip(seen, expected, strict=False))
+
+    found, module = average(twa), Tied()
+    module.load_state_dict(found)  # strict: both names of the bias are in it
+    torch.testing.assert_close(found["net.3.bias"], torch.stack(expected).mean(0))
+    assert torch.equal(module.net[2].bias, found["net.2.bias"])
 
 
 BAD = [

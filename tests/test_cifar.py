@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from common import load_script
 from torch import Tensor, nn
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "cifar.py"
@@ -23,18 +22,9 @@ TINY = ("--width", "0.0625", "--batch-size", "40", "--epochs", "4")
 
 
 @pytest.fixture(scope="module")
-def cifar() -> Iterator[Any]:
+def cifar() -> Any:
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("cifar_example", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where the example's annotations are looked up
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        del sys.modules[spec.name]
+    return load_script(SCRIPT)
 
 
 def write(path: Path, labels: list[list[int]], seed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import weights
+from common import load_script, weights
 
 from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
 
@@ -35,10 +34,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    spec = importlib.util.spec_from_file_location("cli_example", FOLDER / "main.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FOLDER / "main.py")
 
 
 def callback_of(cli: Any) -> TWACallback:

@@ -11,16 +11,14 @@ import lightning as L
 import pytest
 import torch
 from common import Recorder, Regressor, loader, trainer, weights
+from helpers_ddp import fit, strided
 from helpers_resume import differences, equal, run
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from test_ddp import _no_hang, fit, strided
 from torch import Tensor
 
 from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
 from lightning_twa.candidates import RunningAverages
-
-__all__ = ["_no_hang"]
 
 DECAYS = (0.5, 0.9, 0.99)
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")

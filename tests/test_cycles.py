@@ -13,9 +13,9 @@ import lightning as L
 import pytest
 import torch
 from common import Recorder, Regressor, loader, mse, regression_data, trainer, weights
+from helpers_ddp import fit, flat, strided
 from helpers_resume import differences, ordered, run
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from test_ddp import _no_hang, fit, flat, strided  # noqa: F401
 from torch import Tensor
 
 from lightning_twa import (

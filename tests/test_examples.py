@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common import load_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NUMBER = r"[+-]\d+\.\d+"
@@ -91,22 +91,47 @@ def test_digits_prints_every_row_and_says_where_twa_does_not_win() -> None:
     assert sum(float(weight) for _, weight in learned) == pytest.approx(1, abs=0.005)
 
 
+# --- adapters
+
+
+def test_lora_compares_averages_of_adapters() -> None:
+    pytest.importorskip("peft")
+    small = ("--seeds", "2", "--collect-epochs", "4", "--twa-epochs", "1")
+    output = run_example("lora.py", *small, "--windows", "32", "--pretrain-bytes", "20000")
+    rows = {}
+    for line in output.splitlines()[2:9]:
+        name, epochs, bits, gain = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[name] = (int(epochs), bits, gain)
+    assert {name: epochs for name, (epochs, _, _) in rows.items()} == {
+        "pretrained": 0,
+        "constant learning rate": 4,
+        "uniform average of the candidates": 4,
+        "learning rate falls to 0": 5,
+        "uniform average, trained on": 5,
+        "TWA-t": 5,
+        "TWA-v": 5,
+    }
+    means = {name: float(bits.split(" ± ")[0]) for name, (_, bits, _) in rows.items()}
+    assert all(0 < mean < 8 for mean in means.values())
+    assert means["TWA-t"] < means["pretrained"]
+    for name, (_, _, gain) in rows.items():
+        if name == "TWA-t":
+            assert gain == ""
+        else:
+            assert re.fullmatch(rf"{NUMBER} ± \d+\.\d+", gain)
+            assert float(gain.split()[0]) == pytest.approx(means[name] - means["TWA-t"], abs=2e-4)
+    assert "36,864 of 409,440 parameters are trained" in output
+    with_candidates, without = map(float, re.findall(r"(\d+\.\d+)(?: MiB,|\.$)", output, re.M)[:2])
+    assert 0 < with_candidates - without < 2 * 4 * 36_864 / 2**20 + 0.1
+
+
 # --- what the verdict says of made-up scores
 
 
 @pytest.fixture(scope="module")
 def digits() -> Any:
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("digits_example", EXAMPLES / "digits.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where the example's annotations are looked up
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        del sys.modules[spec.name]
+    return load_script(EXAMPLES / "digits.py")
 
 
 def made_up(digits: Any, twa: list[tuple[float, float]]) -> Any:
@@ -226,12 +251,7 @@ def test_checkpointing_prints_what_checkpoints_and_candidates_take() -> None:
 @pytest.mark.parametrize("script", sorted(p.name for p in (EXAMPLES / "benchmarks").glob("*.py")))
 def test_every_benchmark_finds_what_it_imports(script, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
-    path = EXAMPLES / "benchmarks" / script
-    spec = importlib.util.spec_from_file_location(f"imported_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    assert module.__doc__
+    assert load_script(EXAMPLES / "benchmarks" / script).__doc__
 
 
 def test_overhead_prints_a_row_for_each_size() -> None:

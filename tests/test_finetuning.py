@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from common import Regressor, loader, mse, trainer, weights
 from helpers_resume import differences, run
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_twa import CollectConfig, StorageConfig, TWACallback
+from lightning_twa import CollectConfig, StorageConfig, TWACallback, average
 from lightning_twa.candidates import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")
@@ -148,3 +150,117 @@ def test_the_average_is_of_what_is_trained(tmp_path) -> None:
             for b, c in zip(beta, twa.candidates, strict=True)
         )
         torch.testing.assert_close(parameter.double(), mix, rtol=1e-5, atol=1e-6)
+
+
+# --- transformers with adapters
+
+
+@pytest.fixture(scope="module")
+def peft() -> Any:
+    """The package, without its advice about packages of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("peft")
+
+
+def language_model(peft: Any, **adapters: Any) -> nn.Module:
+    """A tiny GPT-2 with tied embeddings, activation checkpointing and LoRA adapters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=32,
+            n_positions=16,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        model = GPT2LMHeadModel(config)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert model.lm_head.weight is model.transformer.wte.weight
+        lora = {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, **adapters}
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+
+
+class Adapted(L.LightningModule):
+    """Adapters that learn to count."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(input_ids=batch[0], labels=batch[0]).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-2)
+
+
+def counting() -> DataLoader:
+    starts = torch.arange(24).unsqueeze(1)
+    return DataLoader(TensorDataset((starts + torch.arange(8)) % 32), batch_size=8)
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["ln_f"]}])
+def test_lora_averages_the_adapters_alone(tmp_path, peft, options) -> None:
+    net = language_model(peft, **options)
+    trained = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or "modules_to_save" in n for n in trained)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    module, twa = Adapted(net), TWACallback(4, collect=CollectConfig(start=1))
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer(tmp_path, callbacks=[twa, saver], enable_checkpointing=True).fit(module, counting())
+
+    assert twa.phase == "done"
+    beta, names = twa.averaging_weights[:, 0], dict(net.named_parameters())
+    assert not torch.allclose(beta, torch.full_like(beta, 1 / 3), atol=1e-3), "nothing was learned"
+    for name, parameter in names.items():
+        held = [c.parameters[f"net.{name}"] for c in twa.candidates]
+        if name not in trained:
+            assert torch.equal(parameter, before[name])
+            assert all(tensor is held[0] for tensor in held), "what is frozen is kept once"
+            continue
+        mix = sum(b * tensor.double() for b, tensor in zip(beta, held, strict=True))
+        torch.testing.assert_close(parameter.double(), mix, rtol=1e-5, atol=1e-6)
+    assert twa._run.optimization.optimizer is None
+    state = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)
+    for entry in state["callbacks"]["TWACallback"]["candidates"]["window"]:
+        assert set(entry["parameters"]) == {f"net.{name}" for name in trained}
+
+    inputs = next(iter(counting()))[0]
+    expected = net(input_ids=inputs).logits
+    merged = net.merge_and_unload()  # the adapters of the average, in the model itself
+    torch.testing.assert_close(merged(input_ids=inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_resumes(tmp_path, peft) -> None:
+    def fit(folder: Path, ckpt_path: Path | None = None) -> tuple[Tensor, TWACallback]:
+        module, twa = Adapted(language_model(peft)), TWACallback(4, collect=CollectConfig(start=1))
+        saver = [ModelCheckpoint(folder, "{epoch}", save_top_k=-1)] if ckpt_path is None else []
+        trainer(folder, callbacks=[twa, *saver], enable_checkpointing=bool(saver)).fit(
+            module, counting(), ckpt_path=ckpt_path
+        )
+        return weights(module), twa
+
+    expected, whole = fit(tmp_path / "a")
+    for epoch in (0, 2, 3, 4):
+        found, twa = fit(tmp_path / "b", tmp_path / "a" / f"epoch={epoch}.ckpt")
+        assert torch.equal(found, expected), epoch
+        assert torch.equal(twa.averaging_weights, whole.averaging_weights)
+
+
+def test_an_average_of_adapters_loads_into_the_model(tmp_path, peft) -> None:
+    module, twa = Adapted(language_model(peft)), TWACallback(4, collect=CollectConfig(start=1))
+    trainer(tmp_path, callbacks=[twa]).fit(module, counting())
+    module.load_state_dict(average(twa))  # strict: under both names of tied embeddings
+    name = "net.base_model.model.transformer.h.0.attn.c_attn.lora_A.default.weight"
+    mean = torch.stack([c.parameters[name] for c in twa.candidates]).double().mean(0)
+    torch.testing.assert_close(module.state_dict()[name].double(), mean, rtol=1e-6, atol=1e-7)

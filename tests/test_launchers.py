@@ -17,17 +17,15 @@ import lightning as L
 import pytest
 import torch
 from common import Regressor, loader, trainer
+from helpers_ddp import Report, fit, strided, twa
 from helpers_resume import equal
 from lightning.pytorch.strategies import DDPStrategy
 from processes import free_port, torchrun_environment
-from test_ddp import Report, _no_hang, fit, strided, twa
 from test_storage import files
 
 from lightning_twa import StorageConfig, SubspaceConfig
 from lightning_twa.candidates.files import read_candidate
 from lightning_twa.candidates.reference import Reference
-
-__all__ = ["_no_hang"]
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,7 +41,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from common import Regressor, trainer
-from test_ddp import Report, strided
+from helpers_ddp import Report, strided
 from lightning_twa import CollectConfig, StorageConfig, TWACallback
 
 folder = Path(sys.argv[1])

@@ -10,16 +10,14 @@ import lightning as L
 import pytest
 import torch
 from common import Regressor, loader, trainer
+from helpers_ddp import flat, strided
 from helpers_resume import equal
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from processes import run
-from test_ddp import _no_hang, flat, strided
 from torch import Tensor, nn
 
 from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
-
-__all__ = ["_no_hang"]
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,15 +12,13 @@ import lightning as L
 import pytest
 import torch
 from common import Regressor, loader, trainer
+from helpers_ddp import fit, flat, strided
 from helpers_resume import equal, state
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_ddp import _no_hang, fit, flat, strided
 from torch import nn
 
 from lightning_twa import CollectConfig, StorageConfig, TWACallback
 from lightning_twa.candidates import CandidateFileError, disk, store
-
-__all__ = ["_no_hang"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss"),

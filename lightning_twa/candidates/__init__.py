@@ -1,7 +1,7 @@
 """Where weights wait: copies of the weights, in memory or in files."""
 
 from lightning_twa.candidates.averages import RunningAverages, average_name
-from lightning_twa.candidates.candidate import Candidate, persistent_buffers
+from lightning_twa.candidates.candidate import Candidate, further_names, persistent_buffers
 from lightning_twa.candidates.files import CandidateFileError
 from lightning_twa.candidates.store import Store
 
@@ -11,5 +11,6 @@ __all__ = [
     "RunningAverages",
     "Store",
     "average_name",
+    "further_names",
     "persistent_buffers",
 ]

@@ -51,6 +51,23 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return result
 
 
+def further_names(module: nn.Module) -> dict[str, str]:
+    """Every further name that a state dict has for a tied tensor, with the name that candidates
+    have it under.
+    """
+    own = {**dict(module.named_parameters()), **persistent_buffers(module)}
+    names = {id(tensor): name for name, tensor in own.items()}
+    everywhere = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    return {
+        name: names[id(tensor)]
+        for name, tensor in everywhere.items()
+        if id(tensor) in names and name not in own
+    }
+
+
 def check_weights(
     module: nn.Module, name: str, weights: Mapping[str, Tensor] | None = None
 ) -> None:
