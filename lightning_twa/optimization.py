@@ -50,6 +50,7 @@ class Optimization:
         self._groups: Groups | None = None
         self._solver = settings.solver  # with the radius of a soup
         self._steps_before = 0  # of the groups before the current one
+        self._skipped_before = 0
         self._loader: Any = None
         self.losses = report.LossRecord()
         self._began = 0.0
@@ -142,6 +143,7 @@ class Optimization:
         elif self._groups is not None:
             self._groups.load_state_dict(restored["groups"])
             self._steps_before = restored["groups"]["steps_before"]
+            self._skipped_before = restored["groups"].get("skipped_before", 0)
         solver = self.settings.solver
         if self.started["epoch"] == 0 and solver.lr is None and solver.radius is None:
             solver = replace(solver, radius=2.0 * held**0.5)  # a soup
@@ -242,6 +244,7 @@ class Optimization:
             self._groups = groups  # as the optimizer, should a checkpoint be written now
             raise
         self._steps_before += optimizer.steps
+        self._skipped_before += optimizer.skipped_steps
         self.optimizer = SubspaceOptimizer(
             module.named_parameters(),
             subspace,
@@ -292,11 +295,11 @@ class Optimization:
     def report(self, averaging_weights: Tensor, batchnorm_batches: int | None) -> None:
         """Say what the phase did; see :func:`lightning_twa.report.finish_report`."""
         assert self.optimizer is not None
-        steps = self._steps_before + self.optimizer.steps
         lines = report.finish_report(
             self.optimizer,
             averaging_weights,
-            steps,
+            self._steps_before + self.optimizer.steps,
+            self._skipped_before + self.optimizer.skipped_steps,
             batchnorm_batches,
             self.losses,
             time.perf_counter() - self._began,
@@ -327,7 +330,7 @@ class Optimization:
     def forget(self) -> None:
         """Free the basis."""
         self.optimizer = self._groups = None
-        self._steps_before = 0
+        self._steps_before = self._skipped_before = 0
 
     # --- checkpoints
 
@@ -340,7 +343,11 @@ class Optimization:
             state["optimizer"] = self.optimizer.state_dict()
             state["mixing"] = self.optimizer.subspace.mixing
             if self._groups is not None:
-                groups = {**self._groups.state_dict(), "steps_before": self._steps_before}
+                groups = {
+                    **self._groups.state_dict(),
+                    "steps_before": self._steps_before,
+                    "skipped_before": self._skipped_before,
+                }
                 state["groups"] = groups
         return state
 

@@ -108,6 +108,7 @@ def finish_report(
     optimizer: SubspaceOptimizer,
     averaging_weights: Tensor,
     steps: int,
+    skipped: int,
     batchnorm_batches: int | None,
     losses: LossRecord,
     seconds: float,
@@ -118,6 +119,7 @@ def finish_report(
         optimizer: The phase's optimizer, of the last group of candidates where there are groups.
         averaging_weights: ``(n, B)`` what was learned.
         steps: Optimizer steps of the whole phase.
+        skipped: Steps of it that were none, because the gradient was not finite.
         batchnorm_batches: Batches that BatchNorm statistics were re-estimated over; ``None`` if
             there were none to re-estimate.
         losses: Of the phase.
@@ -136,11 +138,8 @@ def finish_report(
     if batchnorm_batches is not None:
         line += f" BatchNorm statistics re-estimated over {batchnorm_batches} training batches."
     lines = [line]
-    if optimizer.skipped_steps:
-        lines.append(
-            f"TWA: {optimizer.skipped_steps} steps were skipped because the gradient was not "
-            f"finite."
-        )
+    if skipped:
+        lines.append(f"TWA: {skipped} steps were skipped because the gradient was not finite.")
     if optimizer.config.lr is None:
         reach = float(optimizer.coefficients.norm(dim=0).max())
         if reach > PRESSED * optimizer.radius:

@@ -128,6 +128,7 @@ def _check_groups(groups: Any) -> None:
     if not _is_dict(groups):
         raise damaged("groups", groups)
     _check(groups, "groups.", {"results": _is_list, "steps_before": _is_count})
+    _check({"skipped_before": 0, **groups}, "groups.", {"skipped_before": _is_count})
     for i, result in enumerate(groups["results"]):
         if not _is_numbers(2)(result):
             raise damaged(f"groups.results[{i}]", result)

@@ -93,13 +93,13 @@ def test_files_and_a_finished_callback_give_the_same(tmp_path) -> None:
 
 
 def test_the_greedy_soup_is_the_paper_s() -> None:
-    """Against algorithm 1 written down as it stands."""
-    for _ in range(20):
+    """Against algorithm 1 written down as it stands, also where averages are equally good."""
+    for digits in [9, -1] * 10:
         ms = members(6)
         target = torch.randn(4, 3)
 
         def score(s: dict[str, Tensor], target: Tensor = target) -> float:
-            return -float((s["w"] - target).square().sum())
+            return round(-float((s["w"] - target).square().sum()), digits)  # noqa: B023
 
         order = sorted(ms, key=score, reverse=True)
         soup: list[dict[str, Tensor]] = []

@@ -27,6 +27,7 @@ from lightning_twa import (
     build_subspace,
 )
 from lightning_twa.groups import Groups
+from lightning_twa.inspecting import describe_run
 from lightning_twa.schedule import resolve_plans
 
 pytestmark = [
@@ -531,6 +532,30 @@ def test_more_groups_than_steps(tmp_path) -> None:
     beta = twa.averaging_weights[:, 0]
     mix = sum(b * weights_of(c.parameters) for b, c in zip(beta, twa.candidates, strict=True))
     torch.testing.assert_close(weights(module), mix, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The gradient at optimizer step .* is not finite")
+def test_the_report_counts_the_steps_of_all_groups(tmp_path, caplog) -> None:
+    class Broken(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if self.trainer.current_epoch == 4 else loss
+
+    def fit(ckpt_path: Any = None) -> str:
+        caplog.clear()
+        twa = TWACallback(4, collect=CollectConfig(start=0), subspace=SubspaceConfig(group_size=2))
+        saver = [] if ckpt_path else [ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
+        trainer(
+            tmp_path, callbacks=[twa, *saver], enable_checkpointing=bool(saver), max_epochs=7
+        ).fit(Broken(), loader(), ckpt_path=ckpt_path)
+        return caplog.text
+
+    texts = [fit(), fit(tmp_path / "epoch=4.ckpt"), fit(tmp_path / "epoch=5.ckpt")]
+    for text in texts:
+        assert "phase finished after 8 optimizer steps in " in text
+        assert "TWA: 4 steps were skipped because the gradient was not finite." in text
+    lines = describe_run(tmp_path / "epoch=5.ckpt")
+    assert "optimizer steps of the phase: 4" in lines
 
 
 def weights_of(parameters: dict[str, Tensor]) -> Tensor:

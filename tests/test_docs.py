@@ -29,6 +29,8 @@ def test_pages_with_code_are_found() -> None:
 @pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
 def test_code_of_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if any("peft" in code for _, code in blocks(page)):
+        pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "page"}
     for line, code in blocks(page):
