@@ -82,7 +82,9 @@ def test_the_phase_of_the_benchmark_is_that_of_an_ordinary_run(parts, tmp_path) 
     ends = parts.runs.Recorder(other, ())
     parts.tasks.fit(ordinary, task.data(3), start + parts.methods.PHASE, [twa, ends])
     for epoch in range(start):
-        mine, theirs = (torch.load(d / f"epoch={epoch}.pt") for d in (tmp_path, other))
+        mine, theirs = (
+            torch.load(d / f"epoch={epoch}.pt", weights_only=True) for d in (tmp_path, other)
+        )
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     for (name, mine), theirs in zip(module.named_parameters(), ordinary.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=name)
@@ -101,7 +103,7 @@ def test_the_benchmark_s_running_averages_are_those_of_a_loop(parts, tmp_path) -
     for decay in parts.runs.EMA_DECAYS:
         powers = [decay ** (len(every) - 1 - i) for i in range(len(every))]
         expected = sum(p * w for p, w in zip(powers, every, strict=True)) / sum(powers)
-        found = torch.load(tmp_path / f"ema={decay}-epoch=1.pt")["net.1.weight"]
+        found = torch.load(tmp_path / f"ema={decay}-epoch=1.pt", weights_only=True)["net.1.weight"]
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -291,6 +291,7 @@ def test_a_damaged_state_is_a_clear_error_and_never_another_average(
             assert differences(whole, resumed) in ([], ["callback state"]), (place, how)
 
 
+@pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning")
 def test_a_checkpoint_of_this_format_can_be_read(tmp_path) -> None:
     """Written by version 0.1.0 in the phase; later versions must go on from it."""
     path = Path(__file__).parent / "fixtures" / "format_1_phase.ckpt"

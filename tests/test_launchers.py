@@ -116,6 +116,7 @@ def test_two_runs_with_the_same_seed_are_bitwise_equal(tmp_path, strategy, distr
     assert equal(*runs)
 
 
+@pytest.mark.filterwarnings("ignore:You are using .torch.load.:FutureWarning")  # torch 2.4 itself
 def test_a_callback_can_be_pickled_before_and_after_a_run(tmp_path) -> None:
     callback = twa(storage=StorageConfig(kind="disk", dirpath=str(tmp_path / "c")))
     pickle.loads(pickle.dumps(callback))

@@ -22,6 +22,9 @@ from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceCo
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
+    pytest.mark.skipif(
+        torch.__version__ < "2.6", reason="torch's FSDP2 on the CPU needs torch 2.6"
+    ),
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss"),
     pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be"),

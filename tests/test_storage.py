@@ -371,7 +371,7 @@ def test_processes_of_a_host_share_one_copy(tmp_path) -> None:
 
     the_twa = TWACallback(start_epoch=4, collect=CollectConfig(start=1))
     fit(tmp_path / "run", the_twa, Regressor(), callbacks=(Writers(),))
-    found = [torch.load(tmp_path / f"writer{rank}.pt") for rank in range(2)]
+    found = [torch.load(tmp_path / f"writer{rank}.pt", weights_only=True) for rank in range(2)]
     assert found == [(True, True), (False, True)]
     assert files(tmp_path / "run" / "twa_candidates") == [
         f"version_0/epoch={e}.safetensors" for e in (1, 2, 3)

@@ -201,7 +201,7 @@ CONFIGS = {
 @pytest.mark.parametrize("kind", ["replicate", "shard", "averaged"])
 def test_steps_equal_one_process(tmp_path, kind, config, processes) -> None:
     run(steps, processes, tmp_path, kind, CONFIGS[config], "float32")
-    reports = [torch.load(tmp_path / f"rank{r}.pt") for r in range(processes)]
+    reports = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(processes)]
     history, beta = expected(CONFIGS[config], processes)
     for report in reports:
         for mine, first in zip(report["history"], reports[0]["history"], strict=True):
@@ -218,7 +218,7 @@ def test_steps_equal_one_process(tmp_path, kind, config, processes) -> None:
 @pytest.mark.parametrize("kind", ["replicate", "shard"])
 def test_parameters_of_low_precision(tmp_path, kind, dtypes) -> None:
     run(steps, 2, tmp_path, kind, CONFIGS["4 bits"], dtypes)
-    first, second = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
+    first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2))
     history, _ = expected(CONFIGS["4 bits"], 2)
     for mine, other, exact in zip(first["history"], second["history"], history, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
