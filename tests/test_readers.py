@@ -350,6 +350,7 @@ def test_other_content_is_refused(tmp_path: Path, content: Any, match: str) -> N
     refused(saved(tmp_path / "a.pt", content), fresh(), match)
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support")
 def test_sharded_tensors_are_refused(tmp_path: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
