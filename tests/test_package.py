@@ -19,7 +19,7 @@ def loaded(module: str) -> set[str]:
 
 def test_import_pulls_in_nothing_beyond_lightning_and_safetensors() -> None:
     extra = loaded("lightning_twa") - loaded("lightning")
-    assert extra == {"lightning_twa", "safetensors"}, f"import lightning_twa also imports {extra}"
+    assert extra <= {"lightning_twa", "safetensors"}, f"import lightning_twa also imports {extra}"
 
 
 def test_public_names_exist() -> None:
