@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a Lightning checkpoint; or a candidate's .safetensors file, or a directory of them",
     )
     inspect.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw the averaging weights (.png, .pdf)"
+        "--plot", type=_figure, metavar="FILE", help="also draw the averaging weights (.png, .pdf)"
     )
     inspect.add_argument(
         "--candidates",
@@ -136,6 +136,12 @@ def _inspect(args: argparse.Namespace) -> None:
 def _output(text: str) -> Path:
     if Path(text).suffix not in SUFFIXES:
         raise argparse.ArgumentTypeError(f"{text!r} must end in one of {', '.join(SUFFIXES)}")
+    return Path(text)
+
+
+def _figure(text: str) -> Path:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the directory of {text!r} does not exist; make it")
     return Path(text)
 
 

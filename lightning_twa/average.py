@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.callback import TWAHooks
@@ -52,7 +52,8 @@ def average(
             worse; ``"weights"``, given ones.
         last: Use the newest so many only.
         decay: Of ``"ema"``, in (0, 1).
-        weights: Of ``"weights"``: one number for each candidate.
+        weights: Of ``"weights"``: one number for each candidate, used as they are; a warning says
+            where they do not sum to 1.
         score: Of ``"greedy"``: how good a state dict is; higher is better.
         module: Of ``"greedy"``, instead of ``score``: the model to validate; its weights are as
             before afterwards.
@@ -106,6 +107,11 @@ def _factors(
     if len(factors) != n or not all(is_real(factor) for factor in factors):
         raise ValueError(
             f"Invalid weights={factors}. There are {n} candidates: pass so many finite numbers."
+        )
+    if abs(sum(factors) - 1) > 1e-2:
+        rank_zero_warn(
+            f"The weights sum to {sum(factors):g}, not to 1, so the result is no average but that "
+            f"many times one. Divide them by their sum if an average is meant."
         )
     return factors
 

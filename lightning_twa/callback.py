@@ -17,11 +17,13 @@ from lightning_twa.config import (
     SolverConfig,
     StorageConfig,
     SubspaceConfig,
+    as_epoch,
     check_choice,
     check_epoch_or_fraction,
     check_unit_of_steps,
 )
 from lightning_twa.phase import restores_late
+from lightning_twa.report import count as counted
 from lightning_twa.run import Run
 from lightning_twa.settings import Settings, check_cycles, check_uniform
 from lightning_twa.swap import restore_raw_weights
@@ -89,6 +91,7 @@ class TWAHooks(Hooks):
         start_on_early_stopping: bool = False,
     ) -> None:
         super().__init__()
+        start_epoch = as_epoch(start_epoch)
         check_epoch_or_fraction("start_epoch", start_epoch)
         check_choice("data", data, tuple(DATA))
         check_choice("distribute", distribute, DISTRIBUTE)
@@ -278,17 +281,30 @@ class TWAHooks(Hooks):
                 f"average of part {self._run.cycle}."
             )
         elif self.phase == "collect":
-            rank_zero_warn(
-                f"TWA never ran: training stopped after {trainer.current_epoch} epochs and "
-                f"{trainer.global_step} optimizer steps, before start_epoch="
-                f"{self._run.plan.start_epoch} began the phase. The weights are those of ordinary "
-                f"training. Lower start_epoch to run it."
-            )
+            rank_zero_warn(self._why_never(trainer))
         self._run.release(pl_module)
         if self.phase == "done" and trainer.is_global_zero:
             from lightning_twa.plots import log_figure  # it imports this file
 
             log_figure(trainer.loggers, self, trainer.global_step)
+
+    def _why_never(self, trainer: Trainer) -> str:
+        candidates, start = self.num_candidates, self._run.plan.start_epoch
+        found = f"there {'was' if candidates == 1 else 'were'} {counted(candidates, 'candidate')}"
+        ordinary = "The weights are those of ordinary training."
+        if self._run.had_too_few:
+            return (
+                f"TWA never ran: {found} at start_epoch={start}, and it needs two. {ordinary} "
+                f"Collect earlier, or more often (CollectConfig)."
+            )
+        text = (
+            f"TWA never ran: training stopped after {counted(trainer.current_epoch, 'epoch')} and "
+            f"{counted(trainer.global_step, 'optimizer step')}, before start_epoch={start} began "
+            f"the phase. {ordinary} Lower start_epoch to run it"
+        )
+        if self.settings.start_on_early_stopping and candidates < 2:
+            text += f", or CollectConfig.start: {found}, and start_on_early_stopping needs two"
+        return f"{text}."
 
     # --- validation
 
@@ -363,7 +379,8 @@ class TWAHooks(Hooks):
         self._restore_wanted = trainer.state.fn == "fit"
         if self._restore_wanted:
             restore_raw_weights(pl_module, checkpoint)
-            if not checkpoint.get("callbacks", {}).get(self.state_key):
+            trained = checkpoint.get("global_step", 0) > 0  # not the learning rate finder's own
+            if trained and not checkpoint.get("callbacks", {}).get(self.state_key):
                 rank_zero_info("TWA: the checkpoint holds no candidates; collecting starts here.")
         if self._restore_wanted and restores_late(trainer):
             self._restored_late = trainer

@@ -236,19 +236,20 @@ def check_data(
     known = solver.lr is not None and solver.schedule == "constant"
     sized = settings.data == "train" or phase.has_length(loader)
     endless = phase.max_epochs(trainer) is None or not sized
+    remedy = "max_epochs or max_steps" if sized else "max_steps (the data has no length)"
     if endless and trainer.max_steps == -1 and not known:
         raise ValueError(
             f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
             f"max_steps={trainer.max_steps}, data={settings.data!r}), but "
-            f"schedule={solver.schedule!r} needs it. Set max_epochs or "
-            f"max_steps, or use SolverConfig(schedule='constant', lr=...)."
+            f"schedule={solver.schedule!r} needs it. Set {remedy}, or use "
+            f"SolverConfig(schedule='constant', lr=...)."
         )
     if endless and trainer.max_steps == -1 and settings.subspace.group_size is not None:
         raise ValueError(
             f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
             f"max_steps={trainer.max_steps}, data={settings.data!r}), but "
             f"SubspaceConfig.group_size={settings.subspace.group_size} shares it out among the "
-            f"groups. Set max_epochs or max_steps, or leave group_size out."
+            f"groups. Set {remedy}, or leave group_size out."
         )
 
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -33,6 +33,12 @@ def is_int(value: object) -> bool:
 def is_real(value: object) -> bool:
     """True for a finite int or float that is not a bool."""
     return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def as_epoch(value: Any) -> Any:
+    """4 of 4.0, which jsonargparse may make of 4: to its caches int | float is float | int."""
+    whole = isinstance(value, float) and value >= 1.0 and value.is_integer()
+    return int(value) if whole else value
 
 
 def check_epoch_or_fraction(name: str, value: object) -> None:
@@ -111,9 +117,7 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         if self.start is not None:
-            # jsonargparse may make 4.0 of 4: to its caches int | float is float | int
-            if isinstance(self.start, float) and self.start >= 1.0 and self.start.is_integer():
-                object.__setattr__(self, "start", int(self.start))
+            object.__setattr__(self, "start", as_epoch(self.start))
             check_epoch_or_fraction("CollectConfig.start", self.start)
         _check_count("CollectConfig.every_n_epochs", self.every_n_epochs, 1)
         _check_count(

@@ -21,7 +21,7 @@ from lightning_twa.candidates.encoding import decode
 from lightning_twa.candidates.readers import find_files
 from lightning_twa.candidates.reference import SUFFIX, CandidateFileError, Reference, resolve
 from lightning_twa.checkpoints import read_state
-from lightning_twa.report import effective_candidates
+from lightning_twa.report import count, effective_candidates
 
 __all__ = ["describe_candidates", "describe_run", "is_candidates", "printable", "read_run"]
 
@@ -78,7 +78,9 @@ def describe_run(path: Path, storage: Path | None = None) -> list[str]:
         lines.append(f"cycle: {state['cycle'] + 1}")
     if "started" in state:
         started = state["started"]
-        lines.append(f"phase began: epoch {started['epoch']}, optimizer step {started['step']}")
+        phased = state["phase"] == "optimize" or "path" in state  # else a uniform average
+        what = "phase began" if phased else "averaged"
+        lines.append(f"{what}: epoch {started['epoch']}, optimizer step {started['step']}")
     if state["phase"] == "optimize":
         lines.append(f"optimizer steps of the phase: {_steps(state)}")
     given = {k: v for k, v in state.get("settings", {}).items() if v is not None}
@@ -119,12 +121,12 @@ def _where(state: Mapping[str, Any]) -> str:
     parts = []
     if tensors:
         running = f", {len(averages)} of them running averages" if averages else ""
-        count = len(held) + len(averages)
-        parts.append(f"{count} in the checkpoint ({_mib(sum(tensors.values()))}{running})")
+        number = len(held) + len(averages)
+        parts.append(f"{number} in the checkpoint ({_mib(sum(tensors.values()))}{running})")
     references = list(_references(state))
     if references:
         size = sum(reference.size for reference in references)
-        parts.append(f"{_count(len(references), 'file')} ({_mib(size)})")
+        parts.append(f"{count(len(references), 'file')} ({_mib(size)})")
     return f"; {', '.join(parts)}" if parts else ""
 
 
@@ -256,7 +258,7 @@ def describe_candidates(path: Path) -> list[str]:
             f"  {file.candidate}: {file.tensors} tensors, {file.numbers:,} numbers, "
             f"{file.dtypes}, {_mib(file.size)}"
         )
-    return [f"candidates: {_count(len(files), 'file')} ({_mib(total)}) in {path}", *found]
+    return [f"candidates: {count(len(files), 'file')} ({_mib(total)}) in {path}", *found]
 
 
 def _read(path: Path) -> _File:
@@ -281,10 +283,6 @@ def is_candidates(path: Path) -> bool:
     """Whether a path is to be read as candidates, and not as a checkpoint."""
     suffix = path.suffix.lower()
     return suffix == SUFFIX or (path.is_dir() and suffix != ".ckpt")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _mib(size: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -25,6 +25,8 @@ from lightning_twa.swap import copy_into, put_weighted
 __all__ = ["Optimization"]
 
 # Settings that checkpoints of earlier versions do not name, and what they did
+
+# Of what a phase may have been begun with before these settings were kept
 LATER_SETTINGS = {"parametrization": "free", "mask_size": None, "group_size": None}
 
 
@@ -119,7 +121,8 @@ class Optimization:
         to_shards(module)
         store.check(module)
         named = dict(module.named_parameters())
-        optimized = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
+        groups = trainer.optimizers[0].param_groups
+        optimized = {id(p) for g in groups for p in g["params"] if p.requires_grad}
         varying = store.varying(also={n for n, p in named.items() if id(p) in optimized})
         spanned = {name: p for name, p in named.items() if name in varying}
         size = self.settings.subspace.group_size
@@ -357,26 +360,32 @@ class Optimization:
         Raises:
             ValueError: When the phase was begun with another subspace or solver.
         """
-        begun = {**LATER_SETTINGS, **state["settings"]}
-        if begun != self._fixed_settings():
+        begun, now = {**LATER_SETTINGS, **state["settings"]}, self._fixed_settings()
+        others = [name for name in now if name in begun and begun[name] != now[name]]
+        if others:
             raise ValueError(
-                f"The checkpoint's phase was started with {begun}, but this callback "
-                f"has {self._fixed_settings()}. Resume with the same settings."
+                "The checkpoint's phase was started with "
+                + ", ".join(f"{name}={begun[name]!r}" for name in others)
+                + ", but this callback has "
+                + ", ".join(f"{name}={now[name]!r}" for name in others)
+                + ". Resume with the same settings."
             )
         self._restored = {k: state[k] for k in ("optimizer", "mixing", "groups") if k in state}
 
     def _fixed_settings(self) -> dict[str, Any]:
         """The settings without which a phase cannot go on as it began."""
-        subspace, solver = self.settings.subspace, self.settings.solver
+        subspace, solver = self.settings.subspace, asdict(self.settings.solver)
         return {
+            "data": self.settings.data,
             "basis": subspace.basis,
             "blocks": subspace.blocks,
             "rank": subspace.rank,
             "bits": subspace.bits,
-            "solver": solver.name,
             "parametrization": subspace.parametrization,
             "mask_size": subspace.mask_size,
             "group_size": subspace.group_size,
+            "solver": solver.pop("name"),
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in solver.items()},
         }
 
 

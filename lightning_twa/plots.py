@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_twa.callback import TWAHooks
 from lightning_twa.candidates import Candidate
+from lightning_twa.config import is_int, is_real
 from lightning_twa.inspecting import read_run
 from lightning_twa.plane import Plane, check_module, losses
 
@@ -167,8 +168,10 @@ def plot_subspace(
             loss is finite nowhere.
         ImportError: Without matplotlib.
     """
-    if points < 2 or not 0 <= margin < float("inf"):
-        raise ValueError(f"Invalid {points=}, {margin=}. Must be at least 2, and at least 0.")
+    if not (is_int(points) and points >= 2):
+        raise ValueError(f"Invalid {points=}. Must be an int >= 2.")
+    if not (is_real(margin) and margin >= 0):
+        raise ValueError(f"Invalid {margin=}. Must be a number >= 0.")
     candidates, weights = callback.candidates, callback.averaging_weights
     if weights is None or len(candidates) < 3 or len(candidates) != weights.shape[0]:
         raise ValueError(

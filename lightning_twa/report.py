@@ -13,6 +13,7 @@ from lightning_twa.subspace import SubspaceOptimizer
 
 __all__ = [
     "LossRecord",
+    "count",
     "effective_candidates",
     "finish_report",
     "groups_report",
@@ -24,8 +25,14 @@ FEW = 8  # batches whose losses are averaged
 PRESSED = 0.8  # of the budget used in one direction: the optimum is probably further away
 
 
+def count(number: int, noun: str) -> str:
+    """``1 step``, ``2 steps``, ``2 batches``."""
+    ending = "" if number == 1 else "es" if noun.endswith("batch") else "s"
+    return f"{number} {noun}{ending}"
+
+
 class LossRecord:
-    """Training losses of the first and the last batches of a phase, on this process."""
+    """Losses of ``training_step`` in the first and the last batches of a phase, on this process."""
 
     def __init__(self) -> None:
         self._first: list[Tensor] = []
@@ -50,7 +57,7 @@ class LossRecord:
         first = sum(float(loss) for loss in self._first[:few]) / few
         last = sum(float(loss) for loss in list(self._last)[-few:]) / few
         batches = "batch" if few == 1 else f"{few} batches"
-        return f"training loss {first:.4g} in the first {batches}, {last:.4g} in the last"
+        return f"loss {first:.4g} in the first {batches}, {last:.4g} in the last"
 
 
 def effective_candidates(averaging_weights: Tensor) -> float:
@@ -75,18 +82,16 @@ def switch_report(optimizer: SubspaceOptimizer, names: list[str], data: str, epo
         epoch: Epoch at which the phase starts.
     """
     subspace, config = optimizer.subspace, optimizer.config
-    length = (
-        "" if optimizer.total_steps is None else f" for {optimizer.total_steps} optimizer steps"
-    )
+    steps = optimizer.total_steps
+    length = "" if steps is None else f" for {count(steps, 'optimizer step')}"
     budget = f"lr {config.lr:g}" if config.lr is not None else f"radius {optimizer.radius:g}"
-    blocks = f"{subspace.num_blocks} block{'s' if subspace.num_blocks > 1 else ''}"
+    blocks = count(subspace.num_blocks, "block")
     stored = subspace.stored
-    kept = f"{subspace.config.bits} bits, relative error {stored.error:.2g}, {stored.path}"
+    kept = f"{count(subspace.config.bits, 'bit')}, relative error {stored.error:.2g}, {stored.path}"
     if subspace.config.bits == 32:
         kept = "full precision"
     size = f"{subspace.nbytes / 2**20:.1f} MiB on {subspace.center.device}"
-    k = subspace.num_directions
-    directions = f"{k} direction{'s' if k > 1 else ''}"
+    directions = count(subspace.num_directions, "direction")
     return (
         f"TWA: from epoch {epoch} only averaging coefficients are trained{length}, on {data}. "
         f"{len(names)} candidates ({names[0]} .. {names[-1]}), "
@@ -100,7 +105,7 @@ def groups_report(groups: Groups) -> str:
     """How the candidates are divided, in one line."""
     return (
         f"TWA: the candidates are optimized in {groups.count} groups, one after another; the first "
-        f"has {len(groups.members)} candidates and {groups.steps} optimizer steps."
+        f"has {len(groups.members)} candidates and {count(groups.steps, 'optimizer step')}."
     )
 
 
@@ -127,19 +132,24 @@ def finish_report(
     """
     unit = " standard deviations" if optimizer.subspace.config.basis == "pca" else ""
     origin = "the uniform average" if optimizer.subspace.starts_at_mean else "their group's start"
+    effective, n = effective_candidates(averaging_weights), averaging_weights.shape[0]
     line = (
-        f"TWA: phase finished after {steps} optimizer steps in {seconds:.1f} s; coefficients are "
-        f"{optimizer.coefficient_norm:.2f}{unit} from {origin}, effective number of "
-        f"candidates "
-        f"{effective_candidates(averaging_weights):.1f} of {averaging_weights.shape[0]}."
+        f"TWA: phase finished after {count(steps, 'optimizer step')} in {seconds:.1f} s; "
+        f"coefficients are {optimizer.coefficient_norm:.2f}{unit} from {origin}, "
+        f"effective number of candidates {effective:.1f} of {n}."
     )
     if str(losses):
         line += f" {str(losses).capitalize()}."
     if batchnorm_batches is not None:
-        line += f" BatchNorm statistics re-estimated over {batchnorm_batches} training batches."
+        line += (
+            f" BatchNorm statistics re-estimated over {count(batchnorm_batches, 'training batch')}."
+        )
     lines = [line]
     if skipped:
-        lines.append(f"TWA: {skipped} steps were skipped because the gradient was not finite.")
+        were = "was" if skipped == 1 else "were"
+        lines.append(
+            f"TWA: {count(skipped, 'step')} {were} skipped because the gradient was not finite."
+        )
     if optimizer.config.lr is None:
         reach = float(optimizer.coefficients.norm(dim=0).max())
         if reach > PRESSED * optimizer.radius:
@@ -159,7 +169,10 @@ def uniform_report(names: list[str], batchnorm_batches: int | None) -> str:
         names: Names of the candidates.
         batchnorm_batches: See :func:`finish_report`.
     """
-    line = f"TWA: the uniform average of {len(names)} candidates ({names[0]} .. {names[-1]})."
+    named = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+    line = f"TWA: the uniform average of {count(len(names), 'candidate')} ({named})."
     if batchnorm_batches is not None:
-        line += f" BatchNorm statistics re-estimated over {batchnorm_batches} training batches."
+        line += (
+            f" BatchNorm statistics re-estimated over {count(batchnorm_batches, 'training batch')}."
+        )
     return line

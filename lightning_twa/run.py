@@ -48,7 +48,7 @@ class Run:
         self._watch: StopWatch | None = None
         self._stopped = False  # early stopping wanted to end the run: the phase is due
         self._epoch_batches: int | None = None  # batches of the last whole epoch of collecting
-        self._warned = False  # of too few candidates
+        self.had_too_few = False  # candidates, when the phase was due
         self._released = False  # the Trainer has been given back, after an exception too
 
     @property
@@ -159,7 +159,7 @@ class Run:
         self.path.clear()
         self._swap = AverageSwap()
         self.phase = "collect"
-        self._warned = False
+        self.had_too_few = False
 
     # --- the phase
 
@@ -176,12 +176,12 @@ class Run:
         self.store.drop_damaged()
         if self.collector.count < 2:
             # Data without a length, or damaged files: the checks have seen the rest coming.
-            if not self._warned:
+            if not self.had_too_few:
                 rank_zero_warn(
                     f"TWA needs at least two candidates, but collecting {plan.describe()} "
                     f"gave {self.collector.count}. Ordinary training goes on."
                 )
-            self._warned = True
+            self.had_too_few = True
             return
         stops_at = None
         if self._stopped and epoch < plan.start_epoch and plan.end is not None:

@@ -169,8 +169,8 @@ def _resolve(
     soup = start == 0 and collect.checkpoints is not None
     if start < 1 and not soup:
         raise ValueError(
-            f"{given} leaves no epoch to collect candidates in. Pass start_epoch >= 1, or "
-            f"CollectConfig.checkpoints for a soup."
+            f"{given} leaves no epoch to collect candidates in. Pass start_epoch >= 2 (1 with "
+            f"CollectConfig.every_n_train_steps), or CollectConfig.checkpoints for a soup."
         )
     if soup and collect.ema_decays:
         raise ValueError(

@@ -181,6 +181,13 @@ BAD = [
 ]
 
 
+def test_weights_that_make_no_average_are_used_with_a_warning() -> None:
+    ms = members(2)
+    with pytest.warns(UserWarning, match=r"^The weights sum to 2, not to 1"):
+        found = average(ms, "weights", weights=[1.0, 1.0])
+    torch.testing.assert_close(found["w"], ms[0]["w"] + ms[1]["w"])
+
+
 @pytest.mark.parametrize(("arguments", "message"), BAD)
 def test_bad_arguments(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):

@@ -158,3 +158,5 @@ def test_it_runs_as_a_command(tmp_path) -> None:
 def test_a_whole_number_is_an_epoch_even_as_a_float() -> None:
     assert CollectConfig(start=4.0) == CollectConfig(start=4)
     assert isinstance(CollectConfig(start=4.0).start, int)
+    assert TWACallback(4.0).settings.start_epoch == 4
+    assert isinstance(TWACallback(4.0).settings.start_epoch, int)

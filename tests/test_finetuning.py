@@ -138,10 +138,13 @@ def test_what_is_not_as_in_the_module_is_kept() -> None:
     assert held[0] == held[1], "one copy for all"
 
 
-def test_the_average_is_of_what_is_trained(tmp_path) -> None:
+def test_the_average_is_of_what_is_trained(tmp_path, caplog) -> None:
+    """Head's optimizer has the frozen parameters too."""
     twa, module = memory(), Head()
     before = weights(module.backbone)
     trainer(tmp_path, callbacks=[twa]).fit(module, loader())
+    trained = sum(p.numel() for p in module.net.parameters())
+    assert f" of {trained} parameters in 1 block" in caplog.text
     assert torch.equal(weights(module.backbone), before)
     beta = twa.averaging_weights[:, 0]
     for name, parameter in module.net.named_parameters():

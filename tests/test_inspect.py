@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_twa import (
     CollectConfig,
+    SolverConfig,
     StorageConfig,
     SubspaceConfig,
     TWACallback,
@@ -126,6 +127,9 @@ def test_inspect_says_what_is_wrong(tmp_path, capsys) -> None:
         assert "Traceback" not in text
     text = failure(capsys, "inspect", tmp_path / "epoch=2.ckpt", "--plot", tmp_path / "x.png")
     assert "There are no averaging weights before the phase begins" in text
+    nowhere = tmp_path / "none" / "x.png"
+    message = "x.png' does not exist; make it"
+    usage(capsys, message, "inspect", tmp_path / "epoch=5.ckpt", "--plot", nowhere)
 
 
 def forged(tmp_path: Path, epoch: int, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -190,6 +194,15 @@ def test_inspect_follows_no_path_out_of_the_directory(tmp_path, capsys, monkeypa
     assert f"  outside of the storage directory, not looked for: {file}\n" in text
     assert "all there" not in text
     assert set(followed) == {"version_0/epoch=2.safetensors"}
+
+
+def test_a_uniform_run_had_no_phase(tmp_path, capsys) -> None:
+    twa = TWACallback(2, solver=SolverConfig(name="uniform"))
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}")
+    trainer(tmp_path, callbacks=[twa, saver], enable_checkpointing=True).fit(Regressor(), loader())
+    text = printed(capsys, "inspect", tmp_path / "epoch=5.ckpt")
+    assert "averaged: epoch 5, optimizer step 24\n" in text
+    assert "phase began" not in text
 
 
 def test_inspect_opens_no_candidate_and_follows_no_link(tmp_path, capsys) -> None:
@@ -264,7 +277,7 @@ def test_inspect_files_of_candidates(tmp_path, capsys) -> None:
     text = failure(capsys, "inspect", tmp_path / "other.safetensors")
     assert "other.safetensors is no candidate of a run" in text
     text = failure(capsys, "inspect", tmp_path / "twa_candidates")
-    assert "['version_0'] in it" in text
+    assert "of 1 run(s), one directory each" in text
     usage(capsys, "--plot needs a checkpoint", "inspect", folder, "--plot", tmp_path / "x.png")
 
 

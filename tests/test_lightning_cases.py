@@ -316,7 +316,7 @@ def test_data_without_a_length_and_epochs_without_an_end(tmp_path) -> None:
 
 def test_a_stream_of_one_endless_epoch_never_reaches_the_phase_and_says_so(tmp_path) -> None:
     twa = TWACallback(start_epoch=1, collect=CollectConfig(every_n_train_steps=2))
-    with pytest.warns(UserWarning, match="TWA never ran: training stopped after 1 epochs and 7"):
+    with pytest.warns(UserWarning, match="TWA never ran: training stopped after 1 epoch and 7"):
         trainer(tmp_path, callbacks=[twa], max_epochs=-1, max_steps=7).fit(Streaming())
     assert twa.candidate_names == ["step=2", "step=4", "step=6"]
 

@@ -339,9 +339,12 @@ def test_axes_of_the_user(tmp_path) -> None:
     assert 2 <= len(small.get_xticks()) <= 3 / 0.2
 
 
-@pytest.mark.parametrize("arguments", [{"points": 1}, {"margin": -0.1}, {"margin": float("nan")}])
+@pytest.mark.parametrize(
+    "arguments", [{"points": 1}, {"points": 2.5}, {"margin": -0.1}, {"margin": float("nan")}]
+)
 def test_arguments_out_of_range(tmp_path, arguments) -> None:
-    with pytest.raises(ValueError, match=r"^Invalid points=.*, margin="):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=rf"^Invalid {name}={value}\. Must be "):
         plot_subspace(TWACallback(), Regressor(), lambda: 0.0, **arguments)
 
 

@@ -32,7 +32,5 @@ def test_losses_are_means_of_as_many_first_and_last_batches(count, few) -> None:
         record.add(None)
     first, last = sum(range(few)) / few, sum(range(count - few, count)) / few
     batches = "batch" if few == 1 else f"{few} batches"
-    assert (
-        str(record) == f"training loss {first:.4g} in the first {batches}, {last:.4g} in the last"
-    )
+    assert str(record) == f"loss {first:.4g} in the first {batches}, {last:.4g} in the last"
     assert few <= FEW

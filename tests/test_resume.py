@@ -20,7 +20,13 @@ from helpers_resume import (
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+from lightning_twa import (
+    CollectConfig,
+    SolverConfig,
+    SubspaceConfig,
+    SubspaceOptimizer,
+    TWACallback,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),
@@ -291,8 +297,61 @@ def test_another_subspace_is_refused_in_the_phase_and_not_before(tmp_path, subsp
 
 def test_another_solver_is_refused_in_the_phase(tmp_path) -> None:
     path = interrupted(tmp_path, 4)
-    with pytest.raises(ValueError, match=r"'full_matrix_adam'.*but this callback has .*'adamw'"):
+    message = (
+        r"^The checkpoint's phase was started with solver='full_matrix_adam', but this callback "
+        r"has solver='adamw'\. Resume with the same settings\.$"
+    )
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, Regressor, lambda: twa(solver=SolverConfig(name="adamw")), ckpt_path=path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "val"}, "data='train', but this callback has data='val'"),
+        ({"solver": SolverConfig(radius=0.5)}, "radius=None, but this callback has radius=0.5"),
+        ({"solver": SolverConfig(lr=5.0)}, "lr=None, but this callback has lr=5.0"),
+        ({"solver": SolverConfig(schedule="constant")}, "schedule='cosine', but .*'constant'"),
+        (
+            {"solver": SolverConfig(betas=(0.5, 0.5), sam_rho=0.5)},
+            r"betas=\[0.9, 0.999\], sam_rho=0.0, but .* has betas=\[0.5, 0.5\], sam_rho=0.5",
+        ),
+    ],
+)
+def test_what_the_phase_is_trained_with_does_not_change_unnoticed(
+    tmp_path, options, message
+) -> None:
+    path = interrupted(tmp_path, 4)
+    with pytest.raises(ValueError, match=f"was started with {message}"):
+        run(tmp_path, Regressor, lambda: twa(**options), ckpt_path=path)
+
+
+@pytest.mark.parametrize("max_epochs", [5, 7, 12])
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_a_phase_of_another_length_keeps_within_the_radius(
+    tmp_path, max_epochs, group_size
+) -> None:
+    subspace = SubspaceConfig(group_size=group_size)
+    solver = SolverConfig(radius=0.5)
+
+    def make_twa() -> TWACallback:
+        return TWACallback(3, collect=CollectConfig(start=0), solver=solver, subspace=subspace)
+
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    run(tmp_path, Regressor, make_twa, saver=saver, max_epochs=8)
+    lengths = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            (optimizer,) = trainer.optimizers
+            if isinstance(optimizer, SubspaceOptimizer):
+                lengths.append((optimizer.path_length.max().item(), optimizer.last_lr))
+
+    the_trainer = trainer(tmp_path, callbacks=[make_twa(), Look()], max_epochs=max_epochs)
+    the_trainer.fit(Regressor(), ordered(), ckpt_path=tmp_path / "epoch=3.ckpt")
+    assert len(lengths) == 4 * (max_epochs - 4)
+    assert max(length for length, _ in lengths) <= 0.5 * (1 + 1e-9)
+    assert max(lr for _, lr in lengths) > 0, "it goes on"
 
 
 def test_fewer_candidates_than_the_phase_began_with_are_not_dropped(tmp_path) -> None:

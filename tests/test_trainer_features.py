@@ -556,7 +556,7 @@ def test_low_bit_basis_in_a_run(tmp_path, caplog, bits, blocks) -> None:
     twa = TWACallback(start_epoch=4, subspace=subspace, collect=CollectConfig(start=0))
     module, recorder, _ = fit(tmp_path, twa, Regressor(batchnorm=True))
     assert twa.phase == "done"
-    assert f"{bits} bits, relative error " in caplog.text
+    assert f"{'1 bit' if bits == 1 else f'{bits} bits'}, relative error " in caplog.text
     center = torch.stack([recorder.epochs[e] for e in range(4)]).mean(0)
     steps = [w for phase, w in recorder.steps if phase != "collect"]
     assert not torch.equal(steps[0], steps[-1])
@@ -579,7 +579,7 @@ def test_fast_dev_run_does_nothing(tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # the tuners' own
 @pytest.mark.parametrize("how", ["tuner", "callback"])
-def test_lr_finder_is_left_alone(tmp_path, how) -> None:
+def test_lr_finder_is_left_alone(tmp_path, caplog, how) -> None:
     class Tuned(Regressor):
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), self.lr)
@@ -590,9 +590,11 @@ def test_lr_finder_is_left_alone(tmp_path, how) -> None:
     module = Tuned()
     if how == "tuner":
         Tuner(the_trainer).lr_find(module, loader(), num_training=8)
+        assert "TWA" not in caplog.text
         assert twa.phase == "collect"
         assert twa.num_candidates == 0
     the_trainer.fit(module, loader())
+    assert "collecting starts here" not in caplog.text
     assert twa.phase == "done"
     assert twa.candidate_names == ["epoch=2", "epoch=3"]
 

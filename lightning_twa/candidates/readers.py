@@ -198,10 +198,14 @@ def _candidate_files(directory: Path) -> list[Path]:
     files = [p for p in directory.glob(f"*{SUFFIX}") if p.is_file() and p.stem != FROZEN]
     if not files:
         inner = [folder.name for folder in folders if any(folder.glob(f"*{SUFFIX}"))]
+        if inner:
+            raise ValueError(
+                f"{directory} holds the candidates of {len(inner)} run(s), one directory each. "
+                f"Name one of them, such as {directory / inner[-1]}."
+            )
         raise ValueError(
-            f"{directory} holds no candidates ({SUFFIX} files). Name a directory that does"
-            f"{f' ({inner} in it)' if inner else ''}, or for checkpoints a pattern (*.ckpt). A "
-            f"sharded checkpoint is not read: {_SHARDED}"
+            f"{directory} holds no candidates ({SUFFIX} files). Name a directory that does, or for "
+            f"checkpoints a pattern (*.ckpt). A sharded checkpoint is not read: {_SHARDED}"
         )
     return sorted(files, key=_natural)
 

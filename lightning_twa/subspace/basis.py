@@ -17,6 +17,7 @@ paper's normalised candidates are ``candidates`` (v4), its Gram-Schmidt is ``ort
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -230,11 +231,19 @@ def build_subspace(
             f"{len(members)} candidates."
         )
     mixing = mixing.to(device="cpu", dtype=torch.float64)
+    if config.basis != "orthonormal" and not mixing.any():
+        warnings.warn(
+            f"The {len(members)} candidates are equal up to rounding, so there is nothing to "
+            f"average. Were they copied (p.detach().clone()), and was there training in between?",
+            stacklevel=2,
+        )
     stored = _empty_directions(config, pieces.layout, mixing.shape[1], target)
     for part, spec, rows in pieces.tiles(centered=config.basis != "orthonormal"):
         stored.write(part, mixing[spec.block] @ rows)
-    stored.close()
-    if columns is not None:
+    if columns is None:
+        stored.close()
+    else:
+        stored.close(lambda squares: sum_over_ranks(squares, carrier))
         stored.prepare(lambda compiled: all_ranks(compiled, carrier))
     center, at_mean = center.to(target), start is None
     return Subspace(config, layout, center, stored, mixing, pieces.layout, at_mean)

@@ -25,12 +25,15 @@ COMPILE_ENTRIES = 1 << 26  # below this many entries a phase is over before comp
 CHUNK_TILES = {"cpu": 64, "cuda": 512}  # tiles per call of a compiled kernel
 
 
+Total = Callable[[Tensor], Tensor]
+
+
 class Directions(Protocol):
     """``k`` directions of ``D`` columns."""
 
     num_directions: int
     error: float
-    """Relative error of what is stored, ``||u - stored|| / ||u||``."""
+    """Relative error of what is stored, ``||u - stored|| / ||u||``, of all columns."""
 
     @property
     def nbytes(self) -> int:
@@ -48,8 +51,12 @@ class Directions(Protocol):
             values: ``(k, columns)`` float64 on the CPU.
         """
 
-    def close(self) -> None:
-        """All columns are written."""
+    def close(self, total: Total = ...) -> None:
+        """All columns are written.
+
+        Args:
+            total: The sum of a float64 tensor on the CPU over the processes that share the columns.
+        """
 
     def prepare(self, agree: Callable[[bool], bool]) -> None:
         """Compile what is to be compiled, where that works in every process that shares the
@@ -105,9 +112,9 @@ class DenseDirections:
         self._squares[0] += float((stored.double() - values).square().sum())
         self._squares[1] += float(values.square().sum())
 
-    def close(self) -> None:
-        """Compute the error."""
-        self.error = _relative(*self._squares)
+    def close(self, total: Total = lambda squares: squares) -> None:
+        """See :class:`Directions`."""
+        self.error = _relative(total(torch.tensor(self._squares, dtype=torch.float64)))
 
     def prepare(self, agree: Callable[[bool], bool]) -> None:
         """Nothing to compile."""
@@ -269,11 +276,11 @@ class PackedDirections:
         self._buffer.zero_()
         self._real.zero_()
 
-    def close(self) -> None:
-        """Pack the last tile and compute the error."""
+    def close(self, total: Total = lambda squares: squares) -> None:
+        """See :class:`Directions`. Packs the last tile."""
         self._flush()
         self._buffer = self._buffer[:, :0]
-        self.error = _relative(*self._squares)
+        self.error = _relative(total(torch.tensor(self._squares, dtype=torch.float64)))
 
     def prepare(self, agree: Callable[[bool], bool]) -> None:
         """See :class:`Directions`."""
@@ -400,5 +407,7 @@ def _flat_view(target: Tensor, like: Tensor) -> Tensor | None:
     return target.view(-1) if same and target.is_contiguous() else None
 
 
-def _relative(error: float, norm: float) -> float:
+def _relative(squares: Tensor) -> float:
+    """Of the sums of squared errors and of squares."""
+    error, norm = squares.tolist()
     return float((error / norm) ** 0.5) if norm > 0 else 0.0

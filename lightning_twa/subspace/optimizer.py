@@ -257,13 +257,15 @@ class SubspaceOptimizer(Optimizer):
             "path_length": self.path_length.clone(),
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
+            "total_steps": self.total_steps,
             "lr": float(self.param_groups[0]["lr"]),
             "solver": copy.deepcopy(self._solver.state_dict()),
         }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; the parameters are written.
+        """Continue from :meth:`state_dict`; the parameters are written. With other
+        ``total_steps`` than before, what is left of the radius is divided among the steps left.
 
         Raises:
             ValueError: When the state belongs to a subspace of another size.
@@ -283,8 +285,21 @@ class SubspaceOptimizer(Optimizer):
         if self.total_steps is None:
             self.param_groups[0]["lr"] = state_dict["lr"]
         else:
+            if state_dict.get("total_steps", self.total_steps) != self.total_steps:
+                self._limit_what_is_left()
             self.param_groups[0]["lr"] = self._scheduled_lr()
         self.write_parameters()
+
+    def _limit_what_is_left(self) -> None:
+        """The phase is longer or shorter than it was: no path becomes longer than the radius."""
+        assert self.total_steps is not None
+        if self.config.lr is not None:
+            return
+        steps = range(self.steps, self.total_steps)
+        left = sum(schedule_factor(self.config, step, self.total_steps) for step in steps)
+        if left > 0:
+            budget = max(self.radius - float(self.path_length.max()), 0.0)
+            self.peak_lr = min(self.peak_lr, budget / left)
 
 
 def _match(

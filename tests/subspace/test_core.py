@@ -447,6 +447,7 @@ def test_frozen_and_identical_tensors_contribute_nothing_and_no_nan() -> None:
             assert torch.equal(expand(subspace, x, F32)["a.weight"], ms[0]["a.weight"])
 
 
+@pytest.mark.filterwarnings("ignore:The 3 candidates are equal up to rounding")
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_equal_candidates_make_a_phase_that_does_nothing(dtype) -> None:
     net = Net().to(dtype)
@@ -602,3 +603,10 @@ def test_a_state_does_not_change_with_later_steps() -> None:
     before = state["solver"]["state"][0]["exp_avg"].clone()
     step()
     assert torch.equal(state["solver"]["state"][0]["exp_avg"], before)
+
+
+def test_candidates_that_are_equal_give_a_warning() -> None:
+    tensor = torch.randn(3, 4)
+    for name in ("pca", "candidates"):
+        with pytest.warns(UserWarning, match=r"^The 3 candidates are equal up to rounding"):
+            build_subspace([{"w": tensor}] * 3, SubspaceConfig(basis=name))

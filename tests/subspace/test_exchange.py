@@ -162,7 +162,12 @@ def steps(folder: Path, kind: str, config: SubspaceConfig, dtypes: str) -> None:
         optimizer.step()
         history.append([p.detach().clone() for p in named.values()])
     torch.save(
-        {"history": history, "x": optimizer.coefficients, "beta": optimizer.averaging_weights},
+        {
+            "history": history,
+            "x": optimizer.coefficients,
+            "beta": optimizer.averaging_weights,
+            "error": subspace.stored.error,
+        },
         folder / f"rank{rank}.pt",
     )
 
@@ -172,7 +177,7 @@ def mean(values: list[Tensor | None]) -> Tensor:
     return sum(torch.zeros_like(like) if v is None else v for v in values) / len(values)  # type: ignore[return-value]
 
 
-def expected(config: SubspaceConfig, size: int) -> tuple[list[list[Tensor]], Tensor]:
+def expected(config: SubspaceConfig, size: int) -> tuple[list[list[Tensor]], Tensor, float]:
     """One process in float64 with the mean of the gradients."""
     members = [{k: t.double() for k, t in tensors(i).items()} for i in range(5)]
     named = {k: torch.zeros_like(t).requires_grad_() for k, t in members[0].items()}
@@ -185,7 +190,7 @@ def expected(config: SubspaceConfig, size: int) -> tuple[list[list[Tensor]], Ten
             parameter.grad = mean([g[name] for g in everyone]).double()
         optimizer.step()
         history.append([p.detach().clone() for p in named.values()])
-    return history, optimizer.averaging_weights
+    return history, optimizer.averaging_weights, subspace.stored.error
 
 
 CONFIGS = {
@@ -202,11 +207,13 @@ CONFIGS = {
 def test_steps_equal_one_process(tmp_path, kind, config, processes) -> None:
     run(steps, processes, tmp_path, kind, CONFIGS[config], "float32")
     reports = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(processes)]
-    history, beta = expected(CONFIGS[config], processes)
+    history, beta, error = expected(CONFIGS[config], processes)
     for report in reports:
         for mine, first in zip(report["history"], reports[0]["history"], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(mine, first, strict=True))
         assert torch.equal(report["beta"], reports[0]["beta"])
+        # of all columns, also where a process holds a few of them
+        assert report["error"] == pytest.approx(error, rel=1e-4, abs=1e-7)
     for found, exact in zip(reports[0]["history"], history, strict=True):
         a, b = (torch.cat([t.double().reshape(-1) for t in ts]) for ts in (found, exact))
         assert float((a - b).norm() / b.norm()) < 1e-5
@@ -219,7 +226,7 @@ def test_steps_equal_one_process(tmp_path, kind, config, processes) -> None:
 def test_parameters_of_low_precision(tmp_path, kind, dtypes) -> None:
     run(steps, 2, tmp_path, kind, CONFIGS["4 bits"], dtypes)
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2))
-    history, _ = expected(CONFIGS["4 bits"], 2)
+    history, *_ = expected(CONFIGS["4 bits"], 2)
     for mine, other, exact in zip(first["history"], second["history"], history, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
         a, b = (torch.cat([t.double().reshape(-1) for t in ts]) for ts in (mine, exact))
