@@ -396,10 +396,8 @@ def test_other_stops_and_too_few_candidates_stop_as_ever(tmp_path) -> None:
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
             trainer.should_stop = trainer.current_epoch == 2
 
-    few = (
-        ", or CollectConfig.start: there were 0 candidates, and start_on_early_stopping needs two."
-    )
-    cases = [([Stops(), StopAt(9, True)], 0, "."), ([StopAt(2, True)], 4, few)]
+    few = ", or CollectConfig.start: there were 0 candidates, and start_on_early_stopping needs two"
+    cases = [([Stops(), StopAt(9, True)], 0, ""), ([StopAt(2, True)], 4, few)]
     for callbacks, start, ending in cases:
         twa = TWACallback(6, collect=CollectConfig(start=start), start_on_early_stopping=True)
         the_trainer = trainer(tmp_path, callbacks=[*callbacks, twa], max_epochs=8)
