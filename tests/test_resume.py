@@ -19,6 +19,7 @@ from helpers_resume import (
     run,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from lightning_twa import (
     CollectConfig,
@@ -326,6 +327,8 @@ def test_what_the_phase_is_trained_with_does_not_change_unnoticed(
         run(tmp_path, Regressor, lambda: twa(**options), ckpt_path=path)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.parametrize("max_epochs", [5, 7, 12])
 @pytest.mark.parametrize("group_size", [None, 2])
 def test_a_phase_of_another_length_keeps_within_the_radius(
@@ -347,9 +350,21 @@ def test_a_phase_of_another_length_keeps_within_the_radius(
             if isinstance(optimizer, SubspaceOptimizer):
                 lengths.append((optimizer.path_length.max().item(), optimizer.last_lr))
 
-    the_trainer = trainer(tmp_path, callbacks=[make_twa(), Look()], max_epochs=max_epochs)
-    the_trainer.fit(Regressor(), ordered(), ckpt_path=tmp_path / "epoch=3.ckpt")
+    def fit(path: Path) -> Tensor:
+        module = Regressor()
+        saver = ModelCheckpoint(tmp_path / "again", "{epoch}", save_top_k=-1)
+        callbacks = [make_twa(), Look(), *([saver] if path.parent == tmp_path else [])]
+        the_trainer = trainer(
+            tmp_path, callbacks=callbacks, max_epochs=max_epochs, enable_checkpointing=True
+        )
+        the_trainer.fit(module, ordered(), ckpt_path=path)
+        return weights(module)
+
+    whole = fit(tmp_path / "epoch=3.ckpt")
     assert len(lengths) == 4 * (max_epochs - 4)
+    again = sorted((tmp_path / "again").glob("*.ckpt"))[:-1]  # not the last, which is finished
+    for path in again:
+        assert torch.equal(fit(path), whole), "resumed a second time"
     assert max(length for length, _ in lengths) <= 0.5 * (1 + 1e-9)
     assert max(lr for _, lr in lengths) > 0, "it goes on"
 

@@ -314,16 +314,14 @@ class Store:
         """
         parameters = {} if self._shards else dict(module.named_parameters())
         frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-        as_in_module: dict[
-            tuple[str, int], bool
-        ] = {}  # a copy that candidates share: compared once
+        compared: dict[tuple[str, int], bool] = {}  # a copy that candidates share, only once
         for entry in (*state["given"], *state["window"]):
             held = entry.get("parameters", {})
             for name in [name for name in held if name in frozen]:
                 key = (name, id(held[name]))
-                if key not in as_in_module:
-                    as_in_module[key] = same(held[name], frozen[name])
-                if as_in_module[key]:
+                if key not in compared:
+                    compared[key] = same(held[name], frozen[name])
+                if compared[key]:
                     del held[name]
                     entry.setdefault("as_in_module", []).append(name)
 

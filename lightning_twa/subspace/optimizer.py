@@ -258,6 +258,7 @@ class SubspaceOptimizer(Optimizer):
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
             "total_steps": self.total_steps,
+            "peak_lr": self.peak_lr,
             "lr": float(self.param_groups[0]["lr"]),
             "solver": copy.deepcopy(self._solver.state_dict()),
         }
@@ -287,6 +288,8 @@ class SubspaceOptimizer(Optimizer):
         else:
             if state_dict.get("total_steps", self.total_steps) != self.total_steps:
                 self._limit_what_is_left()
+            else:
+                self.peak_lr = state_dict.get("peak_lr", self.peak_lr)
             self.param_groups[0]["lr"] = self._scheduled_lr()
         self.write_parameters()
 
