@@ -45,4 +45,5 @@ def _work(rank: int, function: Callable[..., None], size: int, port: int, args: 
     torchrun_environment(rank, size, port)
     function(*args)
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # torch 2.4 may wait for ever for threads of who leaves first
         torch.distributed.destroy_process_group()
