@@ -366,7 +366,7 @@ class TWAHooks(Hooks):
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
         if finished:
             checkpoint["callbacks"][self.state_key] = self.state_dict()
-        self._run.leave_out_frozen(pl_module, checkpoint["callbacks"].get(self.state_key, {}))
+        self._run.complete_state(pl_module, checkpoint["callbacks"].get(self.state_key, {}))
         if self.settings.validate_average:
             self._run.average_in_checkpoint(trainer, checkpoint)
 
@@ -379,8 +379,10 @@ class TWAHooks(Hooks):
         self._restore_wanted = trainer.state.fn == "fit"
         if self._restore_wanted:
             restore_raw_weights(pl_module, checkpoint)
+            own_state = checkpoint.get("callbacks", {}).get(self.state_key)
+            self._run.freeze_as_before(pl_module, own_state or {})
             trained = checkpoint.get("global_step", 0) > 0  # not the learning rate finder's own
-            if trained and not checkpoint.get("callbacks", {}).get(self.state_key):
+            if trained and not own_state:
                 rank_zero_info("TWA: the checkpoint holds no candidates; collecting starts here.")
         if self._restore_wanted and restores_late(trainer):
             self._restored_late = trainer

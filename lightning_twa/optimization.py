@@ -48,6 +48,7 @@ class Optimization:
         self.optimizer: SubspaceOptimizer | None = None
         self.block_names: list[str] = []
         self.started: dict[str, Any] = {}
+        self._doubtful: list[str] = []  # frozen at the switch, though the user's optimizer has them
         self.end: int | None = None
         self._groups: Groups | None = None
         self._solver = settings.solver  # with the radius of a soup
@@ -122,9 +123,13 @@ class Optimization:
         store.check(module)
         named = dict(module.named_parameters())
         groups = trainer.optimizers[0].param_groups
-        optimized = {id(p) for g in groups for p in g["params"] if p.requires_grad}
-        varying = store.varying(also={n for n, p in named.items() if id(p) in optimized})
+        held_by_user = {id(p) for g in groups for p in g["params"]}
+        optimized = {name: p for name, p in named.items() if id(p) in held_by_user}
+        varying = store.varying(also={n for n, p in optimized.items() if p.requires_grad})
         spanned = {name: p for name, p in named.items() if name in varying}
+        if self._restored is None:
+            frozen = {name for name, p in optimized.items() if not p.requires_grad}
+            self._doubtful = [name for name in optimized if name in frozen & varying]
         size = self.settings.subspace.group_size
         held = len(store) if size is None else min(size, len(store))
         share = sharing.decide(self.settings, trainer, module, spanned, held)
@@ -233,6 +238,8 @@ class Optimization:
 
     def after_step(self, trainer: Trainer, module: LightningModule, store: Store) -> None:
         """After a batch: go on with the next group of candidates where one is due."""
+        doubtful, self._doubtful = self._doubtful, []
+        _warn_of_missing_gradients(doubtful, module)
         optimizer, groups = self.optimizer, self._groups
         if optimizer is None or groups is None or groups.last:
             return
@@ -387,6 +394,19 @@ class Optimization:
             "solver": solver.pop("name"),
             **{k: list(v) if isinstance(v, tuple) else v for k, v in solver.items()},
         }
+
+
+def _warn_of_missing_gradients(names: list[str], module: LightningModule) -> None:
+    """After the first batch: hooks of the module may unfreeze until then."""
+    named = dict(module.named_parameters())
+    frozen = [name for name in names if not named[name].requires_grad]
+    if frozen:
+        rank_zero_warn(
+            f"Parameters that were trained are frozen now ({len(frozen)}, the first is "
+            f"{frozen[0]!r}): they are averaged, but the coefficients are trained without their "
+            f"gradients. BackboneFinetuning leaves them frozen when a run is resumed after its "
+            f"unfreezing; unfreeze them in your module's setup()."
+        )
 
 
 def _known(total_steps: int | None) -> int:

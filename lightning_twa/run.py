@@ -5,6 +5,7 @@ The callback's hooks call these methods; Trainer internals are behind :mod:`ligh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -357,8 +358,8 @@ class Run:
             state["path"] = self.path.state_dict()
         return state
 
-    def leave_out_frozen(self, module: LightningModule, state: dict[str, Any]) -> None:
-        """See :meth:`Store.leave_out_frozen`.
+    def complete_state(self, module: LightningModule, state: dict[str, Any]) -> None:
+        """Leave frozen parameters that are as in the module out, and name what the phase trains.
 
         Args:
             module: The model.
@@ -366,6 +367,23 @@ class Run:
         """
         if "candidates" in state:
             self.store.leave_out_frozen(state["candidates"], module)
+        if state.get("phase") == "optimize":
+            state["trained"] = [n for n, p in module.named_parameters() if p.requires_grad]
+
+    @staticmethod
+    def freeze_as_before(module: LightningModule, state: Mapping[str, Any]) -> None:
+        """Resumed inside the phase: let what had gradients have them again, and nothing else.
+        ``BackboneFinetuning`` freezes before every ``fit`` and unfreezes at one epoch only. This
+        comes before DDP wraps the model, which then synchronizes these gradients.
+
+        Args:
+            module: The model.
+            state: As :meth:`complete_state` left it; one of an earlier version changes nothing.
+        """
+        if state.get("phase") == "optimize" and "trained" in state:
+            trained = set(state["trained"])
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(name in trained)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`.

@@ -60,6 +60,7 @@ def check_state(state: Mapping[str, Any]) -> None:
         _check(state["path"], "path.", path)
     if phase == "optimize":
         _check(state, "", {"optimizer": _is_dict, "mixing": _is_numbers(3), "settings": _is_dict})
+        _check({"trained": [], **state}, "", {"trained": _is_names})
         n = len(state["candidate_names"])
         if "groups" in state:
             n = state["mixing"].shape[2]

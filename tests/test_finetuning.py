@@ -10,8 +10,8 @@ import lightning as L
 import pytest
 import torch
 from common import Regressor, loader, mse, trainer, weights
-from helpers_resume import differences, run
-from lightning.pytorch.callbacks import ModelCheckpoint
+from helpers_resume import differences, equal, ordered, run, state
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -76,6 +76,57 @@ def test_what_is_frozen_resumes(tmp_path, unfreeze, assign) -> None:
     whole = run(tmp_path, make, memory, saver=saver)
     for path in sorted((tmp_path / "ck").glob("*.ckpt")):
         assert differences(whole, run(tmp_path, make, memory, path)) == [], path.name
+
+
+class Finetuned(Head):
+    """Its optimizer gets the backbone when a callback unfreezes it."""
+
+    resumed_behind_it = False
+
+    def setup(self, stage: str) -> None:
+        if self.resumed_behind_it:
+            self.backbone.requires_grad_(True)
+
+    def on_train_epoch_start(self) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.SGD(trained, 0.05, momentum=0.9)
+
+
+def finetune(folder: Path, ckpt_path: Path | None = None) -> dict[str, Tensor]:
+    """What a run ends with whose backbone is unfrozen at epoch 2, and whose phase starts at 4."""
+    L.seed_everything(1 if ckpt_path is None else 99, verbose=False)
+    module, saver = Finetuned(), ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    backbone = BackboneFinetuning(unfreeze_backbone_at_epoch=2, backbone_initial_lr=0.01)
+    callbacks = [memory(), backbone, saver] if ckpt_path is None else [memory(), backbone]
+    trainer(folder, callbacks=callbacks, enable_checkpointing=ckpt_path is None).fit(
+        module, ordered(), ckpt_path=ckpt_path
+    )
+    return state(module)
+
+
+def test_backbone_finetuning_resumes(tmp_path) -> None:
+    whole = finetune(tmp_path / "whole")
+    for epoch in (1, 4):  # before the unfreezing, and in the phase
+        resumed = finetune(tmp_path / f"{epoch}", tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        assert equal(whole, resumed), epoch
+
+
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_a_backbone_that_lightning_leaves_frozen_is_a_warning(tmp_path, epoch) -> None:
+    finetune(tmp_path / "whole")
+    with pytest.warns(UserWarning, match=r"frozen now \(4, the first is 'backbone.0.weight'\)"):
+        finetune(tmp_path / "resumed", tmp_path / "whole" / f"epoch={epoch}.ckpt")
+
+
+def test_what_the_warning_advises_works(tmp_path, monkeypatch) -> None:
+    whole = finetune(tmp_path / "whole")
+    monkeypatch.setattr(Finetuned, "resumed_behind_it", True)
+    for epoch in (2, 3):
+        resumed = finetune(tmp_path / f"{epoch}", tmp_path / "whole" / f"epoch={epoch}.ckpt")
+        assert equal(whole, resumed), epoch
 
 
 class AdaptersOnly(Head):
