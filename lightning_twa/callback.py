@@ -380,7 +380,8 @@ class TWAHooks(Hooks):
         if self._restore_wanted:
             restore_raw_weights(pl_module, checkpoint)
             own_state = checkpoint.get("callbacks", {}).get(self.state_key)
-            self._run.freeze_as_before(pl_module, own_state or {})
+            if own_state:
+                self._run.unfreeze_as_before(pl_module, own_state)
             trained = checkpoint.get("global_step", 0) > 0  # not the learning rate finder's own
             if trained and not own_state:
                 rank_zero_info("TWA: the checkpoint holds no candidates; collecting starts here.")

@@ -371,19 +371,20 @@ class Run:
             state["trained"] = [n for n, p in module.named_parameters() if p.requires_grad]
 
     @staticmethod
-    def freeze_as_before(module: LightningModule, state: Mapping[str, Any]) -> None:
-        """Resumed inside the phase: let what had gradients have them again, and nothing else.
-        ``BackboneFinetuning`` freezes before every ``fit`` and unfreezes at one epoch only. This
-        comes before DDP wraps the model, which then synchronizes these gradients.
+    def unfreeze_as_before(module: LightningModule, state: Mapping[str, Any]) -> None:
+        """Resumed inside the phase: let what had gradients have them again. ``BackboneFinetuning``
+        freezes before every ``fit`` and unfreezes at one epoch only. This comes before DDP wraps
+        the model, which then synchronizes these gradients.
 
         Args:
             module: The model.
             state: As :meth:`complete_state` left it; one of an earlier version changes nothing.
         """
-        if state.get("phase") == "optimize" and "trained" in state:
-            trained = set(state["trained"])
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_(name in trained)
+        check_state(state)
+        if state["phase"] == "optimize":
+            parameters = dict(module.named_parameters())
+            for name in parameters.keys() & state.get("trained", []):
+                parameters[name].requires_grad_(True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`.
