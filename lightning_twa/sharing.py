@@ -19,9 +19,15 @@ from lightning_twa.subspace.columns import (
     held_everywhere,
     held_locally,
 )
-from lightning_twa.subspace.directions import stored_bytes
-from lightning_twa.subspace.exchange import Exchange, LocalShards, OneProcess, Replicate, Shard
+from lightning_twa.subspace.directions.packed import stored_bytes
 from lightning_twa.subspace.layout import ParameterLayout
+from lightning_twa.subspace.training.exchange import (
+    Exchange,
+    LocalShards,
+    OneProcess,
+    Replicate,
+    Shard,
+)
 
 __all__ = ["Sharing", "decide"]
 

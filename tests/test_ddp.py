@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
-from lightning_twa.subspace import exchange
+from lightning_twa.subspace.training import exchange
 
 pytestmark = [
     pytest.mark.slow,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_twa import SubspaceConfig, build_subspace
-from lightning_twa.subspace.packing import GROUP, dequantize, quantize
+from lightning_twa.subspace.directions.codec import GROUP, dequantize, quantize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import digits

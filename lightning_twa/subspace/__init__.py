@@ -1,9 +1,9 @@
 """The mathematics, in plain torch: usable in a hand-written training loop."""
 
-from lightning_twa.subspace.basis import Subspace, build_subspace
+from lightning_twa.subspace.build import Subspace, build_subspace
 from lightning_twa.subspace.layout import ParameterLayout, TensorSpec
-from lightning_twa.subspace.optimizer import SubspaceOptimizer
-from lightning_twa.subspace.solvers import FullMatrixAdam
+from lightning_twa.subspace.training.optimizer import SubspaceOptimizer
+from lightning_twa.subspace.training.solvers import FullMatrixAdam
 
 __all__ = [
     "FullMatrixAdam",

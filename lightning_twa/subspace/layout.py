@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_twa.subspace.packing import GROUP
+from lightning_twa.subspace.directions.codec import GROUP
 
 __all__ = ["TILE", "TILE_GROUPS", "ParameterLayout", "TensorSpec", "pad"]
 

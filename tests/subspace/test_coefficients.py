@@ -11,7 +11,7 @@ from test_core import expand, members
 from torch import Tensor, nn
 
 from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
-from lightning_twa.subspace.coefficients import Mask, Simplex, make_parametrization
+from lightning_twa.subspace.training.parametrizations import Mask, Simplex, make_parametrization
 
 F64 = torch.float64
 

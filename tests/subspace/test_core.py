@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_twa import SolverConfig, Subspace, SubspaceConfig, SubspaceOptimizer, build_subspace
-from lightning_twa.subspace import FullMatrixAdam, basis
-from lightning_twa.subspace.solvers import schedule_factor, schedule_sum
+from lightning_twa.subspace import FullMatrixAdam, build
+from lightning_twa.subspace.training.solvers import schedule_factor, schedule_sum
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 BASES = pytest.mark.parametrize("name", ["pca", "candidates", "orthonormal"])
@@ -114,7 +114,7 @@ def test_orthonormal_basis_is_gram_schmidt_and_its_step_an_orthogonal_projection
 def test_tiles_do_not_matter(name, blocks, monkeypatch) -> None:
     ms, config = members(), SubspaceConfig(basis=name, blocks=blocks)
     whole = build_subspace(ms, config)
-    monkeypatch.setattr(basis, "TILE_COLUMNS", 4)
+    monkeypatch.setattr(build, "TILE_COLUMNS", 4)
     tiled = build_subspace(ms, config)
     torch.testing.assert_close(whole.directions, tiled.directions, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(whole.center, tiled.center, rtol=1e-14, atol=0)

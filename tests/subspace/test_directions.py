@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_twa import Subspace, SubspaceConfig, SubspaceOptimizer, build_subspace
-from lightning_twa.subspace import directions as module
-from lightning_twa.subspace import kernels
-from lightning_twa.subspace.directions import PackedDirections
+from lightning_twa.subspace.directions import kernels
+from lightning_twa.subspace.directions import packed as module
+from lightning_twa.subspace.directions.packed import PackedDirections
 from lightning_twa.subspace.layout import TILE
 
 ALL_BITS = (*range(1, 9), 16, 32)
@@ -257,7 +257,7 @@ print(1024.0 * (after - before), subspace.nbytes, 4.0 * n * d)
 STEP_SCRIPT = """
 import resource, sys
 import torch
-from lightning_twa.subspace.directions import DenseDirections, PackedDirections
+from lightning_twa.subspace.directions.packed import DenseDirections, PackedDirections
 from lightning_twa.subspace.layout import ParameterLayout
 
 torch.set_num_threads(1)

@@ -15,9 +15,10 @@ from processes import run
 from torch import Tensor
 
 from lightning_twa import SolverConfig, Subspace, SubspaceConfig, SubspaceOptimizer, build_subspace
-from lightning_twa.subspace import directions, exchange, kernels
 from lightning_twa.subspace.columns import Columns, cut_evenly, held_everywhere
+from lightning_twa.subspace.directions import kernels, packed
 from lightning_twa.subspace.layout import TILE, ParameterLayout
+from lightning_twa.subspace.training import exchange
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
@@ -265,7 +266,7 @@ def test_without_any_gradient_and_with_one_that_is_not_finite_nothing_moves(tmp_
 def broken_compiler(folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    directions.COMPILE_ENTRIES = 0
+    packed.COMPILE_ENTRIES = 0
 
     def broken(*args: Any) -> Tensor:
         raise RuntimeError("no C++ compiler")

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_twa.subspace.packing import GROUP, PLANES, dequantize, pack, quantize, unpack
+from lightning_twa.subspace.directions.codec import (
+    GROUP,
+    PLANES,
+    dequantize,
+    pack,
+    quantize,
+    unpack,
+)
 
 # Root mean square error of the Lloyd-Max quantizer of a standard normal (Max 1960).
 LLOYD_MAX = {1: 0.603, 2: 0.343, 3: 0.186, 4: 0.0975, 5: 0.0500, 6: 0.0253, 7: 0.0128, 8: 0.00643}

@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_twa.subspace import kernels
+from lightning_twa.subspace.directions import kernels
+from lightning_twa.subspace.directions.codec import GROUP, dequantize, pack, quantize, unpack
 from lightning_twa.subspace.layout import TILE, TILE_GROUPS, ParameterLayout, pad
-from lightning_twa.subspace.packing import GROUP, dequantize, pack, quantize, unpack
 
 __all__ = ["DenseDirections", "Directions", "PackedDirections", "stored_bytes"]
 
@@ -178,7 +178,7 @@ class _Chunk:
 
 
 class PackedDirections:
-    """Group-scaled codes of 1 to 8 bits; see :mod:`~lightning_twa.subspace.packing`.
+    """Group-scaled codes of 1 to 8 bits; see :mod:`~lightning_twa.subspace.directions.codec`.
 
     The flat vector is padded: tensors start at a group, so that tensors of different magnitude
     never share a scale, and blocks start at a tile.

@@ -26,7 +26,7 @@ from torch import Tensor
 from lightning_twa.config import SubspaceConfig
 from lightning_twa.distributed import all_ranks, from_rank_zero, sum_over_ranks
 from lightning_twa.subspace.columns import Columns
-from lightning_twa.subspace.directions import DenseDirections, Directions, PackedDirections
+from lightning_twa.subspace.directions.packed import DenseDirections, Directions, PackedDirections
 from lightning_twa.subspace.layout import ParameterLayout, TensorSpec
 
 __all__ = ["Subspace", "build_subspace"]

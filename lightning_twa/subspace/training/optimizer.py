@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_twa.config import SolverConfig, check_unit_of_steps
-from lightning_twa.subspace.basis import Subspace
-from lightning_twa.subspace.coefficients import Free, make_parametrization
-from lightning_twa.subspace.exchange import Exchange, OneProcess
-from lightning_twa.subspace.solvers import make_solver, schedule_factor, schedule_sum
+from lightning_twa.subspace.build import Subspace
+from lightning_twa.subspace.training.exchange import Exchange, OneProcess
+from lightning_twa.subspace.training.parametrizations import Free, make_parametrization
+from lightning_twa.subspace.training.solvers import make_solver, schedule_factor, schedule_sum
 
 __all__ = ["SubspaceOptimizer"]
 
@@ -39,8 +39,9 @@ class SubspaceOptimizer(Optimizer):
         total_steps: Optimizer steps of the whole phase, which the schedule and ``radius`` need. May
             be left out with ``schedule="constant"`` and ``lr``.
         exchange: How several processes take a step together; see
-            :mod:`lightning_twa.subspace.exchange`. By default each process uses the gradient it
-            has, which is right for one process, and where gradients are averaged elsewhere.
+            :mod:`lightning_twa.subspace.training.exchange`. By default each process uses the
+            gradient it has, which is right for one process, and where gradients are averaged
+            elsewhere.
 
     Attributes:
         raw: ``(m, B)`` float64 on the CPU, what the solver steps: the coefficients themselves

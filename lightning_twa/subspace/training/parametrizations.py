@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_twa.subspace.basis import Subspace
+from lightning_twa.subspace.build import Subspace
 
 __all__ = ["Free", "Mask", "Parametrization", "Simplex", "make_parametrization"]
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_twa.subspace.packing import GROUP, PLANES, plane_weights
+from lightning_twa.subspace.directions.codec import GROUP, PLANES, plane_weights
 
 __all__ = ["compiled_kernels", "expand_by_tile", "expand_tiles", "project_by_tile", "project_tiles"]
 

@@ -26,7 +26,7 @@ from lightning_twa.distributed import (
     sum_over_ranks,
     world_size,
 )
-from lightning_twa.subspace.basis import Subspace
+from lightning_twa.subspace.build import Subspace
 from lightning_twa.subspace.columns import Columns, local_part
 
 __all__ = ["Exchange", "LocalShards", "OneProcess", "Replicate", "Shard"]
