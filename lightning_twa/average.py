@@ -15,7 +15,7 @@ from lightning_twa.callback import TWAHooks
 from lightning_twa.candidates import Candidate
 from lightning_twa.candidates.readers import find_files, read_file, unique_names
 from lightning_twa.config import check_choice, is_int, is_real
-from lightning_twa.subspace.layout import check_finite
+from lightning_twa.subspace import check_finite
 
 __all__ = ["average"]
 

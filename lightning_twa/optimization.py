@@ -18,8 +18,13 @@ from lightning_twa.distributed import mean_over_ranks_
 from lightning_twa.groups import Groups
 from lightning_twa.progress import progress_bar
 from lightning_twa.settings import Settings
-from lightning_twa.subspace import Subspace, SubspaceOptimizer, build_subspace
-from lightning_twa.subspace.columns import local_part, to_shards
+from lightning_twa.subspace import (
+    Subspace,
+    SubspaceOptimizer,
+    build_subspace,
+    local_part,
+    to_shards,
+)
 from lightning_twa.swap import copy_into, put_weighted
 
 __all__ = ["Optimization"]

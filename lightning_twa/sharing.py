@@ -13,20 +13,18 @@ from lightning_twa import phase
 from lightning_twa.distributed import all_ranks, rank, world_size
 from lightning_twa.memory import free_bytes
 from lightning_twa.settings import Settings
-from lightning_twa.subspace.columns import (
+from lightning_twa.subspace import (
     Columns,
-    cut_evenly,
-    held_everywhere,
-    held_locally,
-)
-from lightning_twa.subspace.directions.packed import stored_bytes
-from lightning_twa.subspace.layout import ParameterLayout
-from lightning_twa.subspace.training.exchange import (
     Exchange,
     LocalShards,
     OneProcess,
+    ParameterLayout,
     Replicate,
     Shard,
+    cut_evenly,
+    held_everywhere,
+    held_locally,
+    stored_bytes,
 )
 
 __all__ = ["Sharing", "decide"]

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from lightning_twa.candidates import Store, persistent_buffers
 from lightning_twa.state import RAW_WEIGHTS
-from lightning_twa.subspace.columns import local_part, to_shards
-from lightning_twa.subspace.layout import TensorSpec
+from lightning_twa.subspace import TensorSpec, local_part, to_shards
 
 __all__ = ["AverageSwap", "copy_into", "put_average", "put_weighted", "restore_raw_weights"]
 

@@ -37,9 +37,14 @@ from torch import Tensor
 
 from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
 from lightning_twa.distributed import gather_objects
-from lightning_twa.subspace.columns import cut_evenly, held_everywhere
-from lightning_twa.subspace.layout import TILE, ParameterLayout
-from lightning_twa.subspace.training.exchange import Replicate, Shard
+from lightning_twa.subspace import (
+    ParameterLayout,
+    Replicate,
+    Shard,
+    cut_evenly,
+    held_everywhere,
+)
+from lightning_twa.subspace.directions import TILE
 
 CPU = torch.device("cpu")
 # Share of the tensor that a process sends in a ring of W, and which argument is the whole tensor.

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from lightning_twa import SubspaceConfig, SubspaceOptimizer
-from lightning_twa.subspace.build import Subspace
-from lightning_twa.subspace.directions.packed import DenseDirections, PackedDirections
-from lightning_twa.subspace.layout import ParameterLayout
+from lightning_twa.subspace import ParameterLayout, Subspace
+from lightning_twa.subspace.directions import DenseDirections, PackedDirections
 
 COLUMNS_AT_A_TIME = 1 << 18
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_twa.distributed import from_rank_zero_, gather_objects, mean_over_ranks_
-from lightning_twa.subspace.columns import local_part, to_shards
-from lightning_twa.subspace.layout import check_finite
+from lightning_twa.subspace import check_finite, local_part, to_shards
 
 __all__ = [
     "Candidate",

@@ -1,15 +1,41 @@
-"""The mathematics, in plain torch: usable in a hand-written training loop."""
+"""The mathematics, in plain torch: usable in a hand-written training loop. It knows nothing of a
+Trainer, of files, or of when a phase begins.
+"""
 
-from lightning_twa.subspace.build import Subspace, build_subspace
+from lightning_twa.subspace.build import build_subspace
+from lightning_twa.subspace.columns import Columns, cut_evenly, held_everywhere, held_locally
+from lightning_twa.subspace.directions import stored_bytes
 from lightning_twa.subspace.layout import ParameterLayout, TensorSpec
-from lightning_twa.subspace.training.optimizer import SubspaceOptimizer
-from lightning_twa.subspace.training.solvers import FullMatrixAdam
+from lightning_twa.subspace.subspace import Subspace
+from lightning_twa.subspace.tensors import check_finite, local_part, to_shards
+from lightning_twa.subspace.training import (
+    Exchange,
+    FullMatrixAdam,
+    LocalShards,
+    OneProcess,
+    Replicate,
+    Shard,
+    SubspaceOptimizer,
+)
 
 __all__ = [
+    "Columns",
+    "Exchange",
     "FullMatrixAdam",
+    "LocalShards",
+    "OneProcess",
     "ParameterLayout",
+    "Replicate",
+    "Shard",
     "Subspace",
     "SubspaceOptimizer",
     "TensorSpec",
     "build_subspace",
+    "check_finite",
+    "cut_evenly",
+    "held_everywhere",
+    "held_locally",
+    "local_part",
+    "stored_bytes",
+    "to_shards",
 ]

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_twa.subspace.layout import TILE, ParameterLayout, TensorSpec, pad
+from lightning_twa.subspace.directions import TILE, pad
+from lightning_twa.subspace.layout import ParameterLayout, TensorSpec
+from lightning_twa.subspace.tensors import local_part
 
-__all__ = ["Columns", "cut_evenly", "held_everywhere", "held_locally", "local_part", "to_shards"]
+__all__ = ["Columns", "cut_evenly", "held_everywhere", "held_locally"]
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,12 @@ def cut_evenly(whole: ParameterLayout, processes: int) -> list[Columns]:
     Returns:
         One for each process. Where there are fewer tiles than processes, some hold nothing.
     """
-    starts, block_tiles = pad(whole)
-    tiles = block_tiles[-1].stop
+    padded = pad(whole)
     result = []
     for rank in range(processes):
-        first, last = (TILE * (r * tiles // processes) for r in (rank, rank + 1))
+        first, last = (TILE * (r * padded.num_tiles // processes) for r in (rank, rank + 1))
         pieces = []
-        for spec, start in zip(whole.specs, starts, strict=True):
+        for spec, start in zip(whole.specs, padded.starts, strict=True):
             size = spec.stop - spec.start
             low, high = (min(max(edge - start, 0), size) for edge in (first, last))
             pieces.append(slice(low, high))
@@ -98,25 +99,6 @@ def held_locally(whole: ParameterLayout, parameters: Mapping[str, Tensor], rank:
         shapes.append(local_part(parameter).shape)
         counted.append(_is_first_replica(parameter, rank))
     return Columns(whole, _local_layout(whole, shapes), None, tuple(counted))
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a ``DTensor``, sharing its memory; a plain tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    if to_local is None:
-        return tensor
-    with torch.no_grad():
-        part: Tensor = to_local()
-    return part
-
-
-def to_shards(module: nn.Module) -> None:
-    """Let FSDP2 give up gathered parameters, as they are after an evaluation: what is read and
-    written are the shards. Other modules are not touched.
-    """
-    for part in module.modules():
-        if callable(getattr(part, "unshard", None)):
-            part.reshard()  # type: ignore[operator]
 
 
 def _is_first_replica(parameter: Tensor, rank: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,12 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_twa.subspace.directions.codec import GROUP
+from lightning_twa.subspace.tensors import check_finite
 
-__all__ = ["TILE", "TILE_GROUPS", "ParameterLayout", "TensorSpec", "pad"]
-
-TILE_GROUPS = 64  # per tile: 60 rows of 4 bits are then 240 KiB, which a core's cache holds
-TILE = TILE_GROUPS * GROUP
+__all__ = ["ParameterLayout", "TensorSpec"]
 
 
 @dataclass(frozen=True)
@@ -124,53 +120,6 @@ class ParameterLayout:
                     f"but the first candidate has {tuple(spec.shape)}."
                 )
             check_finite(tensors[spec.name], f"{what}, tensor {spec.name!r},")
-
-
-def check_finite(tensor: Tensor, what: str) -> None:
-    """Raise if a tensor holds NaN or infinity.
-
-    Args:
-        tensor: Any floating-point tensor.
-        what: How the error names it.
-
-    Raises:
-        ValueError: With the number of bad entries.
-    """
-    # A sum runs at memory speed, unlike isfinite; an overflow is told apart below.
-    if tensor.numel() and not math.isfinite(tensor.sum().item()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise ValueError(
-                f"{what} holds {bad} NaN or infinite value{'s' if bad > 1 else ''}: training has "
-                f"diverged. Lower the learning rate, or clip gradients, before weights are "
-                f"averaged."
-            )
-
-
-def pad(layout: ParameterLayout) -> tuple[list[int], list[slice]]:
-    """Pad the flat vector: tensors start at a group, so that tensors of different magnitude never
-    share a scale, and blocks start at a tile.
-
-    Returns:
-        Where each tensor starts in the padded vector, and each block's tiles.
-    """
-    starts: list[int] = []
-    block_tiles: list[slice] = []
-    position, block, first_tile = 0, 0, 0
-    for spec in layout.specs:
-        if spec.block != block:
-            position = _round_up(position, TILE)
-            block_tiles.append(slice(first_tile, position // TILE))
-            first_tile, block = position // TILE, spec.block
-        position = _round_up(position, GROUP)
-        starts.append(position)
-        position += spec.stop - spec.start
-    block_tiles.append(slice(first_tile, _round_up(position, TILE) // TILE))
-    return starts, block_tiles
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _assign_blocks(sizes: Sequence[int], blocks: Literal["global", "tensor"] | int) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_twa import SolverConfig, Subspace, SubspaceConfig, SubspaceOptimizer, build_subspace
 from lightning_twa.subspace import FullMatrixAdam, build
-from lightning_twa.subspace.training.solvers import schedule_factor, schedule_sum
+from lightning_twa.subspace.training.schedules import schedule_factor, schedule_sum
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 BASES = pytest.mark.parametrize("name", ["pca", "candidates", "orthonormal"])

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_twa import Subspace, SubspaceConfig, SubspaceOptimizer, build_subspace
-from lightning_twa.subspace.directions import kernels
+from lightning_twa.subspace.directions import TILE, PackedDirections, kernels
 from lightning_twa.subspace.directions import packed as module
-from lightning_twa.subspace.directions.packed import PackedDirections
-from lightning_twa.subspace.layout import TILE
 
 ALL_BITS = (*range(1, 9), 16, 32)
 # Blocks that are not multiples of a tile or group, smaller than both, empty, and of no dimension.
@@ -257,7 +255,7 @@ print(1024.0 * (after - before), subspace.nbytes, 4.0 * n * d)
 STEP_SCRIPT = """
 import resource, sys
 import torch
-from lightning_twa.subspace.directions.packed import DenseDirections, PackedDirections
+from lightning_twa.subspace.directions import DenseDirections, PackedDirections
 from lightning_twa.subspace.layout import ParameterLayout
 
 torch.set_num_threads(1)

@@ -15,9 +15,8 @@ from processes import run
 from torch import Tensor
 
 from lightning_twa import SolverConfig, Subspace, SubspaceConfig, SubspaceOptimizer, build_subspace
-from lightning_twa.subspace.columns import Columns, cut_evenly, held_everywhere
-from lightning_twa.subspace.directions import kernels, packed
-from lightning_twa.subspace.layout import TILE, ParameterLayout
+from lightning_twa.subspace import Columns, ParameterLayout, cut_evenly, held_everywhere
+from lightning_twa.subspace.directions import TILE, kernels, packed
 from lightning_twa.subspace.training import exchange
 
 pytestmark = [

@@ -1,3 +1,10 @@
 """How the directions ``u`` are kept in memory, and their two products, ``project`` and ``expand``,
 with tensors in the model's own shapes.
 """
+
+from lightning_twa.subspace.directions.dense import DenseDirections
+from lightning_twa.subspace.directions.interface import Directions
+from lightning_twa.subspace.directions.packed import PackedDirections, stored_bytes
+from lightning_twa.subspace.directions.tiles import TILE, pad
+
+__all__ = ["TILE", "DenseDirections", "Directions", "PackedDirections", "pad", "stored_bytes"]

@@ -23,7 +23,16 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["GROUP", "PLANES", "dequantize", "pack", "plane_weights", "quantize", "unpack"]
+__all__ = [
+    "GROUP",
+    "PLANES",
+    "SCALE_DTYPE",
+    "dequantize",
+    "pack",
+    "plane_weights",
+    "quantize",
+    "unpack",
+]
 
 GROUP = 128  # columns per scale, which cost 1/8 bit per entry; larger groups have larger errors
 SCALE_DTYPE = torch.bfloat16  # the range of float32; the codes absorb its rounding

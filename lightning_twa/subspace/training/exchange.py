@@ -26,8 +26,9 @@ from lightning_twa.distributed import (
     sum_over_ranks,
     world_size,
 )
-from lightning_twa.subspace.build import Subspace
-from lightning_twa.subspace.columns import Columns, local_part
+from lightning_twa.subspace.columns import Columns
+from lightning_twa.subspace.subspace import Subspace
+from lightning_twa.subspace.tensors import flat_view, local_part, to_dense
 
 __all__ = ["Exchange", "LocalShards", "OneProcess", "Replicate", "Shard"]
 
@@ -124,7 +125,7 @@ class Shard:
 
     def project(self, subspace: Subspace, parameters: Sequence[Tensor]) -> Tensor | None:
         """See :meth:`Exchange.project`."""
-        gradients = [_dense(parameter.grad) for parameter in parameters]
+        gradients = [to_dense(parameter.grad) for parameter in parameters]
         some = any(gradient is not None for gradient in gradients)
         own: list[Tensor | None]
         if self.averaged:
@@ -170,7 +171,7 @@ class Shard:
     def gather(self, own: Tensor, tensors: Sequence[Tensor]) -> None:
         """Fill whole tensors with every process's columns of them."""
         rows = torch.empty(self._shape, dtype=own.dtype, device=self.device)
-        flat = [_flat_or_none(tensor) for tensor in tensors]
+        flat = [flat_view(tensor) for tensor in tensors]
         staged: dict[int, Tensor] = {}
         for bucket in self._buckets:
             gather_columns(own[bucket.columns], rows)
@@ -265,11 +266,3 @@ def _sum(
     message[-1] = float(some)
     message = sum_over_ranks(message, device)
     return message[:-1].view(shape) if message[-1] > 0 else None
-
-
-def _dense(gradient: Tensor | None) -> Tensor | None:
-    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
-
-
-def _flat_or_none(tensor: Tensor) -> Tensor | None:
-    return tensor.view(-1) if tensor.is_contiguous() else None

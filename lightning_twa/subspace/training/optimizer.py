@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_twa.config import SolverConfig, check_unit_of_steps
-from lightning_twa.subspace.build import Subspace
+from lightning_twa.subspace.subspace import Subspace
 from lightning_twa.subspace.training.exchange import Exchange, OneProcess
-from lightning_twa.subspace.training.parametrizations import Free, make_parametrization
-from lightning_twa.subspace.training.solvers import make_solver, schedule_factor, schedule_sum
+from lightning_twa.subspace.training.parametrizations import make_parametrization, pull_back
+from lightning_twa.subspace.training.schedules import peak_within, schedule_factor
+from lightning_twa.subspace.training.solvers import limit_step, make_solver
 
 __all__ = ["SubspaceOptimizer"]
 
@@ -66,20 +67,7 @@ class SubspaceOptimizer(Optimizer):
         exchange: Exchange | None = None,
     ) -> None:
         solver = solver or SolverConfig()
-        check_unit_of_steps(subspace.config, solver)
-        if solver.name == "uniform":
-            raise ValueError(
-                "SolverConfig(name='uniform') trains no coefficients. Use an Adam solver or SGD; "
-                "lightning_twa.average() gives a uniform average."
-            )
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"Invalid {total_steps=}. Must be an int >= 1.")
-        if total_steps is None and (solver.lr is None or solver.schedule != "constant"):
-            raise ValueError(
-                f"total_steps is needed for schedule={solver.schedule!r} and for a radius. Pass "
-                f"the number "
-                f"of optimizer steps of the phase, or SolverConfig(schedule='constant', lr=...)."
-            )
+        _check(subspace, solver, total_steps)
         self._outputs = _match(params, subspace)
         self.subspace = subspace
         self.config = solver
@@ -94,7 +82,7 @@ class SubspaceOptimizer(Optimizer):
             self.peak_lr = float(solver.lr)
         else:
             assert total_steps is not None
-            self.peak_lr = self.radius / schedule_sum(solver, total_steps)
+            self.peak_lr = peak_within(solver, self.radius, 0, total_steps)
         self.parametrization = make_parametrization(subspace)
         self.raw = torch.zeros(self.parametrization.shape, dtype=torch.float64)
         self._solver = make_solver(solver, self.raw, self.peak_lr)
@@ -189,23 +177,18 @@ class SubspaceOptimizer(Optimizer):
 
     def _evaluate(self, raw: Tensor, closure: Callable[[], Any]) -> tuple[Any, Tensor | None]:
         """The closure's value at raw parameters, and the gradient in them."""
-        self._write(self._sample(raw))
+        self._write(self.parametrization.sample(raw, self.steps, self._progress()))
         with torch.enable_grad():
             loss = closure()
         gradient = self.exchange.project(self.subspace, self._outputs)
         return loss, None if gradient is None else self._pull_back(raw, gradient)
 
-    def _sample(self, raw: Tensor) -> Tensor:
-        progress = 0.5 if self.total_steps is None else min(self.steps / self.total_steps, 1.0)
-        return self.parametrization.sample(raw, self.steps, progress)
+    def _progress(self) -> float:
+        """Of the phase, in [0, 1]; half where its length is not known."""
+        return 0.5 if self.total_steps is None else min(self.steps / self.total_steps, 1.0)
 
     def _pull_back(self, raw: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient in the raw parameters, from that in the coefficients."""
-        if isinstance(self.parametrization, Free):
-            return gradient
-        with torch.enable_grad():
-            raw = raw.detach().clone().requires_grad_()
-            return torch.autograd.grad(self._sample(raw), raw, gradient)[0]
+        return pull_back(self.parametrization, raw, gradient, self.steps, self._progress())
 
     def _advance(self, gradient: Tensor) -> None:
         """Step with a gradient of the raw parameters, if it is finite; write the parameters."""
@@ -213,8 +196,7 @@ class SubspaceOptimizer(Optimizer):
             self.skipped_steps += 1
             warnings.warn(
                 f"The gradient at optimizer step {self.steps} of the TWA phase is not finite; the "
-                f"step is "
-                f"skipped ({self.skipped_steps} so far) and the weights stay as they are.",
+                f"step is skipped ({self.skipped_steps} so far) and the weights stay as they are.",
                 stacklevel=3,
             )
             return
@@ -232,14 +214,9 @@ class SubspaceOptimizer(Optimizer):
         self.raw.grad = gradient
         self._solver.step()
         self.raw.grad = None
-        moved = self.raw - before
-        length = moved.norm(dim=0)
-        if self.config.lr is None:
-            # Adam's steps are about one unit long, not at most one: the radius is a promise.
-            scale = (lr / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1.0)
-            self.raw.copy_(before + moved * scale)
-            length = length * scale
-        self.path_length += length
+        # Adam's steps are about one unit long, not at most one: the radius is a promise.
+        longest = lr if self.config.lr is None else None
+        self.path_length += limit_step(before, self.raw, longest)
         self.last_lr = lr
         self.steps += 1
         if self.total_steps is not None:
@@ -276,8 +253,7 @@ class SubspaceOptimizer(Optimizer):
         if coefficients.shape != self.raw.shape:
             raise ValueError(
                 f"The state has coefficients of shape {tuple(coefficients.shape)}, but this "
-                f"subspace needs "
-                f"{tuple(self.raw.shape)} (directions, blocks)."
+                f"subspace needs {tuple(self.raw.shape)} (directions, blocks)."
             )
         self.raw.copy_(coefficients)
         self.path_length = state_dict["path_length"].clone()
@@ -287,23 +263,32 @@ class SubspaceOptimizer(Optimizer):
         if self.total_steps is None:
             self.param_groups[0]["lr"] = state_dict["lr"]
         else:
-            if state_dict.get("total_steps", self.total_steps) != self.total_steps:
-                self._limit_what_is_left()
-            else:
+            if state_dict.get("total_steps", self.total_steps) == self.total_steps:
                 self.peak_lr = state_dict.get("peak_lr", self.peak_lr)
+            elif self.config.lr is None:
+                left = self.radius - float(self.path_length.max())
+                peak = peak_within(self.config, left, self.steps, self.total_steps)
+                self.peak_lr = min(self.peak_lr, peak)
             self.param_groups[0]["lr"] = self._scheduled_lr()
         self.write_parameters()
 
-    def _limit_what_is_left(self) -> None:
-        """The phase is longer or shorter than it was: no path becomes longer than the radius."""
-        assert self.total_steps is not None
-        if self.config.lr is not None:
-            return
-        steps = range(self.steps, self.total_steps)
-        left = sum(schedule_factor(self.config, step, self.total_steps) for step in steps)
-        if left > 0:
-            budget = max(self.radius - float(self.path_length.max()), 0.0)
-            self.peak_lr = min(self.peak_lr, budget / left)
+
+def _check(subspace: Subspace, solver: SolverConfig, total_steps: int | None) -> None:
+    """Raise where the solver's configuration does not go with the subspace or the length."""
+    check_unit_of_steps(subspace.config, solver)
+    if solver.name == "uniform":
+        raise ValueError(
+            "SolverConfig(name='uniform') trains no coefficients. Use an Adam solver or SGD; "
+            "lightning_twa.average() gives a uniform average."
+        )
+    if total_steps is not None and total_steps < 1:
+        raise ValueError(f"Invalid {total_steps=}. Must be an int >= 1.")
+    if total_steps is None and (solver.lr is None or solver.schedule != "constant"):
+        raise ValueError(
+            f"total_steps is needed for schedule={solver.schedule!r} and for a radius. Pass the "
+            f"number of optimizer steps of the phase, or SolverConfig(schedule='constant', "
+            f"lr=...)."
+        )
 
 
 def _match(
@@ -333,8 +318,8 @@ def _match(
         if parameter.shape != spec.shape:
             raise ValueError(
                 f"The parameter for {spec.name!r} has shape {tuple(parameter.shape)}, but the "
-                f"candidates "
-                f"have {tuple(spec.shape)}. Pass model.named_parameters() to match them by name."
+                f"candidates have {tuple(spec.shape)}. Pass model.named_parameters() to match "
+                f"them by name."
             )
     return outputs
 

@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_twa.subspace.build import Subspace
+from lightning_twa.subspace.subspace import Subspace
 
-__all__ = ["Free", "Mask", "Parametrization", "Simplex", "make_parametrization"]
+__all__ = ["Free", "Mask", "Parametrization", "Simplex", "make_parametrization", "pull_back"]
 
 HOT, COLD = 1.0, 0.1  # temperatures of the relaxed mask at the start and at the end
 SEED = 20502  # of the mask's noise, which is the same on all processes and in a resumed run
@@ -174,3 +174,22 @@ def make_parametrization(subspace: Subspace) -> Parametrization:
             f"leaves nothing to learn. Use a smaller mask_size, or more candidates."
         )
     return Mask(subspace, size)
+
+
+def pull_back(
+    parametrization: Parametrization, raw: Tensor, gradient: Tensor, step: int, progress: float
+) -> Tensor:
+    """The gradient in the raw parameters, from that in the coefficients of their sample.
+
+    Args:
+        parametrization: The map.
+        raw: ``(m, B)`` raw parameters.
+        gradient: ``(k, B)``.
+        step: See :meth:`Parametrization.sample`.
+        progress: See :meth:`Parametrization.sample`.
+    """
+    if isinstance(parametrization, Free):
+        return gradient
+    with torch.enable_grad():
+        raw = raw.detach().clone().requires_grad_()
+        return torch.autograd.grad(parametrization.sample(raw, step, progress), raw, gradient)[0]

@@ -1,8 +1,7 @@
-"""Full-matrix Adam on the coefficients, and the learning-rate schedules of the phase."""
+"""The optimizers of the coefficients: full-matrix Adam, AdamW and SGD."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_twa.config import SolverConfig
 
-__all__ = ["FullMatrixAdam", "make_solver", "schedule_factor", "schedule_sum"]
+__all__ = ["FullMatrixAdam", "limit_step", "make_solver"]
 
 RIDGE = 1e-3  # of the mean diagonal of the second moment
 
@@ -110,34 +109,22 @@ def make_solver(config: SolverConfig, coefficients: Tensor, lr: float) -> Optimi
     )
 
 
-def schedule_factor(config: SolverConfig, step: int, total_steps: int | None) -> float:
-    """Learning rate of an optimizer step as a share of the peak.
+def limit_step(before: Tensor, after: Tensor, longest: float | None) -> Tensor:
+    """Shorten each block's step, in place, where it is longer than allowed.
 
     Args:
-        config: Schedule and warm-up.
-        step: 0-based optimizer step of the phase.
-        total_steps: Optimizer steps of the whole phase; ``None`` if unknown (constant schedule
-            only).
+        before: ``(m, B)`` raw parameters.
+        after: The same after the step; changed.
+        longest: The longest step allowed; ``None`` for any.
 
     Returns:
-        A factor in [0, 1]; 0 past the end of a schedule that ends at zero.
+        ``(B,)`` the lengths of the steps now.
     """
-    if total_steps is None:
-        return 1.0
-    warmup_steps = round(config.warmup * total_steps)
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if config.schedule == "constant":
-        return 1.0
-    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    if config.schedule == "linear":
-        return 1 - progress
-    overall = step / total_steps
-    return 1.0 if overall < 0.5 else 0.1 if overall < 0.75 else 0.01
-
-
-def schedule_sum(config: SolverConfig, total_steps: int) -> float:
-    """The sum of the factors of all steps: the path length in units of the peak learning rate."""
-    return sum(schedule_factor(config, step, total_steps) for step in range(total_steps))
+    moved = after - before
+    length: Tensor = moved.norm(dim=0)
+    if longest is None:
+        return length
+    scale = (longest / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1.0)
+    after.copy_(before + moved * scale)
+    shortened: Tensor = length * scale
+    return shortened
