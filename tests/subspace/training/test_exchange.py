@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import CPU, seeded
 from torch import Tensor
 
-from lightning_twa import SolverConfig, Subspace, SubspaceConfig, SubspaceOptimizer, build_subspace
+from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
 from lightning_twa.subspace import Columns, ParameterLayout, cut_evenly, held_everywhere
-from lightning_twa.subspace.directions import TILE, kernels, packed
+from lightning_twa.subspace.directions import kernels, packed
 from lightning_twa.subspace.training import exchange
 
 pytestmark = [
@@ -24,87 +24,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork"),
 ]
 
-CPU = torch.device("cpu")
-# Cut inside tensors, between them, and through one that is a whole number of tiles.
-SHAPES = {
-    "a": (130, 100),
-    "bias": (7,),
-    "scalar": (),
-    "empty": (0, 3),
-    "tiles": (2, TILE),
-    "conv": (64, 3, 3, 3),
-    "large": (150, 121),
-}
-
-
-def tensors(seed: int, shapes: Any = None) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = SHAPES if shapes is None else shapes
-    return {k: torch.randn(s, generator=generator) for k, s in shapes.items()}
-
-
-def layout(config: SubspaceConfig, like: dict[str, Tensor]) -> ParameterLayout:
-    return ParameterLayout.from_tensors(like, config.blocks)
-
-
-# --- which columns
-
-
-@pytest.mark.parametrize("blocks", ["global", "tensor", 500])
-@pytest.mark.parametrize("processes", [1, 2, 3, 5, 64])
-def test_every_column_is_held_once_and_evenly(blocks, processes) -> None:
-    config = SubspaceConfig(blocks=blocks)
-    whole = layout(config, tensors(0))
-    every = cut_evenly(whole, processes)
-    assert len(every) == processes
-    for i, spec in enumerate(whole.specs):
-        pieces = [columns.pieces[i] for columns in every]
-        assert pieces[0].start == 0
-        assert pieces[-1].stop == spec.stop - spec.start
-        assert all(a.stop == b.start for a, b in itertools.pairwise(pieces))
-    sizes = [columns.local.numel for columns in every]
-    padding = TILE * whole.num_blocks  # blocks start at a tile
-    assert sum(sizes) == whole.numel
-    assert max(sizes) <= (whole.numel + padding) / processes + TILE
-
-
-@pytest.mark.parametrize("bits", [3, 4, 32])
-def test_shards_hold_what_one_process_holds_of_their_columns(bits) -> None:
-    """Codes and scales too: the low-bit error does not depend on the number of processes."""
-    config = SubspaceConfig(bits=bits, blocks=2000)
-    members = [tensors(i) for i in range(5)]
-    one = build_subspace(members, config)
-    every = cut_evenly(one.layout, 3)
-    parts = [build_subspace(members, config, columns=c, mixing=one.mixing) for c in every]
-    assert sum(p.nbytes for p in parts) == one.nbytes
-    assert max(p.nbytes for p in parts) < 0.5 * one.nbytes
-    for i, spec in enumerate(one.layout.specs):
-        local = [p.directions[:, p.local_layout.specs[i].start : p.local_layout.specs[i].stop]
-                 for p in parts]  # fmt: skip
-        assert torch.equal(torch.cat(local, dim=1), one.directions[:, spec.start : spec.stop])
-
-
-def test_a_process_without_columns(tmp_path) -> None:
-    """More processes than tiles."""
-    members = [tensors(i, {"w": (5, 3)}) for i in range(3)]
-    for bits in (4, 32):
-        one = build_subspace(members, SubspaceConfig(bits=bits))
-        empty, full = cut_evenly(one.layout, 2)
-        assert (empty.local.numel, full.local.numel) == (0, 15)
-        nothing = build_subspace(
-            members, SubspaceConfig(bits=bits), columns=empty, mixing=one.mixing
-        )
-        gradient = [torch.randn(0)]
-        assert torch.equal(nothing.project(gradient), torch.zeros(2, 1, dtype=torch.float64))
-        nothing.expand(torch.ones(2, 1), [torch.empty(0)])
-
-
-# --- steps
-
 
 def parameters(dtypes: str) -> dict[str, Tensor]:
     """In several memory layouts and dtypes."""
-    result = {k: torch.zeros_like(t) for k, t in tensors(0).items()}
+    result = {k: torch.zeros_like(t) for k, t in seeded(0).items()}
     result["a"] = torch.zeros(100, 130).t()
     result["conv"] = result["conv"].contiguous(memory_format=torch.channels_last)
     if dtypes == "bfloat16":
@@ -116,7 +39,7 @@ def parameters(dtypes: str) -> dict[str, Tensor]:
 
 def gradients(rank: int, step: int) -> dict[str, Tensor | None]:
     """Sparse ones, ones that this process does not have, and at step 2 none on process 1."""
-    found: dict[str, Tensor | None] = {**tensors(100 * (rank + 1) + step)}
+    found: dict[str, Tensor | None] = {**seeded(100 * (rank + 1) + step)}
     if rank == 1:
         found["conv"] = None
     if step == 2 and rank == 1:
@@ -139,13 +62,15 @@ SOLVER = SolverConfig(radius=3.0)
 def steps(folder: Path, kind: str, config: SubspaceConfig, dtypes: str) -> None:
     torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    members = [tensors(i) for i in range(5)]
+    members = [seeded(i) for i in range(5)]
     named = parameters(dtypes)
     # Different machines, different eigenvectors: the first process's are used.
     if rank > 0:
         plain = torch.linalg.eigh
         torch.linalg.eigh = lambda m: (lambda r: (r[0], r[1].roll(1, 0)))(plain(m))  # type: ignore[assignment]
-    how, columns = make_exchange(kind, layout(config, named), rank, size)
+    how, columns = make_exchange(
+        kind, ParameterLayout.from_tensors(named, config.blocks), rank, size
+    )
     subspace = build_subspace(members, config, columns=columns)
     if rank > 0:
         torch.linalg.eigh = plain  # type: ignore[assignment]
@@ -179,7 +104,7 @@ def mean(values: list[Tensor | None]) -> Tensor:
 
 def expected(config: SubspaceConfig, size: int) -> tuple[list[list[Tensor]], Tensor, float]:
     """One process in float64 with the mean of the gradients."""
-    members = [{k: t.double() for k, t in tensors(i).items()} for i in range(5)]
+    members = [{k: t.double() for k, t in seeded(i).items()} for i in range(5)]
     named = {k: torch.zeros_like(t).requires_grad_() for k, t in members[0].items()}
     subspace = build_subspace(members, config)
     optimizer = SubspaceOptimizer(named.items(), subspace, SOLVER, total_steps=STEPS)
@@ -236,9 +161,9 @@ def test_parameters_of_low_precision(tmp_path, kind, dtypes) -> None:
 def no_gradient(folder: Path, kind: str) -> None:
     torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    named = {k: t.requires_grad_() for k, t in tensors(0).items()}
-    how, columns = make_exchange(kind, layout(SubspaceConfig(), named), rank, size)
-    subspace = build_subspace([tensors(i) for i in range(3)], columns=columns)
+    named = {k: t.requires_grad_() for k, t in seeded(0).items()}
+    how, columns = make_exchange(kind, ParameterLayout.from_tensors(named), rank, size)
+    subspace = build_subspace([seeded(i) for i in range(3)], columns=columns)
     optimizer = SubspaceOptimizer(named.items(), subspace, total_steps=2, exchange=how)
     before = copy.deepcopy(named)
     optimizer.step()
@@ -274,12 +199,12 @@ def broken_compiler(folder: Path) -> None:
     kernels.compiled_kernels = lambda: (  # type: ignore[assignment]
         (works, kernels.expand_by_tile) if rank == 0 else (broken, broken)
     )
-    whole = layout(SubspaceConfig(), tensors(0))
+    whole = ParameterLayout.from_tensors(seeded(0))
     columns = held_everywhere(whole, rank, size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*could not be compiled")
         subspace = build_subspace(
-            [tensors(i) for i in range(3)], SubspaceConfig(bits=4), columns=columns
+            [seeded(i) for i in range(3)], SubspaceConfig(bits=4), columns=columns
         )
     (folder / f"{rank} {subspace.stored.path}").touch()
 
@@ -291,7 +216,7 @@ def test_where_one_process_cannot_compile_none_does(tmp_path) -> None:
 
 
 def test_what_is_exchanged_at_a_time_is_bounded() -> None:
-    whole = layout(SubspaceConfig(), tensors(0))
+    whole = ParameterLayout.from_tensors(seeded(0))
     for processes in (2, 7):
         shard = exchange.Shard(
             cut_evenly(whole, processes), averaged=False, device=CPU, bucket=1000
@@ -299,12 +224,3 @@ def test_what_is_exchanged_at_a_time_is_bounded() -> None:
         rows, width = shard._shape
         assert rows * width <= 1000
         assert (rows, len(shard._buckets)) == (processes, shard._size // width)
-
-
-def test_the_repr_of_a_shard_says_so() -> None:
-    members = [tensors(i) for i in range(3)]
-    one: Subspace = build_subspace(members)
-    part = build_subspace(members, columns=cut_evenly(one.layout, 2)[0], mixing=one.mixing)
-    assert f"D={one.layout.numel}" in repr(part)
-    assert f"columns={part.local_layout.numel}" in repr(part)
-    assert "columns" not in repr(one)

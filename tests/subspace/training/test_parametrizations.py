@@ -1,4 +1,4 @@
-"""Parametrizations of the averaging weights, and SAM, against plain float64 references."""
+"""Parametrizations of the averaging weights, against plain float64 references."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_core import expand, members
-from torch import Tensor, nn
+from reference import F64, Quadratic, expand, members
+from torch import Tensor
 
 from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
 from lightning_twa.subspace.training.parametrizations import Mask, Simplex, make_parametrization
-
-F64 = torch.float64
 
 
 def mix(ms: list[dict[str, Tensor]], beta: Tensor, subspace: Any) -> dict[str, Tensor]:
@@ -119,24 +117,6 @@ def test_half_of_the_candidates_rounded_up_and_too_few() -> None:
         make_parametrization(subspace)
 
 
-# --- learning
-
-
-class Quadratic(nn.Module):
-    """A loss whose minimum is a known average of the candidates."""
-
-    def __init__(self, ms: list[dict[str, Tensor]], beta: Tensor) -> None:
-        super().__init__()
-        self.names = list(ms[0])
-        for i, name in enumerate(self.names):
-            self.register_parameter(f"p{i}", nn.Parameter(torch.zeros_like(ms[0][name])))
-        self.target = {n: sum(b * m[n] for b, m in zip(beta, ms, strict=True)) for n in ms[0]}
-
-    def loss(self) -> Tensor:
-        pairs = zip(self.parameters(), self.target.values(), strict=True)
-        return sum((p - t).square().sum() for p, t in pairs)
-
-
 def learn(config: SubspaceConfig, solver: SolverConfig, beta: Tensor, steps: int = 200) -> Any:
     ms = members(len(beta))
     model = Quadratic(ms, beta)
@@ -182,70 +162,6 @@ def test_a_mask_finds_the_subset(kept) -> None:
     optimizer, model = learn(config, SolverConfig(radius=10.0), beta, steps=300)
     assert set(optimizer.averaging_weights[:, 0].nonzero().flatten().tolist()) == kept
     assert float(model.loss().detach()) < 1e-12
-
-
-def test_sam_takes_the_gradient_up_the_slope() -> None:
-    """One step of SGD with momentum 0 is the reference formula."""
-    torch.manual_seed(3)
-    ms = members(4)
-    model = Quadratic(ms, torch.tensor([0.9, 0.3, -0.1, -0.1], dtype=F64))
-    subspace = build_subspace(ms, SubspaceConfig(basis="candidates"))
-    solver = SolverConfig(name="sgd", lr=0.1, momentum=0.0, sam_rho=0.3, schedule="constant")
-    optimizer = SubspaceOptimizer(model.parameters(), subspace, solver)
-    u, c = subspace.directions, subspace.center
-    target = torch.cat([t.reshape(-1) for t in model.target.values()])
-    gradient_at = lambda x: 2 * u @ (c + x @ u - target)  # noqa: E731
-    x = torch.zeros(4, dtype=F64)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = model.loss()
-        loss.backward()
-        return loss
-
-    for _ in range(3):
-        first = float(optimizer.step(closure).detach())
-        assert first == pytest.approx(float((c + x @ u - target).square().sum()))
-        g = gradient_at(x)
-        x = x - 0.1 * gradient_at(x + 0.3 * g / g.norm())
-        torch.testing.assert_close(optimizer.coefficients[:, 0], x)
-
-
-@pytest.mark.parametrize(
-    ("config", "solver"),
-    [
-        (SubspaceConfig(), SolverConfig(sam_rho=0.5)),
-        (SubspaceConfig(parametrization="mask"), SolverConfig()),
-    ],
-    ids=["sam", "mask"],
-)
-def test_weights_are_settled_after_an_exception_in_the_closure(config, solver) -> None:
-    ms = members(4)
-    model = Quadratic(ms, torch.full((4,), 0.25, dtype=F64))
-    optimizer = SubspaceOptimizer(
-        model.parameters(), build_subspace(ms, config), solver, total_steps=10
-    )
-    settled = [p.detach().clone() for p in model.parameters()]
-    calls = 0
-
-    def closure() -> Tensor:
-        nonlocal calls
-        calls += 1
-        moved = not all(map(torch.equal, settled, model.parameters()))
-        if moved:
-            raise KeyError("a test asks")
-        loss = model.loss() + sum(p.sum() for p in model.parameters())
-        loss.backward()
-        return loss
-
-    with pytest.raises(KeyError):
-        optimizer.step(closure)
-    assert calls == (2 if solver.sam_rho else 1)
-    assert all(map(torch.equal, settled, model.parameters()))
-    assert optimizer.steps == 0
-    model.loss().backward()
-    with pytest.raises(ValueError, match="needs a closure"):
-        optimizer.step()
 
 
 def test_state_of_a_mask_goes_on_exactly() -> None:
