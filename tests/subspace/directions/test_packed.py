@@ -7,11 +7,14 @@ import sys
 from typing import Any
 
 import pytest
-from reference import candidates, check_products, use
+import torch
+from reference import CPU, F32, F64, candidates, check_products, use
 from torch import Tensor
 
 from lightning_twa import SubspaceConfig, build_subspace
-from lightning_twa.subspace.directions import TILE, kernels, packed
+from lightning_twa.subspace import ParameterLayout, stored_bytes
+from lightning_twa.subspace.directions import TILE, PackedDirections, kernels, packed
+from lightning_twa.subspace.directions.codec import dequantize, quantize
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -46,9 +49,25 @@ def test_tensors_of_different_magnitude_do_not_share_a_scale() -> None:
 
 
 def test_large_bases_are_compiled_and_small_ones_are_not(monkeypatch) -> None:
-    assert build_subspace(candidates(), SubspaceConfig(bits=4)).stored.path == "tiled"
-    monkeypatch.setattr(packed, "COMPILE_ENTRIES", 1000)
-    assert build_subspace(candidates(), SubspaceConfig(bits=4)).stored.path == "compiled"
+    layout = ParameterLayout.from_tensors({"w": torch.zeros(3 * TILE - 5)})
+    for entries, path in ((6 * TILE, "compiled"), (6 * TILE + 1, "tiled")):
+        monkeypatch.setattr(packed, "COMPILE_ENTRIES", entries)
+        assert PackedDirections(layout, 2, 4, CPU).path == path
+        assert PackedDirections(layout, 2, 4, CPU, path="tiled").path == "tiled"
+        assert PackedDirections(layout, 2, 4, CPU, path="compiled").path == "compiled"
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("blocks", ["global", "tensor"])
+def test_the_path_of_compiled_products_with_the_functions_as_they_are(
+    bits, blocks, monkeypatch
+) -> None:
+    plain = (kernels.project_tiles, kernels.expand_tiles)
+    monkeypatch.setattr(kernels, "compiled_kernels", lambda: plain)
+    monkeypatch.setitem(packed.CHUNK_TILES, "cpu", 2)
+    subspace = build_subspace(candidates(), SubspaceConfig(bits=bits, blocks=blocks))
+    check_products(use(subspace, "compiled"))
+    assert subspace.stored.path == "compiled"
 
 
 def test_failed_compilation_falls_back_with_one_warning(monkeypatch) -> None:
@@ -61,6 +80,154 @@ def test_failed_compilation_falls_back_with_one_warning(monkeypatch) -> None:
         check_products(subspace)
     assert len(caught) == 1
     assert subspace.stored.path == "tiled"
+
+
+def prepared(path: str, answer: bool, chunk: int = 2) -> tuple[PackedDirections, list[bool]]:
+    layout = ParameterLayout.from_tensors({"w": torch.zeros(5 * TILE)})
+    directions = PackedDirections(layout, 3, 4, CPU, path=path)
+    asked = []
+
+    def agree(value: bool) -> bool:
+        asked.append(value)
+        return answer
+
+    directions.prepare(agree)
+    return directions, asked
+
+
+def test_kernels_are_compiled_before_the_first_step_for_the_shapes_of_a_chunk(monkeypatch) -> None:
+    shapes = []
+
+    def kernel(planes: Any, scales: Tensor, vector: Tensor, bits: int) -> Tensor:
+        shapes.append((scales.shape, vector.shape, vector.dtype, bits))
+        return vector
+
+    monkeypatch.setattr(kernels, "compiled_kernels", lambda: (kernel, kernel))
+    monkeypatch.setitem(packed.CHUNK_TILES, "cpu", 2)
+    directions, asked = prepared("compiled", True)
+    assert asked == [True]
+    assert directions.path == "compiled"
+    groups, float32 = (2, 3, 64), torch.float32
+    assert shapes == [
+        (groups, (2, 64, 128), float32, 4),  # project: a gradient
+        (groups, (2, 3), float32, 4),  # expand: coefficients
+    ]
+
+
+def test_where_another_process_cannot_compile_this_one_does_not(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "compiled_kernels", lambda: 2 * (lambda *args: args[2],))
+    assert prepared("compiled", False)[0].path == "tiled"
+
+
+def test_what_is_not_to_be_compiled_is_not(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "compiled_kernels", lambda: pytest.fail("compiles"))
+    directions, asked = prepared("tiled", True)
+    assert (directions.path, asked) == ("tiled", [False])
+
+
+def test_failing_to_compile_is_what_the_others_hear(monkeypatch) -> None:
+    def broken(*args: Any) -> Tensor:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(kernels, "compiled_kernels", lambda: (broken, broken))
+    with pytest.warns(UserWarning, match="could not be compiled"):
+        directions, asked = prepared("compiled", False)
+    assert (directions.path, asked) == ("tiled", [False])
+
+
+# --- what is written
+
+
+def round_trip(groups: Tensor, bits: int) -> Tensor:
+    codes, scales = quantize(groups.contiguous(), bits)
+    return dequantize(codes, scales, bits, F64)
+
+
+def written(
+    sizes: list[int], values: list[Tensor], bits: int, step: int = 1 << 20
+) -> PackedDirections:
+    """Directions of tensors with these values, written a few columns at a time."""
+    tensors = {f"w{i}": torch.zeros(size, dtype=F64) for i, size in enumerate(sizes)}
+    layout = ParameterLayout.from_tensors(tensors)
+    directions = PackedDirections(layout, values[0].shape[0], bits, CPU)
+    for spec, rows in zip(layout.specs, values, strict=True):
+        for start in range(spec.start, spec.stop, step):
+            part = slice(start, min(start + step, spec.stop))
+            directions.write(part, rows[:, part.start - spec.start : part.stop - spec.start])
+    directions.close()
+    return directions
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("size", [1, 3, 127])
+def test_padding_does_not_pull_the_scale_of_a_tensor_s_last_group(bits, size) -> None:
+    """It is as if the group were full of the tensor's own entries."""
+    whole = torch.randn(4, 128, dtype=F64)
+    rest = 2 + torch.rand(4, size, dtype=F64)  # zeros among them would need a much larger range
+    directions = written([128 + size], [torch.cat([whole, rest], dim=1)], bits)
+    copies = rest[:, torch.arange(128) % size]
+    expected = torch.cat([round_trip(whole, bits), round_trip(copies, bits)[:, :size]], dim=1)
+    assert torch.equal(directions.dense(), expected)
+
+
+def test_a_tensor_that_fills_its_last_group_is_left_as_it_is() -> None:
+    values = torch.randn(4, 2 * 128, dtype=F64)
+    directions = written([256], [values], 4)
+    expected = round_trip(values.view(4, 2, 128), 4).flatten(1)
+    assert torch.equal(directions.dense(), expected)
+
+
+SIZES = [TILE + 130, 0, 5, 3 * TILE, 0, 1, 2 * TILE - 1]
+
+
+@pytest.mark.parametrize("step", [1000, 128, TILE, 5000])
+def test_how_columns_arrive_does_not_matter(step) -> None:
+    values = [torch.randn(2, size, dtype=F64) for size in SIZES]
+    at_once, in_parts = (written(SIZES, values, 3, step=s) for s in (1 << 20, step))
+    assert torch.equal(at_once.dense(), in_parts.dense())
+    assert all(map(torch.equal, at_once.planes, in_parts.planes))
+    assert torch.equal(at_once.scales, in_parts.scales)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_the_error_counts_each_column_once_and_no_padding(bits) -> None:
+    values = [torch.randn(2, size, dtype=F64) for size in SIZES]
+    directions = written(SIZES, values, bits)
+    exact = torch.cat(values, dim=1)
+    found = float((directions.dense() - exact).norm() / exact.norm())
+    assert directions.error == pytest.approx(found, rel=1e-9)
+
+
+def test_groups_of_padding_are_zero() -> None:
+    directions = written([TILE + 130], [torch.randn(2, TILE + 130, dtype=F64)], 4)
+    assert bool((directions.scales[0] != 0).all())
+    assert bool((directions.scales[1, :, :2] != 0).all())
+    assert bool((directions.scales[1, :, 2:] == 0).all())
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 64])
+def test_tensors_that_are_not_contiguous_are_written_over_several_chunks(
+    chunk, monkeypatch
+) -> None:
+    monkeypatch.setitem(packed.CHUNK_TILES, "cpu", chunk)
+    members = [{"w": torch.randn(200, 150), "v": torch.randn(100, 90)} for _ in range(4)]
+    subspace = build_subspace(members, SubspaceConfig(bits=4))
+    x = torch.randn(3, 1)
+    plain = [torch.empty(200, 150), torch.empty(100, 90)]
+    other = [torch.empty(150, 200).T, torch.empty(100, 90, dtype=torch.bfloat16)]
+    subspace.expand(x, plain)
+    subspace.expand(x, other)
+    assert torch.equal(plain[0], other[0])
+    assert torch.equal(plain[1].bfloat16(), other[1])
+
+
+@pytest.mark.parametrize("bits", [*range(1, 9), 16, 32])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_bytes_are_known_before_there_are_directions(bits, dtype) -> None:
+    subspace = build_subspace(candidates(dtype=dtype), SubspaceConfig(bits=bits, blocks="tensor"))
+    expected = stored_bytes(subspace.layout, subspace.num_directions, bits)
+    assert subspace.stored.nbytes == expected
+    assert subspace.nbytes == expected + subspace.center.nbytes
 
 
 STEP_SCRIPT = """
