@@ -109,34 +109,6 @@ def test_weights_never_leave_the_affine_hull(dtype) -> None:
     assert np.linalg.norm(moved) > 1e-3
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_an_interrupted_phase_goes_on_bitwise(solver, tmp_path) -> None:
-    config = SolverConfig(**SOLVERS[solver])
-    net, ms = net_members()
-    batches = torch.randn(20, 8, 5, dtype=F64)
-
-    def train(optimizer: SubspaceOptimizer, model: Net, some: Tensor) -> None:
-        for inputs in some:
-            optimizer.zero_grad()
-            model(inputs).square().mean().backward()
-            optimizer.step()
-
-    first = SubspaceOptimizer(net.named_parameters(), build_subspace(ms), config, total_steps=20)
-    train(first, net, batches[:7])
-    torch.save(first.state_dict(), tmp_path / "state.pt")
-    train(first, net, batches[7:])
-    other = Net()
-    second = SubspaceOptimizer(other.named_parameters(), build_subspace(ms), config, total_steps=20)
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    train(second, other, batches[7:])
-    assert torch.equal(first.coefficients, second.coefficients)
-    assert all(
-        torch.equal(*pair) for pair in zip(net.parameters(), other.parameters(), strict=True)
-    )
-    assert first.steps == second.steps == 20
-    assert torch.equal(first.path_length, second.path_length)
-
-
 def test_closure_is_called_and_its_loss_returned() -> None:
     net, ms = net_members()
     optimizer = SubspaceOptimizer(net.named_parameters(), build_subspace(ms), total_steps=5)
@@ -253,47 +225,117 @@ def test_weights_are_settled_after_an_exception_in_the_closure(config, solver) -
         optimizer.step()
 
 
-def test_parameters_that_do_not_match_are_refused() -> None:
-    net, ms = net_members()
-    subspace = build_subspace(ms)
-    with pytest.raises(ValueError, match=r"spans 'b\.bias', which is not among the parameters"):
-        SubspaceOptimizer(list(net.named_parameters())[:-1], subspace, total_steps=1)
-    with pytest.raises(ValueError, match="Got 3 parameters, but the subspace spans 4"):
-        SubspaceOptimizer(list(net.parameters())[:-1], subspace, total_steps=1)
-    with pytest.raises(ValueError, match=r"The parameter for 'a\.weight' has shape \(3,\)"):
-        SubspaceOptimizer(list(net.parameters())[::-1], subspace, total_steps=1)
+def spied(optimizer: SubspaceOptimizer) -> list[tuple[int, float]]:
+    """Step and progress of every sample that is drawn from now on."""
+    drawn = []
+    plain = optimizer.parametrization.sample
+
+    def sample(raw: Tensor, step: int, progress: float) -> Tensor:
+        drawn.append((step, progress))
+        return plain(raw, step, progress)
+
+    optimizer.parametrization.sample = sample  # type: ignore[method-assign]
+    return drawn
 
 
-def test_unknown_length_and_radius_without_deviations_are_refused() -> None:
-    net, ms = net_members()
-    with pytest.raises(ValueError, match="total_steps is needed for schedule='cosine'"):
-        SubspaceOptimizer(net.named_parameters(), build_subspace(ms))
-    with pytest.raises(ValueError, match=r"total_steps=0\. Must be an int >= 1"):
-        SubspaceOptimizer(net.named_parameters(), build_subspace(ms), total_steps=0)
-    normalised = build_subspace(ms, SubspaceConfig(basis="candidates"))
-    with pytest.raises(ValueError, match=r"basis='candidates' needs SolverConfig\.lr"):
-        SubspaceOptimizer(net.named_parameters(), normalised, total_steps=3)
+@pytest.mark.parametrize("total", [4, None])
+def test_samples_of_a_mask_are_of_the_step_and_the_progress_of_the_phase(total) -> None:
+    ms = members(5)
+    model = Quadratic(ms, torch.full((5,), 0.2, dtype=F64))
+    solver = SolverConfig(lr=0.1, schedule="constant")
+    subspace = build_subspace(ms, SubspaceConfig(parametrization="mask"))
+    optimizer = SubspaceOptimizer(model.parameters(), subspace, solver, total_steps=total)
+    drawn = spied(optimizer)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model.loss()
+        loss.backward()
+        return loss
+
+    for _ in range(6):
+        optimizer.step(closure)
+    # twice each: for the loss, and for the gradient in the raw parameters
+    progress = [0, 0.25, 0.5, 0.75, 1.0, 1.0] if total else [0.5] * 6
+    assert drawn == [(step, p) for step, p in enumerate(progress) for _ in range(2)]
 
 
-def test_state_of_another_size_is_refused() -> None:
-    net, ms = net_members(5)
-    small = SubspaceOptimizer(net.named_parameters(), build_subspace(ms[:3]), total_steps=3)
-    large = SubspaceOptimizer(net.named_parameters(), build_subspace(ms), total_steps=3)
-    with pytest.raises(ValueError, match=r"shape \(2, 1\), but this subspace needs \(4, 1\)"):
-        large.load_state_dict(small.state_dict())
+@pytest.mark.parametrize("parametrization", ["free", "mask"])
+@pytest.mark.parametrize("sam_rho", [0.0, 0.3])
+def test_a_closure_without_gradients_moves_nothing(parametrization, sam_rho) -> None:
+    ms = members(4)
+    model = Quadratic(ms, torch.full((4,), 0.25, dtype=F64))
+    subspace = build_subspace(ms, SubspaceConfig(parametrization=parametrization))
+    optimizer = SubspaceOptimizer(
+        model.parameters(), subspace, SolverConfig(sam_rho=sam_rho), total_steps=4
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    calls = []
+    assert optimizer.step(lambda: calls.append(1) or "loss") == "loss"
+    assert len(calls) == 1
+    assert optimizer.steps == 0
+    assert all(map(torch.equal, before, model.parameters()))
 
 
-def test_a_state_does_not_change_with_later_steps() -> None:
-    net, ms = net_members()
-    optimizer = SubspaceOptimizer(net.named_parameters(), build_subspace(ms), total_steps=5)
+@pytest.mark.filterwarnings("ignore:The gradient at optimizer step")
+@pytest.mark.parametrize(("gradient", "steps"), [(0.0, 1), (float("inf"), 0), (float("nan"), 0)])
+def test_sam_goes_nowhere_up_a_slope_that_is_flat_or_not_finite(gradient, steps) -> None:
+    ms = members(4)
+    model = Quadratic(ms, torch.full((4,), 0.25, dtype=F64))
+    optimizer = SubspaceOptimizer(
+        model.parameters(), build_subspace(ms), SolverConfig(sam_rho=0.3), total_steps=4
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    calls = []
 
-    def step() -> None:
+    def closure() -> None:
+        calls.append(1)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, gradient)
+
+    optimizer.step(closure)
+    assert len(calls) == 1
+    assert (optimizer.steps, optimizer.skipped_steps) == (steps, 1 - steps)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_rate_of_zero_without_a_slope_only_wants_to_see_a_state() -> None:
+    """As torch.distributed.checkpoint does it: no step is counted, no closure asked for."""
+    for config in (SubspaceConfig(), SubspaceConfig(parametrization="mask")):
+        net, ms = net_members()
+        optimizer = SubspaceOptimizer(
+            net.named_parameters(), build_subspace(ms, config), total_steps=5
+        )
+        lr = optimizer.param_groups[0]["lr"]
         for p in net.parameters():
-            p.grad = torch.randn_like(p)
+            p.grad = torch.zeros_like(p)
+        optimizer.param_groups[0]["lr"] = 0.0
         optimizer.step()
+        assert optimizer.steps == 0
+        optimizer.param_groups[0]["lr"] = lr
+        if config.parametrization == "free":
+            optimizer.step()
+            assert optimizer.steps == 1
+            optimizer.param_groups[0]["lr"] = 0.0
+            for p in net.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            assert optimizer.steps == 2
 
-    step()
-    state = optimizer.state_dict()
-    before = state["solver"]["state"][0]["exp_avg"].clone()
-    step()
-    assert torch.equal(state["solver"]["state"][0]["exp_avg"], before)
+
+def test_closures_run_with_gradients_on_and_where_the_caller_has_them_off() -> None:
+    for config in (SubspaceConfig(), SubspaceConfig(parametrization="mask")):
+        net, ms = net_members()
+        optimizer = SubspaceOptimizer(
+            net.named_parameters(), build_subspace(ms, config), total_steps=5
+        )
+
+        def closure(net: Net = net) -> Tensor:
+            loss = net(torch.ones(2, 5, dtype=F64)).square().mean()
+            loss.backward()
+            return loss
+
+        with torch.no_grad():
+            optimizer.step(closure)
+        assert optimizer.steps == 1
+        assert optimizer.raw.grad is None

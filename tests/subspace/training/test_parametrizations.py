@@ -11,7 +11,12 @@ from reference import F64, Quadratic, expand, members
 from torch import Tensor
 
 from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
-from lightning_twa.subspace.training.parametrizations import Mask, Simplex, make_parametrization
+from lightning_twa.subspace.training.parametrizations import (
+    Mask,
+    Simplex,
+    make_parametrization,
+    pull_back,
+)
 
 
 def mix(ms: list[dict[str, Tensor]], beta: Tensor, subspace: Any) -> dict[str, Tensor]:
@@ -115,6 +120,74 @@ def test_half_of_the_candidates_rounded_up_and_too_few() -> None:
     subspace = build_subspace(members(3), SubspaceConfig(parametrization="mask", mask_size=3))
     with pytest.raises(ValueError, match="mask_size=3 keeps 3 of 3 candidates"):
         make_parametrization(subspace)
+
+
+def kept_probability(logits: Tensor, size: int) -> Tensor:
+    """``sigmoid(logits + s)`` with the sum ``size``, by bisection of one block."""
+    low, high = -60.0, 60.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        if float(torch.sigmoid(logits + middle).sum()) > size:
+            high = middle
+        else:
+            low = middle
+    return torch.sigmoid(logits + low)
+
+
+@pytest.mark.parametrize(("progress", "temperature"), [(0.0, 1.0), (0.5, 0.1**0.5), (1.0, 0.1)])
+def test_a_sample_is_a_relaxed_mask_whose_temperature_falls_from_1_to_a_tenth(
+    progress, temperature
+) -> None:
+    ms = members(6)
+    subspace = build_subspace(
+        ms, SubspaceConfig(blocks="tensor", parametrization="mask", mask_size=2)
+    )
+    mask = make_parametrization(subspace)
+    raw = 0.5 * torch.randn(6, subspace.num_blocks, dtype=F64)
+    step = 11
+    generator = torch.Generator().manual_seed(20502 + step)
+    uniform = torch.rand(raw.shape, generator=generator, dtype=F64)
+    noise = (uniform / (1 - uniform)).log()
+    sample = expand(subspace, mask.sample(raw, step, progress))
+    beta = torch.empty_like(raw)
+    for b in range(subspace.num_blocks):
+        p = kept_probability(6**0.5 * raw[:, b], 2)
+        relaxed = torch.sigmoid(((p / (1 - p)).log() + noise[:, b]) / temperature)
+        beta[:, b] = relaxed / relaxed.sum()
+    for key, expected in mix(ms, beta, subspace).items():
+        torch.testing.assert_close(sample[key], expected, rtol=1e-7, atol=1e-7)
+
+
+def test_a_pulled_back_gradient_is_that_of_the_same_sample() -> None:
+    subspace = build_subspace(members(5), SubspaceConfig(parametrization="mask", mask_size=2))
+    mask = make_parametrization(subspace)
+    raw = torch.randn(5, 1, dtype=F64)
+    gradient = torch.randn(subspace.num_directions, 1, dtype=F64)
+    for step, progress in ((0, 0.0), (3, 0.7)):
+        leaf = raw.clone().requires_grad_()
+        (mask.sample(leaf, step, progress) * gradient).sum().backward()
+        found = pull_back(mask, raw, gradient, step, progress)
+        torch.testing.assert_close(found, leaf.grad)
+    assert not raw.requires_grad
+    free = make_parametrization(build_subspace(members(5)))
+    assert pull_back(free, gradient, gradient, 0, 0.0) is gradient
+
+
+@pytest.mark.parametrize("name", ["free", "simplex"])
+def test_without_samples_training_uses_the_coefficients_themselves(name) -> None:
+    subspace = build_subspace(members(5), SubspaceConfig(parametrization=name))
+    parametrization = make_parametrization(subspace)
+    raw = torch.randn(parametrization.shape, dtype=F64)
+    assert not parametrization.samples
+    assert torch.equal(parametrization.sample(raw, 3, 0.5), parametrization.coefficients(raw))
+
+
+@pytest.mark.parametrize(("n", "size"), [(2, 1), (4, 2), (5, 3), (6, 3)])
+def test_half_of_the_candidates_rounded_up(n, size) -> None:
+    subspace = build_subspace(members(n), SubspaceConfig(parametrization="mask"))
+    mask = make_parametrization(subspace)
+    assert mask.size == size
+    assert mask.samples
 
 
 def learn(config: SubspaceConfig, solver: SolverConfig, beta: Tensor, steps: int = 200) -> Any:
