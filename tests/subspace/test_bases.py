@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import reference
 import torch
 from reference import BLOCKS, F32, F64, block_columns, expand, members
 from torch import nn
 
 from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
+from lightning_twa.subspace import bases
 
 
 @BLOCKS
@@ -104,3 +106,70 @@ def test_equal_pairs_of_candidates_are_kept_finite() -> None:
         subspace = build_subspace([first, second, dict(first)], SubspaceConfig(basis=name))
         assert bool(torch.isfinite(subspace.directions).all())
         assert bool(torch.isfinite(subspace.mixing).all())
+
+
+@BLOCKS
+def test_the_sign_of_a_principal_direction_does_not_depend_on_the_machine(blocks) -> None:
+    subspace = build_subspace(members(6), SubspaceConfig(blocks=blocks))
+    for row in subspace.mixing.flatten(0, 1):
+        assert float(row[row.abs().argmax()]) >= 0
+
+
+def test_principal_directions_come_largest_first() -> None:
+    norms = build_subspace(members(6)).directions.norm(dim=1)
+    assert norms.tolist() == sorted(norms.tolist(), reverse=True)
+
+
+def test_rank_keeps_the_first_directions_of_every_block() -> None:
+    ms = members(6)
+    every = build_subspace(ms, SubspaceConfig(blocks="tensor"))
+    some = build_subspace(ms, SubspaceConfig(blocks="tensor", rank=2))
+    assert some.mixing.shape == (5, 2, 6)
+    assert torch.equal(some.mixing, every.mixing[:, :2])
+
+
+def test_blocks_with_fewer_directions_have_rows_of_zeros() -> None:
+    ms = members(6)  # "scale" is one number, "none" has none
+    mixing = build_subspace(ms, SubspaceConfig(blocks="tensor")).mixing
+    assert mixing.any(dim=2).sum(dim=1).tolist() == [5, 5, 1, 0, 5]
+
+
+def test_gram_schmidt_of_nearly_parallel_candidates_is_orthogonal_to_rounding() -> None:
+    q = torch.linalg.qr(torch.randn(40, 4, dtype=F64)).Q.T
+    gram_rows = q[0] + 1e-4 * torch.cat([torch.zeros(1, 40), q[1:]])
+    mixing = bases.mix(
+        SubspaceConfig(basis="orthonormal"),
+        (gram_rows @ gram_rows.T)[None],
+        torch.ones(1, dtype=F64),
+    )[0]
+    assert mixing.shape == (4, 4)
+    gram = gram_rows @ gram_rows.T
+    torch.testing.assert_close(mixing @ gram @ mixing.T, torch.eye(4, dtype=F64), rtol=0, atol=1e-7)
+
+
+def test_a_candidate_that_depends_on_those_before_gives_no_orthonormal_direction() -> None:
+    first, second = torch.randn(2, 40, dtype=F64)
+    ms = [{"w": w} for w in (first, 2 * first, second, first - second, torch.zeros(40).double())]
+    subspace = build_subspace(ms, SubspaceConfig(basis="orthonormal"))
+    assert subspace.num_directions == 2
+    assert subspace.mixing[0, 0].nonzero().flatten().tolist() == [0]
+    assert subspace.mixing[0, 1].nonzero().flatten().tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["pca", "candidates", "orthonormal"])
+def test_what_is_below_the_rounding_of_the_center_is_no_direction(name) -> None:
+    """Of candidates of norm 1, the products of differences below about 1e-15 are noise."""
+    config = SubspaceConfig(basis=name)
+    gram = torch.diag_embed(torch.tensor([[2.0, 1.0, 1.0]], dtype=F64))
+    norm2 = torch.ones(1, dtype=F64)
+    eps2 = torch.finfo(F64).eps ** 2
+    assert bool(bases.mix(config, 100 * eps2 * gram, norm2).any())
+    assert not bases.mix(config, eps2 * gram, norm2).any()
+    assert bases.mix(config, eps2 * gram, norm2).shape[1] == (3 if name == "candidates" else 1)
+    assert bool(bases.mix(config, eps2 * gram, 0.01 * norm2).any())
+
+
+def test_candidates_at_the_center_have_no_normalised_direction() -> None:
+    gram = torch.diag_embed(torch.tensor([[4.0, 0.0, 0.25]], dtype=F64))
+    found = bases.mix(SubspaceConfig(basis="candidates"), gram, torch.ones(1, dtype=F64))
+    assert torch.equal(found[0], torch.diag(torch.tensor([0.5, 0.0, 2.0], dtype=F64)))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
-from reference import BASES, BLOCKS, F64, Net, candidates, check_products, members
+from reference import BASES, BLOCKS, F64, Net, candidates, check_products, expand, members
 from torch import nn
 
 from lightning_twa import SubspaceConfig, SubspaceOptimizer, build_subspace
-from lightning_twa.subspace import build
+from lightning_twa.subspace import Columns, ParameterLayout, build, held_everywhere
+from lightning_twa.subspace.directions import DenseDirections, PackedDirections
 
 
 @BASES
@@ -138,3 +140,151 @@ def test_candidates_that_are_equal_give_a_warning() -> None:
     for name in ("pca", "candidates"):
         with pytest.warns(UserWarning, match=r"^The 3 candidates are equal up to rounding"):
             build_subspace([{"w": tensor}] * 3, SubspaceConfig(basis=name))
+
+
+def test_warnings_name_the_line_that_calls() -> None:
+    with pytest.warns(UserWarning, match="equal up to rounding") as caught:
+        build_subspace([{"w": torch.ones(3)}] * 3)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_subspace([{"w": torch.ones(3)}] * 3, SubspaceConfig(basis="orthonormal"))
+
+
+# --- a start of its own
+
+
+def test_a_start_is_the_center_and_weights_count_from_it() -> None:
+    ms, start = members(5), members(1)[0]
+    mean = build_subspace(ms, SubspaceConfig(blocks="tensor"))
+    subspace = build_subspace(ms, SubspaceConfig(blocks="tensor"), start=start)
+    assert (mean.starts_at_mean, subspace.starts_at_mean) == (True, False)
+    assert torch.equal(subspace.center, torch.cat([v.reshape(-1) for v in start.values()]))
+    assert torch.equal(subspace.mixing, mean.mixing)
+    assert torch.equal(subspace.directions, mean.directions)
+    x = torch.randn(subspace.num_directions, subspace.num_blocks, dtype=F64)
+    difference = subspace.averaging_weights(x)
+    torch.testing.assert_close(difference.sum(0), torch.zeros(5, dtype=F64))
+    torch.testing.assert_close(difference + 0.2, mean.averaging_weights(x))
+    out = expand(subspace, x)
+    for spec in subspace.layout.specs:
+        terms = [b * m[spec.name] for b, m in zip(difference[:, spec.block], ms, strict=True)]
+        torch.testing.assert_close(out[spec.name], start[spec.name] + sum(terms))
+
+
+def test_a_start_that_does_not_fit_is_refused() -> None:
+    ms, start = members(5), members(1)[0]
+    with pytest.raises(ValueError, match="parametrization='simplex' starts from the uniform"):
+        build_subspace(ms, SubspaceConfig(parametrization="simplex"), start=start)
+    start["a.bias"] = torch.zeros(6)
+    with pytest.raises(ValueError, match=r"^The start has 'a\.bias' with shape \(6,\)"):
+        build_subspace(ms, start=start)
+
+
+# --- passes
+
+
+def test_every_pass_says_how_far_it_is(monkeypatch) -> None:
+    monkeypatch.setattr(build, "TILE_COLUMNS", 10)
+    ms = members(3)
+    done: list[int] = []
+    whole = build_subspace(ms, tick=done.append)
+    tiles = [10, 10, 10, 5, 7, 1, 10, 10, 1]  # of 35, 7, 1, none and 21 columns
+    assert done == 3 * tiles
+    done.clear()
+    build_subspace(ms, mixing=whole.mixing, tick=done.append)
+    assert done == 2 * tiles
+    done.clear()
+    build_subspace(ms, start=ms[0], tick=done.append)
+    assert done == 3 * tiles
+
+
+def test_a_mixing_gives_exactly_the_directions_again() -> None:
+    ms = members(5)
+    first = build_subspace(ms, SubspaceConfig(blocks="tensor"))
+    again = build_subspace(ms, SubspaceConfig(blocks="tensor"), mixing=first.mixing.float())
+    assert again.mixing.dtype == F64
+    assert torch.equal(again.mixing, first.mixing.float().double())
+    same = build_subspace(ms, SubspaceConfig(blocks="tensor"), mixing=first.mixing)
+    assert torch.equal(same.directions, first.directions)
+    for blocks, mixing in (("global", first.mixing), ("tensor", first.mixing[:, :, :4])):
+        with pytest.raises(ValueError, match="mixing has shape"):
+            build_subspace(ms, SubspaceConfig(blocks=blocks), mixing=mixing)
+
+
+# --- columns of one of several processes
+
+
+@BASES
+def test_with_all_columns_a_process_builds_what_one_builds(name, monkeypatch) -> None:
+    agreed: list[bool] = []
+    monkeypatch.setattr(build, "all_ranks", lambda value, device: agreed.append(value) or value)
+    ms, config = members(5), SubspaceConfig(basis=name, blocks="tensor", bits=4)
+    one = build_subspace(ms, config)
+    assert not agreed, "there is nobody to agree with"
+    columns = held_everywhere(one.layout, 0, 1)
+    alone = build_subspace(ms, config, columns=columns)
+    assert torch.equal(one.mixing, alone.mixing)
+    assert torch.equal(one.directions, alone.directions)
+    assert agreed == [False]
+
+
+def test_sums_over_columns_are_of_those_that_are_counted(monkeypatch) -> None:
+    """Two tensors, of which another process counts the second."""
+    ms = [{"a": torch.randn(9, dtype=F64), "b": torch.randn(7, dtype=F64)} for _ in range(4)]
+    first = build_subspace(ms, names=["a"])
+    whole = build_subspace(ms)
+    counted = Columns(whole.layout, whole.layout, None, (True, False))
+    sums = []
+    monkeypatch.setattr(build, "sum_over_ranks", lambda t, device: sums.append(t.clone()) or t)
+    found = build_subspace(ms, columns=counted)
+    assert torch.equal(found.mixing, first.mixing)
+    gram, norm2, squares = sums
+    a = torch.stack([m["a"] for m in ms])
+    torch.testing.assert_close(gram[0], (a - a.mean(0)) @ (a - a.mean(0)).T)
+    torch.testing.assert_close(norm2, a.mean(0).square().sum()[None])
+    assert squares.shape == (2,)
+
+
+def test_the_first_process_s_mixing_is_everybody_s(monkeypatch) -> None:
+    """Also where another number of directions counts there."""
+    ms = members(5)
+    columns = held_everywhere(build_subspace(ms).layout, 0, 1)
+    for k in (1, 2, 5):
+        theirs = torch.zeros(1, 5, 5, dtype=F64)
+        theirs[:, :k] = torch.randn(1, k, 5, dtype=F64)
+        monkeypatch.setattr(build, "from_rank_zero", lambda own, device, theirs=theirs: theirs)
+        assert torch.equal(build_subspace(ms, columns=columns).mixing, theirs[:, :k])
+
+
+def test_of_equal_candidates_processes_too_have_one_direction_of_zeros() -> None:
+    ms = [{"w": torch.ones(4)}] * 3
+    columns = held_everywhere(ParameterLayout.from_tensors(ms[0]), 0, 1)
+    with pytest.warns(UserWarning, match="equal up to rounding"):
+        mixing = build_subspace(ms, columns=columns).mixing
+    assert torch.equal(mixing, torch.zeros(1, 1, 3, dtype=F64))
+
+
+def test_parts_of_sharded_tensors_are_checked_by_their_own_shapes() -> None:
+    whole = ParameterLayout.from_tensors({"w": torch.zeros(6, 2)})
+    local = ParameterLayout.from_tensors({"w": torch.zeros(3, 2)})
+    ms = [{"w": torch.randn(3, 2)} for _ in range(3)]
+    found = build_subspace(ms, columns=Columns(whole, local, None, (True,)))
+    assert (found.layout, found.local_layout) == (whole, local)
+    assert found.center.shape == (6,)
+    with pytest.raises(ValueError, match=r"'w' with shape \(3, 2\), but .* \(6, 2\)"):
+        build_subspace(ms, columns=Columns(whole, local, (slice(0, 6),), (True,)))
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "dtype"),
+    [
+        (8, PackedDirections, None),
+        (16, DenseDirections, torch.bfloat16),
+        (32, DenseDirections, torch.float64),
+    ],
+)
+def test_how_directions_are_kept(bits, kind, dtype) -> None:
+    stored = build_subspace(members(3), SubspaceConfig(bits=bits)).stored
+    assert type(stored) is kind
+    assert dtype is None or stored.rows.dtype == dtype

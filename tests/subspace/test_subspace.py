@@ -125,3 +125,26 @@ def test_averaging_weights_hold_up_to_the_measured_error(bits) -> None:
     mixed = sum(b * w for b, w in zip(beta[:, 0], flat, strict=True))
     moved = mixed - subspace.center.double()
     assert float((theta - mixed).norm() / moved.norm()) < 1.3 * subspace.stored.error
+
+
+def test_what_a_subspace_says_of_itself() -> None:
+    ms = members(5)
+    subspace = build_subspace(ms, SubspaceConfig(blocks="tensor", rank=3))
+    assert (subspace.num_candidates, subspace.num_directions, subspace.num_blocks) == (5, 3, 5)
+    numel = 35 + 7 + 1 + 21
+    assert subspace.nbytes == 8 * numel * (3 + 1)
+    assert repr(subspace) == (
+        f"Subspace(basis='pca', n=5, k=3, D={numel}, B=5, bits=32, bytes={8 * numel * 4}, "
+        f"device='cpu', relative_error=0)"
+    )
+    assert subspace.local_layout is subspace.layout
+
+
+def test_products_record_nothing_for_autograd() -> None:
+    subspace = build_subspace(members(4))
+    gradients = [torch.ones(s.shape, dtype=F64).requires_grad_() for s in subspace.layout.specs]
+    assert not subspace.project(gradients).requires_grad
+    x = torch.ones(3, 1, dtype=F64, requires_grad=True)
+    out = [torch.zeros(s.shape, dtype=F64).requires_grad_() for s in subspace.layout.specs]
+    subspace.expand(x, out)
+    assert all(t.grad_fn is None for t in out)

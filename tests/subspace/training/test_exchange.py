@@ -224,3 +224,154 @@ def test_what_is_exchanged_at_a_time_is_bounded() -> None:
         rows, width = shard._shape
         assert rows * width <= 1000
         assert (rows, len(shard._buckets)) == (processes, shard._size // width)
+
+
+# --- several processes played by one, so that every element's way is seen without a group
+
+
+class Group:
+    """Processes whose gradients are equal; each is played in turn."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+        self.size, self.rank = size, 0
+        self.own: list[Tensor] = []  # every process's columns, for the one that gathers them
+        for name, function in (
+            ("rank", lambda: self.rank),
+            ("world_size", lambda: size),
+            ("sum_over_ranks", lambda message, device: message),
+            ("reduce_scatter_mean", lambda rows, out: out.copy_(rows[self.rank])),
+            ("gather_columns", self.gather),
+        ):
+            monkeypatch.setattr(exchange, name, function)
+
+    def gather(self, columns: Tensor, rows: Tensor) -> None:
+        first = columns.storage_offset()
+        for row, own in zip(rows, self.own, strict=True):
+            row.copy_(own[first : first + len(columns)])
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("bucket", [1, 1000, 10_000, 1 << 24])
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_shards_together_take_the_step_of_one_process(
+    processes, bucket, averaged, monkeypatch
+) -> None:
+    shapes = {"a": (13, 10), "empty": (0, 3), "b": (5,), "c": (2, 8192), "d": (150, 121)}
+    if bucket == 1:
+        shapes = {"a": (13, 10), "b": (5,)}  # a column at a time
+    members = [seeded(i, shapes) for i in range(4)]
+    one = build_subspace(members)
+    x = torch.randn(3, 1, dtype=torch.float64)
+    named = seeded(9, shapes)
+    for i, (name, gradient) in enumerate(seeded(10, shapes).items()):
+        named[name].grad = None if i == 2 else gradient
+    named["a"].grad = named["a"].grad.to_sparse()
+    named["a"].data = torch.zeros(10, 13).t()  # not contiguous
+    group = Group(monkeypatch, processes)
+    every = cut_evenly(one.layout, processes)
+    total = torch.zeros(3, 1, dtype=torch.float64)
+    shards = []
+    for group.rank in range(processes):
+        shard = exchange.Shard(every, averaged=averaged, device=CPU, bucket=bucket)
+        part = build_subspace(members, columns=every[group.rank], mixing=one.mixing)
+        shards.append((shard, part))
+        found = shard.project(part, list(named.values()))
+        assert found is not None
+        total += found
+    expected = one.project([p.grad for p in named.values()])
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
+
+    for shard, part in shards:  # what each would give to the others
+        own = torch.zeros(shard._size)
+        part.expand(x, shard._split(own))
+        group.own.append(own)
+    theta = [torch.empty(spec.shape) for spec in one.layout.specs]
+    one.expand(x, theta)
+    for group.rank, (shard, part) in enumerate(shards):
+        for parameter in named.values():
+            parameter.data.fill_(torch.nan)
+        shard.expand(part, x, list(named.values()))
+        for parameter, exact in zip(named.values(), theta, strict=True):
+            torch.testing.assert_close(parameter.detach(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_parameters_of_one_dtype_are_exchanged_in_it(monkeypatch) -> None:
+    members = [seeded(i, {"a": (5,), "b": (3,)}) for i in range(3)]
+    subspace = build_subspace(members)
+    Group(monkeypatch, 1)
+    (columns,) = cut_evenly(subspace.layout, 1)
+    shard = exchange.Shard([columns], averaged=False, device=CPU)
+    carried = []
+    monkeypatch.setattr(exchange, "gather_columns", lambda own, rows: carried.append(own.dtype))
+    half, full = torch.bfloat16, torch.float32
+    x = torch.zeros(2, 1)
+    for first, second, expected in ((half, half, half), (half, full, full), (full, full, full)):
+        shard.expand(subspace, x, [torch.zeros(5, dtype=first), torch.zeros(3, dtype=second)])
+        assert carried.pop() == expected
+    assert not carried
+
+
+@pytest.mark.parametrize("how", ["replicate", "shard", "local"])
+def test_a_process_without_gradients_counts_as_zero_where_another_has_some(
+    how, monkeypatch
+) -> None:
+    members = [seeded(i, {"a": (5,), "b": (3,)}) for i in range(3)]
+    subspace = build_subspace(members)
+    group = Group(monkeypatch, 2 if how == "replicate" else 1)
+    columns = held_everywhere(subspace.layout, 0, 1)
+    make: Any = {
+        "replicate": lambda: exchange.Replicate(CPU),
+        "shard": lambda: exchange.Shard(cut_evenly(subspace.layout, 1), averaged=False, device=CPU),
+        "local": lambda: exchange.LocalShards(columns, device=CPU),
+    }
+    exchanged = make[how]()
+    parameters = [torch.zeros(5), torch.zeros(3)]
+    assert exchanged.project(subspace, parameters) is None
+    # the other process's coefficient gradient, and that it has one
+    others = torch.tensor([2.0, 6.0, 1.0], dtype=torch.float64)
+    monkeypatch.setattr(exchange, "sum_over_ranks", lambda message, device: message + others)
+    found = exchanged.project(subspace, parameters)
+    assert found.flatten().tolist() == ([1.0, 3.0] if group.size == 2 else [2.0, 6.0])
+    parameters[1].grad = torch.ones(3)
+    mine = subspace.project([None, torch.ones(3)]).flatten()
+    found = exchanged.project(subspace, parameters).flatten()
+    torch.testing.assert_close(found, (mine + others[:2]) / group.size)
+
+
+def test_local_shards_count_each_part_once_and_write_all_of_them(monkeypatch) -> None:
+    Group(monkeypatch, 1)
+    members = [seeded(i, {"a": (5,), "b": (3,)}) for i in range(3)]
+    subspace = build_subspace(members)
+    columns = Columns(subspace.layout, subspace.layout, None, (True, False))
+    parameters = [Part(torch.zeros(5)), Part(torch.zeros(3))]
+    gradients = [torch.randn(5), torch.randn(3)]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = Part(gradient)
+    shards: Any = exchange.LocalShards(columns, device=CPU)
+    found = shards.project(subspace, parameters)
+    assert torch.equal(found, subspace.project([gradients[0], None]))
+    x = torch.randn(2, 1)
+    shards.expand(subspace, x, parameters)
+    theta = [torch.empty(5), torch.empty(3)]
+    subspace.expand(x, theta)
+    assert all(torch.equal(p.part, exact) for p, exact in zip(parameters, theta, strict=True))
+
+
+class Part:
+    """A tensor of which this process holds a part."""
+
+    def __init__(self, part: Tensor) -> None:
+        self.part = part
+        self.grad: Any = None
+
+    def to_local(self) -> Tensor:
+        return self.part
+
+
+def test_one_process_has_a_gradient_where_any_tensor_has() -> None:
+    subspace = build_subspace([seeded(i, {"a": (5,), "b": (3,)}) for i in range(3)])
+    parameters = [torch.zeros(5), torch.zeros(3)]
+    assert exchange.OneProcess().project(subspace, parameters) is None
+    parameters[1].grad = torch.ones(3)
+    found = exchange.OneProcess().project(subspace, parameters)
+    assert torch.equal(found, subspace.project([None, torch.ones(3)]))
