@@ -9,9 +9,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from common import Recorder, Regressor, loader, trainer, weights
-from helpers_ddp import fit
-from helpers_resume import differences, equal, run, state
+from helpers.common import Recorder, Regressor, loader, trainer, weights
+from helpers.ddp import fit
+from helpers.resume import differences, equal, run, state
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 

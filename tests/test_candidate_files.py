@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers_files import mapped
+from helpers.common import ROOT, TESTS
+from helpers.files import mapped
 from torch import Tensor
 
 from lightning_twa.candidates import Candidate, encoding, files
@@ -232,10 +233,9 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     if sys.platform != "linux":
         pytest.skip("forks, and looks into /proc")
     root = tmp_path_factory.mktemp("processes")
-    here = Path(__file__).parent
     output = subprocess.run(
-        [sys.executable, str(here / "helpers_files.py"), str(root)],
-        env={**os.environ, "PYTHONPATH": str(here.parent)},
+        [sys.executable, "-m", "helpers.files", str(root)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])},
         stdout=subprocess.PIPE,
         check=True,
         timeout=120,

@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from common import Recorder, Regressor, loader, trainer, weights
-from helpers_resume import equal, ordered, run, state
+from helpers.common import Recorder, Regressor, loader, trainer, weights
+from helpers.resume import equal, ordered, run, state
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm

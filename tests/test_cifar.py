@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import load_script
+from helpers.common import load_script
 from torch import Tensor, nn
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "cifar.py"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import load_script, weights
+from helpers.common import load_script, weights
 
 from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
 

@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from common import Recorder, Regressor, loader, trainer, weights
-from helpers_ddp import fit, strided
-from helpers_resume import differences, equal, run
+from helpers.common import Recorder, Regressor, loader, trainer, weights
+from helpers.ddp import fit, strided
+from helpers.resume import differences, equal, run
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor

@@ -16,8 +16,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from common import Regressor, trainer
-from helpers_resume import differences, ordered, run
+from helpers.common import TESTS, Regressor, trainer
+from helpers.resume import differences, ordered, run
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -294,7 +294,7 @@ def test_a_damaged_state_is_a_clear_error_and_never_another_average(
 @pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning")
 def test_a_checkpoint_of_this_format_can_be_read(tmp_path) -> None:
     """Written by version 0.1.0 in the phase; later versions must go on from it."""
-    path = Path(__file__).parent / "fixtures" / "format_1_phase.ckpt"
+    path = TESTS / "fixtures" / "format_1_phase.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["callbacks"]["TWACallback"]["format_version"] == 1
     module, twa = Regressor(), TWACallback(4, collect=CollectConfig(start=1))
@@ -312,7 +312,7 @@ def test_a_checkpoint_of_this_format_can_be_read(tmp_path) -> None:
 
 def write_fixture() -> None:
     """How the fixture was made: ``python tests/test_crash.py``."""
-    folder = Path(__file__).parent / "fixtures"
+    folder = TESTS / "fixtures"
     folder.mkdir(exist_ok=True)
     saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     run(

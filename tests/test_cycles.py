@@ -12,9 +12,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from common import Recorder, Regressor, loader, mse, regression_data, trainer, weights
-from helpers_ddp import fit, flat, strided
-from helpers_resume import differences, ordered, run
+from helpers.common import Recorder, Regressor, loader, mse, regression_data, trainer, weights
+from helpers.ddp import fit, flat, strided
+from helpers.resume import differences, ordered, run
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 

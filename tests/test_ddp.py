@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from common import Regressor, regression_data, weights
-from helpers_ddp import fit, flat, strided, twa
-from helpers_resume import equal, state
+from helpers.common import Regressor, regression_data, weights
+from helpers.ddp import fit, flat, strided, twa
+from helpers.resume import equal, state
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy

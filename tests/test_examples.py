@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common import load_script
+from helpers.common import load_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NUMBER = r"[+-]\d+\.\d+"

@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from common import Regressor, loader, mse, trainer, weights
-from helpers_resume import differences, equal, ordered, run, state
+from helpers.common import Regressor, loader, mse, trainer, weights
+from helpers.resume import differences, equal, ordered, run, state
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset

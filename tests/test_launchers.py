@@ -16,11 +16,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from common import Regressor, loader, trainer
-from helpers_ddp import Report, fit, strided, twa
-from helpers_resume import equal
+from helpers.common import TESTS, Regressor, loader, trainer
+from helpers.ddp import Report, fit, strided, twa
+from helpers.processes import free_port, torchrun_environment
+from helpers.resume import equal
 from lightning.pytorch.strategies import DDPStrategy
-from processes import free_port, torchrun_environment
 from test_storage import files
 
 from lightning_twa import StorageConfig, SubspaceConfig
@@ -40,8 +40,8 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import lightning as L
 import torch
-from common import Regressor, trainer
-from helpers_ddp import Report, strided
+from helpers.common import Regressor, trainer
+from helpers.ddp import Report, strided
 from lightning_twa import CollectConfig, StorageConfig, TWACallback
 
 folder = Path(sys.argv[1])
@@ -63,7 +63,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.parametrize("distribute", ["replicate", "shard"])
 def test_two_nodes_with_a_torchrun_agent_each(tmp_path, distribute) -> None:
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(tests=str(TESTS)))
     folder = tmp_path / "run"
     folder.mkdir()
     port = free_port()

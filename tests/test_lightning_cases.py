@@ -14,8 +14,8 @@ from unittest import mock
 import lightning as L
 import pytest
 import torch
-from common import Regressor, loader, trainer, weights
-from helpers_resume import EpochOrder, equal, state
+from helpers.common import Regressor, loader, trainer, weights
+from helpers.resume import EpochOrder, equal, state
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset, RandomIterableDataset
 from lightning.pytorch.strategies import Strategy

@@ -9,12 +9,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from common import Regressor, loader, trainer
-from helpers_ddp import flat, strided
-from helpers_resume import equal
+from helpers.common import Regressor, loader, trainer
+from helpers.ddp import flat, strided
+from helpers.processes import run
+from helpers.resume import equal
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from processes import run
 from torch import Tensor, nn
 
 from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback

@@ -11,7 +11,7 @@ import lightning as L
 import lightning.pytorch.callbacks as new_callbacks
 import pytest
 import torch
-from common import loader, mse, weights
+from helpers.common import loader, mse, weights
 from torch import Tensor, nn
 
 import lightning_twa

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import Regressor, loader, mse, regression_data, trainer, weights
+from helpers.common import Regressor, loader, mse, regression_data, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ from functools import reduce
 
 import lightning as L
 import pytest
-from common import Regressor, loader, trainer
+from helpers.common import Regressor, loader, trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities.types import LRSchedulerConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import Regressor, loader, trainer
+from helpers.common import Regressor, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn

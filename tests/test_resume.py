@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from common import Recorder, Regressor, loader, mse, trainer, weights
-from helpers_resume import (
+from helpers.common import Recorder, Regressor, loader, mse, trainer, weights
+from helpers.resume import (
     EpochOrder,
     ResumableLoader,
     differences,

@@ -11,9 +11,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from common import Regressor, loader, trainer
-from helpers_ddp import fit, flat, strided
-from helpers_resume import equal, state
+from helpers.common import Regressor, loader, trainer
+from helpers.ddp import fit, flat, strided
+from helpers.resume import equal, state
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 

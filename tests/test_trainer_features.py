@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Recorder, Regressor, loader, mse, regression_data, trainer, weights
+from helpers.common import Recorder, Regressor, loader, mse, regression_data, trainer, weights
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EarlyStopping,

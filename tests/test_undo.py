@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from common import Recorder, Regressor, loader, trainer, weights
-from helpers_resume import equal
+from helpers.common import Recorder, Regressor, loader, trainer, weights
+from helpers.resume import equal
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torchmetrics import MeanMetric
@@ -308,7 +308,7 @@ def test_a_training_step_that_needs_gradients_keeps_the_average_with_a_warning(t
 
 
 def test_persistent_workers_and_validation_within_an_epoch(tmp_path) -> None:
-    from common import regression_data
+    from helpers.common import regression_data
     from torch.utils.data import DataLoader
 
     results = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run
+from helpers.processes import run
 from reference import CPU, seeded
 from torch import Tensor
 

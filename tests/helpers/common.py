@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+
 
 def regression_data(n: int = 64, seed: int = 0) -> TensorDataset:
     """A noisy nonlinear regression with 6 inputs."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from common import loader, regression_data, trainer, weights
-from helpers_resume import state
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from helpers.common import loader, regression_data, trainer, weights
+from helpers.resume import state
 from lightning_twa import CollectConfig, TWACallback
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from common import Recorder, regression_data, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from helpers.common import Recorder, regression_data, trainer
 from lightning_twa import TWACallback
 
 

@@ -1,4 +1,7 @@
-"""Processes that race, share and get killed, for test_candidate_files.py; needs fork."""
+"""Processes that race for, share and are killed while writing candidate files; needs fork.
+
+``python -m helpers.files FOLDER`` runs them, apart from whatever a test process holds.
+"""
 
 from __future__ import annotations
 
