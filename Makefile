@@ -25,7 +25,7 @@ test: venv lint
 	$(MAKE) docs package
 
 # The built wheel, not the checkout, passes the quick tests.
-WHEEL_TESTS = schedule report average store cycles
+WHEEL_TESTS = test_average candidates/test_store phases/test_plan phases/test_report phases/test_cycles
 package: venv
 	rm -rf build/package
 	$(BIN)/python -m hatchling build -d build/package/dist
@@ -34,7 +34,7 @@ package: venv
 	cd build/package && PYTHONPATH=site $(abspath $(BIN))/python -c \
 		"import lightning_twa; assert 'build/package/site' in lightning_twa.__file__"
 	cd build/package && PYTHONPATH=site $(abspath $(BIN))/python -m pytest -q --durations=1 \
-		$(WHEEL_TESTS:%=tests/test_%.py)
+		$(WHEEL_TESTS:%=tests/%.py)
 
 # The tables of docs/benchmarks.md about the paper's claims; about 20 minutes on 2 cores.
 claims: venv

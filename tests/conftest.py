@@ -10,6 +10,8 @@ import lightning as L
 import pytest
 import torch
 
+pytest.register_assert_rewrite("helpers")
+
 
 @pytest.fixture(autouse=True)
 def _fixed_start() -> Iterator[None]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import load_script, weights
 
+from helpers.common import load_script, weights
 from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
 
 FOLDER = Path(__file__).parents[1] / "examples" / "cli"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.common import load_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -9,12 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.common import Regressor, loader, mse, trainer, weights
-from helpers.resume import differences, equal, ordered, run, state
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.common import Regressor, loader, mse, trainer, weights
+from helpers.resume import differences, equal, ordered, run, state
+from helpers.runs import fit
 from lightning_twa import CollectConfig, StorageConfig, TWACallback, average
 from lightning_twa.candidates import Store
 
@@ -206,9 +207,6 @@ def test_the_average_is_of_what_is_trained(tmp_path, caplog) -> None:
         torch.testing.assert_close(parameter.double(), mix, rtol=1e-5, atol=1e-6)
 
 
-# --- transformers with adapters
-
-
 @pytest.fixture(scope="module")
 def peft() -> Any:
     """The package, without its advice about packages of its own."""
@@ -261,6 +259,9 @@ class Adapted(L.LightningModule):
 def counting() -> DataLoader:
     starts = torch.arange(24).unsqueeze(1)
     return DataLoader(TensorDataset((starts + torch.arange(8)) % 32), batch_size=8)
+
+
+# --- transformers with adapters
 
 
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["ln_f"]}])
@@ -318,3 +319,29 @@ def test_an_average_of_adapters_loads_into_the_model(tmp_path, peft) -> None:
     name = "net.base_model.model.transformer.h.0.attn.c_attn.lora_A.default.weight"
     mean = torch.stack([c.parameters[name] for c in twa.candidates]).double().mean(0)
     torch.testing.assert_close(module.state_dict()[name].double(), mean, rtol=1e-6, atol=1e-7)
+
+
+# --- data of the phase
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")  # BatchNorm's
+def test_backbone_that_is_unfrozen_while_collecting(tmp_path) -> None:
+    class Two(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh())
+            self.head = nn.Linear(8, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return mse(self.head(self.backbone(batch[0])), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            trainable = [p for p in self.parameters() if p.requires_grad]
+            return torch.optim.SGD(trainable, 0.05)
+
+    twa = TWACallback(start_epoch=4, collect=CollectConfig(start=0))
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, backbone_initial_lr=0.01)
+    module, recorder, _ = fit(tmp_path, twa, Two(), val=None, callbacks=[finetuning])
+    beta = twa.averaging_weights[:, 0]
+    exact = sum(b * recorder.epochs[e] for e, b in enumerate(beta))
+    torch.testing.assert_close(weights(module), exact, rtol=1e-5, atol=1e-6)

@@ -11,10 +11,10 @@ import lightning as L
 import lightning.pytorch.callbacks as new_callbacks
 import pytest
 import torch
-from helpers.common import loader, mse, weights
 from torch import Tensor, nn
 
 import lightning_twa
+from helpers.common import loader, mse, weights
 from lightning_twa import CollectConfig, SubspaceConfig, average, plot_averaging_weights
 
 old = pytest.importorskip("pytorch_lightning")

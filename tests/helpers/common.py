@@ -55,6 +55,14 @@ class Regressor(L.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.7)]
 
 
+class Frozen(Regressor):
+    """Its first layer is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__(batchnorm=True)
+        self.net[0].requires_grad_(False)
+
+
 def loader(n: int = 64, batch_size: int = 16, seed: int = 0) -> DataLoader:
     """Batches in a fixed order."""
     return DataLoader(regression_data(n, seed), batch_size=batch_size)
@@ -78,6 +86,16 @@ def trainer(tmp_path: Path, **kwargs: Any) -> L.Trainer:
 def weights(module: nn.Module) -> Tensor:
     """All parameters in one flat float64 vector, copied."""
     return torch.cat([p.detach().double().reshape(-1) for p in module.parameters()])
+
+
+def flat(tensors: Any) -> Tensor:
+    """The values of a dict of tensors in one flat float64 vector."""
+    return torch.cat([t.double().reshape(-1) for t in tensors.values()])
+
+
+def uniform(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of states, in float64."""
+    return {n: sum(s[n].double() for s in states) / len(states) for n in states[0]}
 
 
 def load_script(path: Path) -> ModuleType:

@@ -8,12 +8,22 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from helpers.common import loader, regression_data, trainer, weights
+from helpers.common import Regressor, loader, regression_data, trainer, weights
 from helpers.resume import state
-from lightning_twa import CollectConfig, TWACallback
+from lightning_twa import TWACallback
+
+
+class Wide(Regressor):
+    """Four tiles of 8192 columns, so that up to three processes have columns to share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(6, 120), nn.Tanh(), nn.Linear(120, 240), nn.Tanh(), nn.Linear(240, 1)
+        )
 
 
 class Strided(Sampler):
@@ -95,11 +105,3 @@ def fit(
         ckpt_path=ckpt_path,
     )
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
-
-
-def twa(**kwargs: Any) -> TWACallback:
-    return TWACallback(**{"start_epoch": 4, "collect": CollectConfig(start=1), **kwargs})
-
-
-def flat(tensors: Any) -> Tensor:
-    return torch.cat([t.double().reshape(-1) for t in tensors.values()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from helpers.common import Recorder, regression_data, trainer
-from lightning_twa import TWACallback
+from helpers.common import Recorder, Regressor, regression_data, trainer
+from lightning_twa import CollectConfig, TWACallback
 
 
 class EpochOrder(Sampler):
@@ -77,6 +78,11 @@ def state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
+def twa(**kwargs: Any) -> TWACallback:
+    """Candidates of epochs 1 to 3, the phase in epochs 4 and 5, unless told otherwise."""
+    return TWACallback(**{"start_epoch": 4, "collect": CollectConfig(start=1), **kwargs})
+
+
 @dataclass
 class Outcome:
     """What a run ended with."""
@@ -129,3 +135,15 @@ def differences(whole: Outcome, resumed: Outcome) -> list[str]:
         "callback state": (whole.callback, resumed.callback),
     }
     return found + [what for what, (a, b) in pairs.items() if not equal(a, b)]
+
+
+def saved(path: Path) -> list[Path]:
+    """Checkpoints, oldest first."""
+    return sorted(path.glob("*.ckpt"), key=lambda p: int(re.search(r"step=(\d+)", p.stem).group(1)))
+
+
+def interrupted(tmp_path: Path, epoch: int, **kwargs: Any) -> Path:
+    """A checkpoint from the end of an epoch."""
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, save_on_train_epoch_end=True)
+    run(tmp_path, Regressor, lambda: twa(**kwargs), saver=saver)
+    return saved(tmp_path)[epoch]

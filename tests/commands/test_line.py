@@ -1,0 +1,47 @@
+"""The command line: its help, its usage errors, and that it runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from helpers.commands import usage
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("must end in one of", ["-o", "out.zip"]),
+        ("required: -o/--output", []),
+        ("--method ema and --decay go together", ["-o", "a.pt", "--method", "ema"]),
+        ("--method ema and --decay go together", ["-o", "a.pt", "--decay", "0.5"]),
+        ("must be between 0 and 1", ["-o", "a.pt", "--method", "ema", "--decay", "1"]),
+        ("--method weights and --weights go together", ["-o", "a.pt", "--weights", "1"]),
+        ("must be a finite number", ["-o", "a.pt", "--method", "weights", "--weights", "nan"]),
+        ("must be a finite number", ["-o", "a.pt", "--method", "weights", "--weights", "1,x"]),
+        ("2 numbers, but 1 file", ["-o", "a.pt", "--method", "weights", "--weights", "1,2"]),
+        ("must be an integer, 1 or more", ["-o", "a.pt", "--last", "0"]),
+        ("invalid choice: 'greedy'", ["-o", "a.pt", "--method", "greedy"]),
+    ],
+)
+def test_wrong_usage(tmp_path, capsys, monkeypatch, message, options) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": torch.ones(2)}, "w.pt")
+    usage(capsys, message, "average", "w.pt", *options)
+    usage(capsys, "arguments are required: command")
+    assert [file.name for file in tmp_path.iterdir()] == ["w.pt"]
+
+
+def test_it_runs_as_a_module(tmp_path) -> None:
+    command = [sys.executable, "-m", "lightning_twa"]
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    assert helped.stdout.startswith("usage: python -m lightning_twa")
+    assert "inspect" in helped.stdout
+    failed = subprocess.run(
+        [*command, "inspect", "none.ckpt"], capture_output=True, text=True, check=False
+    )
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("error: none.ckpt does not exist")

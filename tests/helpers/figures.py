@@ -1,0 +1,30 @@
+"""Runs that have something to draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from helpers.common import Regressor, loader, trainer
+from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+
+
+def trained(
+    tmp_path: Path,
+    blocks: Any = "global",
+    subspace: SubspaceConfig | None = None,
+    module: Regressor | None = None,
+    solver: SolverConfig | None = None,
+) -> tuple[TWACallback, Regressor]:
+    torch.manual_seed(0)
+    module = Regressor(batchnorm=True) if module is None else module
+    subspace = SubspaceConfig(blocks=blocks) if subspace is None else subspace
+    twa = TWACallback(6, collect=CollectConfig(start=0), subspace=subspace, solver=solver)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(tmp_path, callbacks=[twa, saver], max_epochs=9, enable_checkpointing=True).fit(
+        module, loader(), loader(32, seed=1)
+    )
+    return twa, module

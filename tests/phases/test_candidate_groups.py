@@ -1,0 +1,259 @@
+"""Candidates that are taken in groups."""
+
+from __future__ import annotations
+
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from helpers.common import (
+    Recorder,
+    Regressor,
+    flat,
+    loader,
+    mse,
+    regression_data,
+    trainer,
+    uniform,
+    weights,
+)
+from helpers.ddp import fit, strided
+from helpers.resume import differences, run
+from lightning_twa import (
+    CollectConfig,
+    SolverConfig,
+    SubspaceConfig,
+    SubspaceOptimizer,
+    TWACallback,
+    build_subspace,
+)
+from lightning_twa.groups import Groups
+from lightning_twa.inspecting import describe_run
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be"),
+]
+
+
+def test_groups_cover_every_candidate_and_step() -> None:
+    for n, size, total in [(7, 3, 20), (60, 8, 101), (3, 2, 5), (5, 4, 2), (9, 2, 3)]:
+        groups = Groups(n, 2, size, total)
+        members, steps = [], []
+        while True:
+            members.append(groups.members)
+            steps.append(groups.steps)
+            if groups.last:
+                break
+            groups = groups.following(torch.zeros(len(groups.members), 2, dtype=torch.float64))
+        assert set().union(*members) == set(range(n))
+        assert all(2 <= len(m) <= size for m in members)
+        assert sum(steps) == max(total, groups.count)
+        assert max(steps) - min(steps) <= 1
+        moved = torch.zeros(len(groups.members), 2, dtype=torch.float64)
+        torch.testing.assert_close(groups.result(moved), torch.full((n, 2), 1 / n).double())
+
+
+def by_hand(states: list[dict[str, Tensor]], config: SubspaceConfig, total: int) -> Any:
+    """Groups in float64 as the paper's code treats them: averaging weights and weights."""
+    module = Regressor().double()
+    states = [{k: v.double() for k, v in s.items()} for s in states]
+    count = -(-len(states) // config.group_size)
+    start, betas, results = uniform(states), [], []
+    beta = torch.full((len(states), 1), 1 / len(states), dtype=torch.float64)
+    batches = [(x.double(), y.double()) for x, y in loader()]
+    done = 0
+    for g in range(count):
+        members = list(range(g, len(states), count))
+        if len(members) == 1:
+            members = [*members, 0]
+        subspace = build_subspace([states[i] for i in members], config, start=start)
+        steps = total * (g + 1) // count - total * g // count
+        optimizer = SubspaceOptimizer(module.named_parameters(), subspace, total_steps=steps)
+        for _ in range(steps):
+            x, y = batches[done % len(batches)]
+            done += 1
+            optimizer.zero_grad()
+            mse(module.net(x), y).backward()
+            optimizer.step()
+        beta = beta.clone()
+        beta[members] += optimizer.averaging_weights
+        start = {k: v.detach().clone() for k, v in module.named_parameters()}
+        betas.append(beta)
+        results.append(start)
+    return torch.stack(betas).mean(dim=0), uniform(results)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("basis", ["pca", "candidates", "orthonormal"])
+def test_groups_are_what_a_loop_by_hand_gives(tmp_path, basis, size) -> None:
+    config = SubspaceConfig(basis=basis, group_size=size)
+    solver = SolverConfig() if basis == "pca" else SolverConfig(lr=0.01)
+    twa = TWACallback(7, collect=CollectConfig(start=0), subspace=config, solver=solver)
+    torch.manual_seed(0)
+    module = Regressor()
+    the_trainer = trainer(tmp_path, callbacks=[twa], max_epochs=10)
+    the_trainer.fit(module, loader())
+    states = [dict(c.parameters) for c in twa.candidates]
+    if basis == "pca":
+        beta, expected = by_hand(states, config, 12)
+        torch.testing.assert_close(twa.averaging_weights, beta, rtol=1e-3, atol=1e-4)
+        flat = torch.cat([v.reshape(-1) for v in expected.values()])
+        torch.testing.assert_close(weights(module), flat, rtol=1e-4, atol=1e-5)
+    # the averaging weights are those of the weights in the model, whatever the basis
+    beta = twa.averaging_weights[:, 0]
+    mix = {n: sum(b * s[n].double() for b, s in zip(beta, states, strict=True)) for n in states[0]}
+    flat = torch.cat([v.reshape(-1) for v in mix.values()])
+    torch.testing.assert_close(weights(module), flat, rtol=1e-5, atol=1e-6)
+
+
+def test_more_groups_than_steps(tmp_path) -> None:
+    twa = TWACallback(9, collect=CollectConfig(start=0), subspace=SubspaceConfig(group_size=2))
+    recorder = Recorder(twa)
+    module = Regressor()
+    message = "group_size=2 makes 5 groups, .* 3 optimizer steps: the last 2 are left out"
+    with pytest.warns(UserWarning, match=message):
+        trainer(tmp_path, callbacks=[twa, recorder], max_epochs=10, limit_train_batches=3).fit(
+            module, loader()
+        )
+    assert [phase for phase, _ in recorder.steps][-3:] == ["optimize", "optimize", "done"]
+    beta = twa.averaging_weights[:, 0]
+    mix = sum(b * flat(c.parameters) for b, c in zip(beta, twa.candidates, strict=True))
+    torch.testing.assert_close(weights(module), mix, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The gradient at optimizer step .* is not finite")
+def test_the_report_counts_the_steps_of_all_groups(tmp_path, caplog) -> None:
+    class Broken(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if self.trainer.current_epoch == 4 else loss
+
+    def fit(ckpt_path: Any = None) -> str:
+        caplog.clear()
+        twa = TWACallback(4, collect=CollectConfig(start=0), subspace=SubspaceConfig(group_size=2))
+        saver = [] if ckpt_path else [ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
+        trainer(
+            tmp_path, callbacks=[twa, *saver], enable_checkpointing=bool(saver), max_epochs=7
+        ).fit(Broken(), loader(), ckpt_path=ckpt_path)
+        return caplog.text
+
+    texts = [fit(), fit(tmp_path / "epoch=4.ckpt"), fit(tmp_path / "epoch=5.ckpt")]
+    for text in texts:
+        assert "phase finished after 8 optimizer steps in " in text
+        assert "TWA: 4 steps were skipped because the gradient was not finite." in text
+    lines = describe_run(tmp_path / "epoch=5.ckpt")
+    assert "optimizer steps of the phase: 4" in lines
+
+
+def test_groups_lower_the_loss_on_what_they_train(tmp_path) -> None:
+    losses = {}
+    for size in (None, 4):
+        twa = TWACallback(
+            10, collect=CollectConfig(start=0), subspace=SubspaceConfig(group_size=size)
+        )
+        torch.manual_seed(0)
+        module = Regressor()
+        trainer(tmp_path, callbacks=[twa], max_epochs=16).fit(module, loader())
+        x, y = regression_data().tensors
+        losses[size] = mse(module.net(x), y).item()
+        average = uniform([dict(c.parameters) for c in twa.candidates])
+        module.load_state_dict(average)
+        losses["start"] = mse(module.net(x), y).item()
+    assert losses[None] < losses["start"]
+    assert losses[4] < losses["start"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
+@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss")
+@pytest.mark.parametrize("distribute", ["replicate", "shard"])
+@pytest.mark.parametrize("what", ["groups", "cycles"])
+def test_two_processes_do_what_one_does(tmp_path, what, distribute) -> None:
+    def make_twa(**kwargs: Any) -> TWACallback:
+        if what == "cycles":
+            return TWACallback(2, collect=CollectConfig(start=0), cycles=2, **kwargs)
+        subspace = SubspaceConfig(group_size=2, blocks="tensor")
+        return TWACallback(5, collect=CollectConfig(start=0), subspace=subspace, **kwargs)
+
+    options: dict[str, Any] = {"max_epochs": 8, "use_distributed_sampler": False}
+    module = Regressor()
+    (one,) = fit(tmp_path / "one", make_twa(), deepcopy(module), 1, train=strided(1), **options)
+    first, second = fit(
+        tmp_path / "two",
+        make_twa(distribute=distribute),
+        module,
+        train=strided(2),
+        **options,
+    )
+    assert torch.equal(flat(first["state"]), flat(second["state"]))
+    torch.testing.assert_close(flat(first["state"]), flat(one["state"]), rtol=1e-4, atol=1e-5)
+    beta = one["averaging_weights"]
+    torch.testing.assert_close(first["averaging_weights"], beta, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("written", ["epoch", "step"])
+def test_groups_resume_exactly(tmp_path, bits, written) -> None:
+    def make_twa() -> TWACallback:
+        return TWACallback(
+            5,
+            collect=CollectConfig(start=0),
+            subspace=SubspaceConfig(group_size=2, bits=bits, blocks="tensor"),
+        )
+
+    every = {"every_n_epochs": 1} if written == "epoch" else {"every_n_train_steps": 1}
+    saver = ModelCheckpoint(tmp_path / "c", filename="{step}", save_top_k=-1, **every)
+    whole = run(tmp_path / "a", Regressor, make_twa, saver=saver, max_epochs=8)
+    files = sorted(Path(tmp_path, "c").glob("*.ckpt"), key=lambda f: int(f.stem.split("=")[1]))
+    for file in files[-13:]:
+        resumed = run(tmp_path / "b", Regressor, make_twa, ckpt_path=file, max_epochs=8)
+        assert differences(whole, resumed) == [], file.name
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+
+
+def test_other_groups_are_refused_on_resuming(tmp_path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=30, save_top_k=-1)
+
+    def make_twa(size: int | None) -> TWACallback:
+        return TWACallback(
+            5, collect=CollectConfig(start=0), subspace=SubspaceConfig(group_size=size)
+        )
+
+    run(tmp_path / "a", Regressor, lambda: make_twa(2), saver=saver, max_epochs=8)
+    (file,) = tmp_path.glob("*.ckpt")
+    with pytest.raises(ValueError, match=r"^The checkpoint's phase was started with .*group_size"):
+        run(tmp_path / "b", Regressor, lambda: make_twa(None), ckpt_path=file, max_epochs=8)
+
+
+def test_groups_need_a_length(tmp_path) -> None:
+    twa = TWACallback(
+        3,
+        subspace=SubspaceConfig(group_size=2),
+        solver=SolverConfig(lr=0.1, schedule="constant"),
+    )
+    with pytest.raises(ValueError, match=r"SubspaceConfig\.group_size=2 shares it out among the"):
+        trainer(tmp_path, callbacks=[twa], max_epochs=-1).fit(Regressor(), loader())
+
+
+def test_a_subspace_with_a_start_of_its_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: {"w": torch.randn(5, 3, generator=generator, dtype=torch.float64)}  # noqa: E731
+    states, start = [draw() for _ in range(4)], draw()
+    subspace = build_subspace(states, start=start)
+    x = torch.randn(subspace.num_directions, 1, generator=generator, dtype=torch.float64)
+    out = torch.empty(5, 3, dtype=torch.float64)
+    subspace.expand(x, [out])
+    moved = subspace.averaging_weights(x)
+    expected = start["w"] + sum(m * s["w"] for m, s in zip(moved[:, 0], states, strict=True))
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(moved.sum(), torch.zeros(()).double(), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match=r"^parametrization='simplex' starts from the uniform"):
+        build_subspace(states, SubspaceConfig(parametrization="simplex"), start=start)
+    with pytest.raises(ValueError, match=r"^The start"):
+        build_subspace(states, start={"w": torch.zeros(2)})

@@ -1,0 +1,53 @@
+"""Progress bars show where the run is."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+
+from helpers.beside import beside, plain
+from helpers.common import weights
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rich_progress_bar(tmp_path, first) -> None:
+    pytest.importorskip("rich")
+    expected, _ = plain(tmp_path)
+    bar = RichProgressBar(console_kwargs={"file": io.StringIO()})
+    module, _, _ = beside(tmp_path, [bar], first=first, enable_progress_bar=True)
+    assert torch.equal(weights(module), expected)
+
+
+def test_progress_bars_show_where_the_run_is(tmp_path) -> None:
+    shown: dict[int, set[str]] = {}
+
+    class Bar(TQDMProgressBar):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            super().on_train_batch_end(trainer, *args)
+            metrics = self.get_metrics(trainer, trainer.lightning_module)
+            shown.setdefault(trainer.current_epoch, set()).update(metrics)
+
+    beside(tmp_path, [Bar()], first=True, enable_progress_bar=True)
+    assert not shown[0] & {"twa/lr", "twa/num_candidates"}
+    assert "twa/num_candidates" in shown[1]
+    assert not shown[3] & {"twa/lr"}
+    assert {"twa/lr", "twa/coefficient_norm"} <= shown[4]
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_what_takes_long_between_batches_has_a_bar(tmp_path, monkeypatch, capsys, bar) -> None:
+    monkeypatch.setattr("lightning_twa.progress.PATIENCE", 0.0)
+    _, callback, _ = beside(tmp_path, [], first=True, enable_progress_bar=bar)
+    shown = capsys.readouterr().err
+    for what in ("TWA: building the subspace", "TWA: re-estimating BatchNorm statistics"):
+        assert (what in shown) == bar
+    if bar:
+        numel = sum(p.numel() for p in callback.candidates[0].parameters.values())
+        assert numel == 81
+        assert "/243" in shown  # columns in three passes
+        assert "/4.00 " in shown  # batches
