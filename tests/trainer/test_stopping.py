@@ -37,9 +37,6 @@ class StopAt(EarlyStopping):
         super()._run_early_stopping_check(trainer)
 
 
-# --- early stopping
-
-
 @pytest.mark.parametrize("at_epoch_end", [True, False])
 @pytest.mark.parametrize("data", ["train", "val"])
 def test_the_phase_begins_where_early_stopping_would_end_the_run(
@@ -219,16 +216,26 @@ def test_a_phase_that_early_stopping_began_resumes(tmp_path, written) -> None:
         assert torch.equal(value, results[None][0]), name
 
 
-# --- data of the phase
+class SteppedTimer(Timer):
+    """Lightning's limit on time, on a clock that goes on by a second with every batch."""
+
+    seconds = 0
+
+    def time_elapsed(self, *args: Any) -> float:
+        return self.seconds
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds += 1
+        super().on_train_batch_end(*args, **kwargs)
 
 
 def test_max_time_needs_a_constant_schedule_and_works_with_it(tmp_path) -> None:
     twa = TWACallback(start_epoch=2, solver=SolverConfig(lr=0.1, schedule="constant"))
-    fit(tmp_path, twa, max_epochs=-1, callbacks=[Timer(duration={"seconds": 1})])
+    timer = SteppedTimer(duration={"seconds": 18})
+    _, recorder, the_trainer = fit(tmp_path, twa, max_epochs=-1, callbacks=[timer])
+    assert the_trainer.global_step == 18
+    assert [phase for phase, _ in recorder.steps].count("collect") == 8
     assert twa.phase == "done"
-
-
-# --- the rest of the Trainer
 
 
 def test_early_stopping_in_the_phase_finishes_it(tmp_path) -> None:
