@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test package claims lint docs format clean
+.PHONY: venv demo test test-long package claims lint docs format clean
 
 venv: $(STAMP)
 
@@ -21,8 +21,13 @@ demo: venv
 
 # Everything that CI checks: lint, types, tests with coverage, documentation, the built wheel.
 test: venv lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" \
+		--cov --cov-report=term
 	$(MAKE) docs package
+
+# Every member of every matrix; about twice as long as what "make test" runs.
+test-long: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The built wheel, not the checkout, passes the quick tests.
 WHEEL_TESTS = test_average candidates/test_store phases/test_plan phases/test_report phases/test_cycles

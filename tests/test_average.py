@@ -39,9 +39,6 @@ def reference(ms: list[dict[str, Tensor]], factors: Any) -> dict[str, Tensor]:
     return {key: result[key] for key in ms[0]}
 
 
-# --- average()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fixed_weights(dtype) -> None:
     ms = members(5, dtype)
@@ -210,9 +207,6 @@ def test_candidates_that_differ(change, message) -> None:
 def test_a_callback_without_candidates() -> None:
     with pytest.raises(ValueError, match="has no candidates"):
         average(TWACallback(4))
-
-
-# --- SWA and LAWA as a run
 
 
 def test_paths(tmp_path) -> None:

@@ -74,7 +74,12 @@ def only_result(output: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--mode", "full"), ("vgg16", "cifar10", "full", "0", "4")),
+        # another mode of the same program; "twa" stays in `make test`
+        pytest.param(
+            ("--mode", "full"),
+            ("vgg16", "cifar10", "full", "0", "4"),
+            marks=pytest.mark.long,
+        ),
         (
             ("--mode", "twa", "--twa-start", "2", "--twa-epochs", "1", "--seed", "7"),
             ("vgg16", "cifar10", "twa", "7", "3"),
@@ -191,9 +196,6 @@ def test_labels_of_another_data_set_are_refused(cifar: Any, tmp_path: Path) -> N
     write(tmp_path / "a.bin", [[3], [10]], 0)
     with pytest.raises(ValueError, match=r"a\.bin has the label 10"):
         cifar.read([tmp_path / "a.bin"], cifar.SOURCES["cifar10"])
-
-
-# --- data
 
 
 def test_folder_itself_or_the_one_around_it(cifar: Any, data: Path) -> None:

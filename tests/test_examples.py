@@ -202,7 +202,11 @@ def rows_of(output: str, title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in body]
 
 
+# Of the benchmarks, overhead.py runs in `make test`, and all of them are loaded.
+
+
 @pytest.mark.slow
+@pytest.mark.long
 def test_communication_counts_what_each_scheme_sends(tmp_path: Path) -> None:
     d, n = 40_000, 4
     small = ("--numel", str(d), "--candidates", str(n), "--rounds", "2", "--bandwidth", "10")
@@ -230,6 +234,7 @@ def test_communication_counts_what_each_scheme_sends(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_checkpointing_prints_what_checkpoints_and_candidates_take() -> None:
     width, n = 64, 4
     small = ("--width", str(width), "--candidates", str(n), "--rounds", "1")
@@ -264,6 +269,7 @@ def test_overhead_prints_a_row_for_each_size() -> None:
     assert all(cell > 0 for cell in cells[:-1])  # building may round to no time
 
 
+@pytest.mark.long
 def test_running_averages_are_measured_beside_steps() -> None:
     rows = [
         [float(cell.strip(" %").replace(",", "")) for cell in line.strip("|").split("|")]

@@ -321,9 +321,6 @@ def test_an_average_of_adapters_loads_into_the_model(tmp_path, peft) -> None:
     torch.testing.assert_close(module.state_dict()[name].double(), mean, rtol=1e-6, atol=1e-7)
 
 
-# --- data of the phase
-
-
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")  # BatchNorm's
 def test_backbone_that_is_unfrozen_while_collecting(tmp_path) -> None:
     class Two(L.LightningModule):

@@ -26,9 +26,6 @@ pytestmark = [
 ]
 
 
-# --- resume
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
 @pytest.mark.parametrize("epoch", [2, 4])
@@ -60,9 +57,6 @@ def test_another_number_of_processes_goes_on(tmp_path, first, second, epoch) -> 
     (a, *_), (b, *_) = runs
     assert b["phase"] == "done"
     torch.testing.assert_close(flat(b["state"]), flat(a["state"]), rtol=1e-5, atol=1e-6)
-
-
-# --- several processes
 
 
 @pytest.mark.slow

@@ -169,9 +169,22 @@ NOT_WRITTEN = (
 )
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("at_epoch_end", [True, False, None])
-@pytest.mark.parametrize(("data", "monitor"), [("train", None), ("val", "val_loss")])
+# `make test` has every end with the training data, and with the validation data where a monitored
+# checkpoint is written at the end of validation.
+SOME = [(end, None, "train", None) for end in ENDS]
+SOME += [(end, False, "val", "val_loss") for end in ENDS]
+ALL = [
+    (end, at_epoch_end, *what)
+    for what in [("train", None), ("val", "val_loss")]
+    for at_epoch_end in (True, False, None)
+    for end in ENDS
+]
+
+
+@pytest.mark.parametrize(
+    ("end", "at_epoch_end", "data", "monitor"),
+    [*SOME, *(pytest.param(*m, marks=pytest.mark.long) for m in ALL if m not in SOME)],
+)
 def test_the_last_checkpoint_holds_the_finished_average(
     tmp_path, end, at_epoch_end, monitor, data
 ) -> None:

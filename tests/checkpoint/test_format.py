@@ -82,9 +82,6 @@ DAMAGE: dict[str, Callable[[Any, Any], Any]] = {
 FREE = ("betas", "lr", "weight_decay", "ridge", "epoch_batches", "frozen", "skipped_steps")
 
 
-# --- damaged
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("epoch", [2, 4])
 @pytest.mark.parametrize("kind", ["memory", "disk"])
@@ -130,9 +127,6 @@ def test_a_checkpoint_of_this_format_can_be_read(tmp_path) -> None:
             for b, c in zip(twa.averaging_weights[:, 0], window, strict=True)
         )
         torch.testing.assert_close(parameter.detach().double(), mixed, rtol=1e-5, atol=1e-6)
-
-
-# --- settings that changed in between
 
 
 @pytest.mark.parametrize("version", [0, 2, None])

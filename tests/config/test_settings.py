@@ -15,9 +15,6 @@ pytestmark = [
 ]
 
 
-# --- the constructor
-
-
 @pytest.mark.parametrize("value", [-1, 1.5, -0.1, float("nan"), float("inf"), True, None, "4"])
 def test_start_epoch_is_an_epoch_or_a_fraction(value) -> None:
     message = (
@@ -150,9 +147,6 @@ STORAGE = {
 }
 
 
-# --- modules, optimizers, strategies
-
-
 @pytest.mark.parametrize("message", STORAGE)
 def test_storage_that_cannot_be(message) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
@@ -166,16 +160,10 @@ def test_distribute_must_be_one_of_three() -> None:
         TWACallback(distribute="rows")  # type: ignore[arg-type]
 
 
-# --- runs that end before the phase, or go on after it
-
-
 @pytest.mark.parametrize("name", ["collect", "subspace", "solver"])
 def test_a_configuration_of_another_class_is_refused(name: str) -> None:
     with pytest.raises(TypeError, match=rf"{name}=3 must be a {name.capitalize()}Config"):
         TWACallback(**{name: 3})  # type: ignore[arg-type]
-
-
-# --- running averages
 
 
 @pytest.mark.parametrize(
@@ -191,9 +179,6 @@ def test_a_configuration_of_another_class_is_refused(name: str) -> None:
 def test_bad_running_averages(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         CollectConfig(**arguments)
-
-
-# --- groups of candidates
 
 
 @pytest.mark.parametrize(
@@ -217,9 +202,6 @@ def test_bad_groups(make, message) -> None:
 
 
 UNIFORM = SolverConfig(name="uniform")
-
-
-# --- SWA and LAWA as a run
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,6 @@ def forward(net: nn.Module, batches: list[torch.Tensor]) -> int:
     return len(batches)
 
 
-# --- BatchNorm
-
-
 def test_statistics_equal_torch_s_update_bn_and_a_float64_mean() -> None:
     net, batches = norms()
     layers = tracked_batch_norms(net, set(net.modules()))
@@ -72,9 +69,6 @@ def test_only_layers_that_training_updates_are_taken() -> None:
     net[2].eval()
     training = {m for m in net.modules() if m.training}
     assert tracked_batch_norms(net, training) == [net[1]]
-
-
-# --- validation and BatchNorm
 
 
 @DATA

@@ -172,8 +172,15 @@ def test_groups_lower_the_loss_on_what_they_train(tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
 @pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss")
-@pytest.mark.parametrize("distribute", ["replicate", "shard"])
-@pytest.mark.parametrize("what", ["groups", "cycles"])
+@pytest.mark.parametrize(
+    ("what", "distribute"),
+    [
+        ("groups", "shard"),
+        ("cycles", "replicate"),
+        pytest.param("groups", "replicate", marks=pytest.mark.long),
+        pytest.param("cycles", "shard", marks=pytest.mark.long),
+    ],
+)
 def test_two_processes_do_what_one_does(tmp_path, what, distribute) -> None:
     def make_twa(**kwargs: Any) -> TWACallback:
         if what == "cycles":
@@ -197,8 +204,9 @@ def test_two_processes_do_what_one_does(tmp_path, what, distribute) -> None:
     torch.testing.assert_close(first["averaging_weights"], beta, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [4, 32])
-@pytest.mark.parametrize("written", ["epoch", "step"])
+# The last steps hold all that epochs do, four bits what 32 do: this member stays in `make test`.
+@pytest.mark.parametrize("bits", [4, pytest.param(32, marks=pytest.mark.long)])
+@pytest.mark.parametrize("written", [pytest.param("epoch", marks=pytest.mark.long), "step"])
 def test_groups_resume_exactly(tmp_path, bits, written) -> None:
     def make_twa() -> TWACallback:
         return TWACallback(

@@ -243,9 +243,6 @@ def test_no_optimizer_is_refused(tmp_path, value) -> None:
     )
 
 
-# --- runs that end before the phase, or go on after it
-
-
 def test_a_complex_parameter_is_refused(tmp_path: Path) -> None:
     module = Regressor()
     module.phase_shift = torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))

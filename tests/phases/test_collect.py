@@ -17,9 +17,6 @@ from lightning_twa import CollectConfig, TWACallback
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 
 
-# --- what the phase is
-
-
 def test_collecting_leaves_training_as_it_is(tmp_path) -> None:
     shuffling = DataLoader(regression_data(), batch_size=16, shuffle=True)
     L.seed_everything(3, verbose=False)
@@ -31,9 +28,6 @@ def test_collecting_leaves_training_as_it_is(tmp_path) -> None:
     without.fit(Regressor(batchnorm=True), shuffling, loader(32, seed=1))
     for epoch in range(4):
         assert torch.equal(with_twa.epochs[epoch], plain.epochs[epoch])
-
-
-# --- collecting
 
 
 def test_candidates_by_optimizer_steps_within_a_window(tmp_path) -> None:
@@ -54,17 +48,11 @@ def test_every_n_epochs_counts_as_model_checkpoint_does(tmp_path) -> None:
     assert twa.candidate_names == ["epoch=1", "epoch=3"]
 
 
-# --- optimization features
-
-
 def test_candidate_steps_count_optimizer_steps_with_accumulation(tmp_path) -> None:
     twa = TWACallback(start_epoch=4, collect=CollectConfig(start=0, every_n_train_steps=3))
     fit(tmp_path, twa, train=loader(batch_size=8), accumulate_grad_batches=3)
     # 8 batches an epoch, 3 steps (the last batch of an epoch always steps)
     assert twa.candidate_names == ["step=3", "step=6", "step=9", "step=12"]
-
-
-# --- values
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,9 @@ def test_cycles_are_what_a_loop_by_hand_gives(tmp_path, name) -> None:
     assert [type(o).__name__ for o in the_trainer.optimizers] == ["SGD"]
 
 
-@pytest.mark.parametrize("data", ["train", "val"])
-@pytest.mark.parametrize("written", ["epoch", "step"])
+# With validation data more is to be resumed, and within an epoch too: this stays in `make test`.
+@pytest.mark.parametrize("data", [pytest.param("train", marks=pytest.mark.long), "val"])
+@pytest.mark.parametrize("written", [pytest.param("epoch", marks=pytest.mark.long), "step"])
 def test_cycles_resume_exactly(tmp_path, data, written) -> None:
     def make_twa() -> TWACallback:
         return TWACallback(2, data, cycles=3, collect=CollectConfig(start=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -173,8 +174,15 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("basis", BASES)
+# `make test` has three bases and both numbers of processes.
+SOME = [("pca", 3), ("pca with a block per tensor", 2), ("orthonormal", 2)]
+ALL = itertools.product(BASES, [2, 3])
+
+
+@pytest.mark.parametrize(
+    ("basis", "processes"),
+    [*SOME, *(pytest.param(*m, marks=pytest.mark.long) for m in ALL if m not in SOME)],
+)
 def test_shards_equal_one_process_on_the_same_global_batches(tmp_path, basis, processes) -> None:
     module = Sharded()
     (one,) = fit(tmp_path / "one", deepcopy(module), 1, BASES[basis])
@@ -209,7 +217,7 @@ def test_the_average_of_the_candidates_is_validated(tmp_path) -> None:
     assert equal(plain[0]["steps"], swapped[0]["steps"])
 
 
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("bits", [4, pytest.param(16, marks=pytest.mark.long)])
 def test_packed_shards(tmp_path, bits) -> None:
     """Groups end where shards do, so codes are not those of one process; the result is close."""
     options = {"subspace": SubspaceConfig(bits=bits)}
@@ -238,9 +246,21 @@ def test_tensor_parallelism(tmp_path) -> None:
         assert float((a - b).norm() / a.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("distributed", [True, False], ids=["a file a rank", "one file"])
-@pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, epoch, distributed) -> None:
+FILES = {"a file a rank": True, "one file": False}
+# `make test` resumes once from each kind of checkpoint, while collecting and in the phase.
+SOME_RESUMED = [(1, "a file a rank"), (3, "one file")]
+ALL_RESUMED = itertools.product([1, 2, 3], FILES)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "kind"),
+    [
+        *SOME_RESUMED,
+        *(pytest.param(*m, marks=pytest.mark.long) for m in ALL_RESUMED if m not in SOME_RESUMED),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, epoch, kind) -> None:
+    distributed = FILES[kind]
     module = Sharded(batchnorm=True)
     how = {"strategy_options": {"save_distributed_checkpoint": distributed}}
     saved = tmp_path / "saved"

@@ -27,9 +27,6 @@ def hull_distance(points: list[torch.Tensor], theta: torch.Tensor) -> float:
     return float((theta - center - span @ solution).norm() / theta.norm())
 
 
-# --- what the phase is
-
-
 def test_run_ends_with_the_learned_average_of_the_candidates(tmp_path) -> None:
     twa = TWACallback(start_epoch=4)
     module, recorder, _ = fit(tmp_path, twa)
@@ -106,9 +103,6 @@ def test_the_phase_starts_with_averaged_buffers(tmp_path) -> None:
     # 4 steps an epoch: the ends of epochs 1, 2, 3 are after 8, 12 and 16 steps
     assert module.at_the_start == ([12.0, 12.0], 16), "mean of floats, newest of the others"
     assert bool((module.cache == -torch.inf).all())
-
-
-# --- optimization features
 
 
 @pytest.mark.parametrize("bits", [1, 4, 16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,22 @@ BASES = {
 }
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("distribute", ["replicate", "shard"])
-@pytest.mark.parametrize("basis", BASES)
+# `make test` has every basis once.
+SOME = [
+    ("pca", "shard", 2),
+    ("pca with 4 bits", "shard", 3),
+    ("pca with 3 bits and a block per tensor", "replicate", 2),
+    ("pca with 16 bits and blocks", "shard", 2),
+    ("candidates", "shard", 2),
+    ("orthonormal", "replicate", 3),
+]
+ALL = itertools.product(BASES, ["replicate", "shard"], [2, 3])
+
+
+@pytest.mark.parametrize(
+    ("basis", "distribute", "processes"),
+    [*SOME, *(pytest.param(*m, marks=pytest.mark.long) for m in ALL if m not in SOME)],
+)
 def test_several_processes_equal_one(tmp_path, basis, distribute, processes) -> None:
     kwargs = {**BASES[basis], "distribute": distribute}
     # In float32 the candidates differ by rounding, which can flip a low-bit code.
@@ -211,8 +225,15 @@ def test_whoever_looks_at_gradients_sees_their_mean(tmp_path, case) -> None:
         assert flag is True
 
 
-@pytest.mark.parametrize("n", [64, 61], ids=["even", "the last batches are 7 and 6 samples"])
-@pytest.mark.parametrize("distribute", ["replicate", "shard"])
+@pytest.mark.parametrize(
+    ("distribute", "n"),
+    [
+        ("replicate", 61),  # the last batches are 7 and 6 samples
+        ("shard", 64),
+        pytest.param("replicate", 64, marks=pytest.mark.long),
+        pytest.param("shard", 61, marks=pytest.mark.long),
+    ],
+)
 def test_local_gradients_give_the_same_run_as_averaged_ones(
     tmp_path, monkeypatch, distribute, n
 ) -> None:

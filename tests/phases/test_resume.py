@@ -77,13 +77,18 @@ CASES: dict[str, tuple[dict[str, Any], bool, dict[str, Any]]] = {
 
 EVERY_KIND = ("plain Lightning", "TWA-t", "TWA-v", "TWA-v, BatchNorm", "uniform average validated")
 
+# `make test` resumes every case from every fifth step, and one case from every epoch.
+SOME = [(c, "after every step", 5) for c in CASES]
+SOME += [("TWA-v, BatchNorm", w, 1) for w in WRITTEN if w != "after every step"]
+ALL = [(c, w, 1) for c in CASES for w in WRITTEN if c in EVERY_KIND or w == "after every step"]
+
 
 @pytest.mark.parametrize(
-    ("case", "written"),
-    [(c, w) for c in CASES for w in WRITTEN if c in EVERY_KIND or w == "after every step"],
+    ("case", "written", "nth"),
+    [*SOME, *(pytest.param(*m, marks=pytest.mark.long) for m in ALL if m not in SOME)],
 )
 def test_a_run_resumed_from_any_checkpoint_equals_an_uninterrupted_one(
-    tmp_path, case, written
+    tmp_path, case, written, nth
 ) -> None:
     kwargs, batchnorm, trainer_kwargs = CASES[case]
 
@@ -98,7 +103,7 @@ def test_a_run_resumed_from_any_checkpoint_equals_an_uninterrupted_one(
     checkpoints = saved(tmp_path / "saved")
     per_epoch = {"after every step": 1 if "accumulate" in case else 2}.get(written, 1)
     assert len(checkpoints) >= 6 * per_epoch
-    for checkpoint in checkpoints:
+    for checkpoint in checkpoints[::nth]:
         resumed = run(tmp_path, make_module, make_twa, ckpt_path=checkpoint, **trainer_kwargs)
         assert differences(whole, resumed) == [], checkpoint.name
 

@@ -36,9 +36,6 @@ NEVER_RAN = (
 )
 
 
-# --- runs that end before the phase, or go on after it
-
-
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_early_stopping_before_the_phase_warns_and_leaves_the_weights(tmp_path, epoch) -> None:
     twa, module = TWACallback(start_epoch=4, validate_average=True), Regressor()
@@ -101,16 +98,10 @@ def test_a_finished_run_cannot_go_on(tmp_path) -> None:
     assert fresh.phase == "done"
 
 
-# --- collecting
-
-
 def test_start_epoch_as_fraction(tmp_path) -> None:
     twa = TWACallback(start_epoch=0.5)
     fit(tmp_path, twa, max_epochs=8)
     assert twa.candidate_names == ["epoch=2", "epoch=3"]
-
-
-# --- the rest of the Trainer
 
 
 def test_fast_dev_run_does_nothing(tmp_path) -> None:

@@ -36,9 +36,6 @@ def rows(batches: list[torch.Tensor]) -> set[tuple[float, ...]]:
     return {tuple(row.tolist()) for batch in batches for row in batch}
 
 
-# --- data of the phase
-
-
 def test_twa_v_trains_on_the_validation_data_in_random_order(tmp_path) -> None:
     twa = TWACallback(start_epoch=4, data="val")
     module = Counting(twa)
@@ -111,9 +108,6 @@ def test_training_step_that_takes_the_iterator(tmp_path) -> None:
     assert twa.phase == "done"
 
 
-# --- validation and BatchNorm
-
-
 def test_persistent_workers_and_validation_within_an_epoch(tmp_path) -> None:
     from torch.utils.data import DataLoader
 
@@ -129,9 +123,6 @@ def test_persistent_workers_and_validation_within_an_epoch(tmp_path) -> None:
         the_trainer.fit(module, train, loader(32, seed=1))
         results.append(weights(module))
     assert torch.equal(*results)
-
-
-# --- data of the phase
 
 
 def test_twa_v_without_validation_data(tmp_path) -> None:
@@ -222,9 +213,6 @@ def test_the_datamodule_s_hook_goes_before_the_module_s(tmp_path, owner) -> None
     trainer(tmp_path, callbacks=[twa]).fit(module, datamodule=data)
     assert calls == ["module" if owner == "module" else "datamodule"]
     assert twa.phase == "done"
-
-
-# --- runs that end before the phase, or go on after it
 
 
 def test_twa_v_warns_once_that_validation_is_not_held_out(tmp_path) -> None:

@@ -34,9 +34,6 @@ REASONS = {
 }
 
 
-# --- modules, optimizers, strategies
-
-
 @pytest.mark.parametrize("name", [*REASONS, "SingleDeviceXLAStrategy"])
 def test_a_strategy_that_is_not_supported_is_named(tmp_path, name) -> None:
     # the real ones need hardware or packages that this machine lacks; the check goes by name
@@ -99,9 +96,6 @@ def test_strategies_derived_from_a_supported_one_are_supported(tmp_path) -> None
     the_trainer.fit(Regressor(), loader())
     assert twa.phase == "done"
     twa.setup(trainer(tmp_path, strategy=MyDDP()), Regressor(), "fit")
-
-
-# --- runs that end before the phase, or go on after it
 
 
 @pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("distribute", ["replicate", "shard"])
+# Shards exchange more: they stay in `make test`.
+@pytest.mark.parametrize("distribute", [pytest.param("replicate", marks=pytest.mark.long), "shard"])
 def test_two_nodes_with_a_torchrun_agent_each(tmp_path, distribute) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(tests=str(TESTS)))
@@ -108,7 +109,12 @@ def test_two_nodes_with_a_torchrun_agent_each(tmp_path, distribute) -> None:
 @pytest.mark.filterwarnings("ignore:You are using .torch.load. with")  # torch 2.4, unpickling
 @pytest.mark.parametrize(
     ("strategy", "distribute"),
-    [("ddp_fork", "replicate"), ("ddp_fork", "shard"), ("ddp_spawn", "shard")],
+    [
+        ("ddp_fork", "replicate"),
+        ("ddp_fork", "shard"),
+        # spawned workers: test_the_main_process_of_spawned_workers_gets_the_average stays
+        pytest.param("ddp_spawn", "shard", marks=pytest.mark.long),
+    ],
 )
 def test_two_runs_with_the_same_seed_are_bitwise_equal(tmp_path, strategy, distribute) -> None:
     runs = []
@@ -149,22 +155,29 @@ def _train(rank: int, port: int, folder: Path, how: signal.Signals, epoch: int, 
     strategy = DDPStrategy(timeout=timedelta(seconds=5))
     callback = twa(distribute=shard, storage=StorageConfig(kind="disk", dirpath=str(folder / "c")))
     the_trainer = trainer(folder, callbacks=[callback], strategy=strategy, devices=2)
-    start = time.monotonic()
     try:
         the_trainer.fit(Dies(how, epoch), loader(), loader(32))
     except BaseException as error:
         text = f"{type(error).__name__}: {error}"
-        torch.save((text, time.monotonic() - start), folder / f"error{rank}.pt")
+        (folder / f"error{rank}.txt").write_text(text)
     os._exit(0)
 
 
-@pytest.mark.parametrize("distribute", ["replicate", "shard"])
-@pytest.mark.parametrize("epoch", [2, 4], ids=["collecting", "phase"])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+MOMENTS = {"collecting": 2, "phase": 4}
+# `make test` has each signal, each moment and each distribution once.
+SOME = [("SIGKILL", "phase", "shard"), ("SIGSTOP", "collecting", "replicate")]
+ALL = itertools.product(["SIGKILL", "SIGSTOP"], MOMENTS, ["replicate", "shard"])
+
+
+@pytest.mark.parametrize(
+    ("sent", "moment", "distribute"),
+    [*SOME, *(pytest.param(*m, marks=pytest.mark.long) for m in ALL if m not in SOME)],
+)
 def test_when_a_process_dies_the_others_fail_in_torch_s_time(
-    tmp_path, how, epoch, distribute
+    tmp_path, sent, moment, distribute
 ) -> None:
     """And the candidates taken so far are there."""
+    how, epoch = signal.Signals[sent], MOMENTS[moment]
     context = multiprocessing.get_context("fork")
     port = free_port()
     workers = [
@@ -180,11 +193,10 @@ def test_when_a_process_dies_the_others_fail_in_torch_s_time(
         for worker in workers:
             worker.kill()
             worker.join()
-    text, seconds = torch.load(tmp_path / "error0.pt", weights_only=True)
+    text = (tmp_path / "error0.txt").read_text()
     assert text.startswith(("RuntimeError", "DistBackendError")), text
     said = ("Connection closed by peer", "Connection reset") if how is signal.SIGKILL else ()
     assert any(words in text for words in (*said, "Timed out", "timed out", "timeout")), text
-    assert seconds < 40
     for name in [f"epoch={e}" for e in range(1, min(epoch, 4))]:
         path = tmp_path / "c" / "version_0" / f"{name}.safetensors"
         reference = Reference(name, f"version_0/{path.name}", path.stat().st_size, "")
