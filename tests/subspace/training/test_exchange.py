@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.processes import run
 from reference import CPU, seeded
 from torch import Tensor
 
+from helpers.processes import run
 from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
 from lightning_twa.subspace import Columns, ParameterLayout, cut_evenly, held_everywhere
 from lightning_twa.subspace.directions import kernels, packed
