@@ -5,7 +5,7 @@ from importlib.metadata import version
 from lightning_twa.average import average
 from lightning_twa.callback import TWACallback
 from lightning_twa.config import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig
-from lightning_twa.plots import plot_averaging_weights, plot_subspace
+from lightning_twa.figures import plot_averaging_weights, plot_subspace
 from lightning_twa.subspace import Subspace, SubspaceOptimizer, build_subspace
 
 __all__ = [

@@ -11,10 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_twa.callback import TWAHooks
-from lightning_twa.candidates import Candidate
-from lightning_twa.candidates.readers import find_files, read_file, unique_names
+from lightning_twa.candidates import Candidate, find_files, read_file, unique_names
 from lightning_twa.config import check_choice, is_int, is_real
+from lightning_twa.results import RunResults
 from lightning_twa.subspace import check_finite
 
 __all__ = ["average"]
@@ -24,7 +23,7 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def average(
-    candidates: TWAHooks | Paths | Sequence[Mapping[str, Tensor]],
+    candidates: RunResults | Paths | Sequence[Mapping[str, Tensor]],
     method: Literal["uniform", "ema", "greedy", "weights"] = "uniform",
     *,
     last: int | None = None,
@@ -136,8 +135,8 @@ class _Member:
 
 
 def _members(candidates: Any) -> list[_Member]:
-    if isinstance(candidates, TWAHooks):
-        further = candidates._run.further_names
+    if isinstance(candidates, RunResults):
+        further = candidates.further_names
         members = [
             _Member(
                 f"Candidate {candidate.name!r}",

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from helpers.common import ROOT, TESTS
 
 LONGEST_FILE = 400  # lines
-# A folder, and the longest class in it. Of the package: ("lightning_twa", 250).
-FOLDERS = [("tests", None)]
-ELSEWHERE = ("subspace",)  # folders of tests that are still to be divided
-
-
-def sources(folder: Path) -> list[Path]:
-    paths = folder.rglob("*.py")
-    return [p for p in paths if folder != TESTS or p.relative_to(TESTS).parts[0] not in ELSEWHERE]
+# A folder, and the longest class in it, in lines.
+FOLDERS = [("lightning_twa", 250), ("tests", None)]
 
 
 @pytest.mark.parametrize(("folder", "longest_class"), FOLDERS)
 def test_one_idea_a_file(folder: str, longest_class: int | None) -> None:
     """Such a file is short, and so is a class."""
     too_long = []
-    for path in sources(ROOT / folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
         text, name = path.read_text(), path.relative_to(ROOT).as_posix()
         if len(text.splitlines()) > LONGEST_FILE:
             too_long.append(f"{name}: {len(text.splitlines())} lines")
@@ -45,7 +38,7 @@ def test_files_of_tests_have_different_names() -> None:
 
 def test_tests_import_no_tests() -> None:
     """What several tests use is in ``helpers``."""
-    for path in sources(TESTS):
+    for path in TESTS.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert not (node.module or "").startswith("test_"), path.name

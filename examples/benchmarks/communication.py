@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
-from lightning_twa.distributed import gather_objects
+from lightning_twa.machine import gather_objects
 from lightning_twa.subspace import (
     ParameterLayout,
     Replicate,

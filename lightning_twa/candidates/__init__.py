@@ -1,16 +1,54 @@
-"""Where weights wait: copies of the weights, in memory or in files."""
+"""Where weights wait: copies of the weights, in memory or in files, and their way into a model."""
 
-from lightning_twa.candidates.averages import RunningAverages, average_name
-from lightning_twa.candidates.candidate import Candidate, further_names, persistent_buffers
+from lightning_twa.candidates.candidate import (
+    Candidate,
+    check_complete,
+    further_names,
+    persistent_buffers,
+    varying,
+)
+from lightning_twa.candidates.encoding import decode
 from lightning_twa.candidates.files import CandidateFileError
+from lightning_twa.candidates.into_model import (
+    copy_into,
+    mean_buffers,
+    put_average,
+    put_weighted,
+    weights_and_buffers,
+)
+from lightning_twa.candidates.readers import (
+    find_files,
+    load_checkpoint,
+    read_candidate_from,
+    read_file,
+    unique_names,
+)
+from lightning_twa.candidates.reference import SUFFIX, Reference, resolve
+from lightning_twa.candidates.running_averages import RunningAverages, average_name
 from lightning_twa.candidates.store import Store
 
 __all__ = [
+    "SUFFIX",
     "Candidate",
     "CandidateFileError",
+    "Reference",
     "RunningAverages",
     "Store",
     "average_name",
+    "check_complete",
+    "copy_into",
+    "decode",
+    "find_files",
     "further_names",
+    "load_checkpoint",
+    "mean_buffers",
     "persistent_buffers",
+    "put_average",
+    "put_weighted",
+    "read_candidate_from",
+    "read_file",
+    "resolve",
+    "unique_names",
+    "varying",
+    "weights_and_buffers",
 ]

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_twa.distributed import from_rank_zero_, gather_objects, mean_over_ranks_
+from lightning_twa.machine import from_rank_zero_, gather_objects, mean_over_ranks_
 from lightning_twa.subspace import check_finite, local_part, to_shards
 
 __all__ = [
     "Candidate",
     "agreed_buffers",
+    "check_complete",
     "check_weights",
+    "further_names",
     "persistent_buffers",
     "same",
     "take",
     "to_cpu",
+    "varying",
 ]
 
 
@@ -154,3 +157,38 @@ def same(old: Tensor, new: Tensor) -> bool:
     return (
         old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new.detach().cpu())
     )
+
+
+def check_complete(candidates: Iterable[Candidate], module: nn.Module) -> None:
+    """Check that every candidate has all tensors of a module that could be averaged.
+
+    Raises:
+        ValueError: Naming the candidate and the tensor that it lacks.
+    """
+    parameters = {n for n, p in module.named_parameters() if p.is_floating_point()}
+    buffers = set(persistent_buffers(module))
+    for candidate in candidates:
+        lacking = (parameters - set(candidate.parameters)) | (buffers - set(candidate.buffers))
+        if lacking:
+            raise ValueError(
+                f"Candidate {candidate.name!r} has no tensor {min(lacking)!r}, which the model "
+                f"has. It is damaged, or of another model: resume from a checkpoint of this "
+                f"one."
+            )
+
+
+def varying(candidates: Iterable[Candidate], also: Collection[str] = ()) -> set[str]:
+    """Names of the parameters that differ between candidates, and of those in ``also``; every
+    process calls it.
+    """
+    first, *others = candidates
+    differ = {
+        name
+        for name, tensor in first.parameters.items()
+        if name in also
+        or any(
+            c.parameters[name] is not tensor and not torch.equal(c.parameters[name], tensor)
+            for c in others
+        )
+    }
+    return set().union(*gather_objects(differ))

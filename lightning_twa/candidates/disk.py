@@ -15,7 +15,7 @@ from lightning_twa.candidates.files import (
     read_candidate,
     write_candidate,
 )
-from lightning_twa.distributed import gather_objects, rank, world_size
+from lightning_twa.machine import gather_objects, rank, world_size
 
 __all__ = ["Disk"]
 

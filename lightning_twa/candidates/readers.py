@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lightning_twa.candidates.candidate import Candidate
 from lightning_twa.candidates.encoding import decode
+from lightning_twa.candidates.frozen import FROZEN
 from lightning_twa.candidates.reference import SUFFIX
-from lightning_twa.candidates.store import FROZEN
 from lightning_twa.subspace import check_finite
 
 __all__ = ["find_files", "read_candidate_from", "read_file", "unique_names"]

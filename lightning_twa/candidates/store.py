@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,22 @@ from lightning_twa.candidates.candidate import (
     Candidate,
     agreed_buffers,
     check_weights,
-    persistent_buffers,
-    same,
     take,
-    to_cpu,
 )
 from lightning_twa.candidates.disk import Disk
 from lightning_twa.candidates.files import CandidateFileError, Reference
+from lightning_twa.candidates.frozen import (
+    FROZEN,
+    frozen_part,
+    leave_out_frozen,
+    put_frozen_back,
+)
 from lightning_twa.config import StorageConfig
-from lightning_twa.distributed import all_ranks, gather_objects
-from lightning_twa.memory import free_bytes
+from lightning_twa.machine import all_ranks, free_bytes
 
 __all__ = ["Store"]
 
 SMALL = 0.25  # of free memory that candidates may take there
-FROZEN = "frozen"  # name of the candidate that holds what never changes
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class Store:
         assert self.disk is not None
         try:
             if self._frozen is None and not all(p.requires_grad for p in module.parameters()):
-                self._frozen = _Entry(*self.disk.write(lambda: _frozen_part(module, weights)))
+                self._frozen = _Entry(*self.disk.write(lambda: frozen_part(module, weights)))
             frozen = {} if self._frozen is None else self._frozen.candidate.parameters
             known = Candidate(FROZEN, frozen, {})
 
@@ -220,57 +221,6 @@ class Store:
                 f"kept in memory instead. Make room there, or set StorageConfig.dirpath."
             )
             return None
-
-    def check(self, module: nn.Module) -> None:
-        """Check that every candidate has all tensors of a module that could be averaged.
-
-        Raises:
-            ValueError: Naming the candidate and the tensor that it lacks.
-        """
-        parameters = {n for n, p in module.named_parameters() if p.is_floating_point()}
-        buffers = set(persistent_buffers(module))
-        for candidate in self:
-            lacking = (parameters - set(candidate.parameters)) | (buffers - set(candidate.buffers))
-            if lacking:
-                raise ValueError(
-                    f"Candidate {candidate.name!r} has no tensor {min(lacking)!r}, which the model "
-                    f"has. It is damaged, or of another model: resume from a checkpoint of this "
-                    f"one."
-                )
-
-    def varying(self, also: Collection[str] = ()) -> set[str]:
-        """Names of the parameters that differ between candidates, and of those in ``also``."""
-        first, *others = self
-        differ = {
-            name
-            for name, tensor in first.parameters.items()
-            if name in also
-            or any(
-                c.parameters[name] is not tensor and not torch.equal(c.parameters[name], tensor)
-                for c in others
-            )
-        }
-        return set().union(*gather_objects(differ))
-
-    def mean_buffers(self) -> dict[str, Tensor]:
-        """Uniform average of the floating-point buffers; the newest candidate's value of the
-        others.
-
-        Summed in float64, so that a buffer that is the same in every candidate stays as it is.
-        """
-        *_, newest = self
-        return {
-            name: _mean([c.buffers[name] for c in self]).to(buffer.dtype)
-            if buffer.is_floating_point()
-            else buffer
-            for name, buffer in newest.buffers.items()
-        }
-
-    def mean_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Uniform average of the parameters, one float64 tensor at a time."""
-        *_, newest = self
-        for name in newest.parameters:
-            yield name, _mean([c.parameters[name] for c in self])
 
     def drop_damaged(self) -> None:
         """Before the candidates are used: drop those whose file has changed, with a warning."""
@@ -305,37 +255,13 @@ class Store:
         return [_entry_state(e) for e in entries if e.files is not None or not self._shards]
 
     def leave_out_frozen(self, state: Mapping[str, Any], module: nn.Module) -> None:
-        """Leave frozen parameters that are as in the module out of the state of a checkpoint, which
-        holds them already or, with adapters alone, is not meant to.
-
-        Args:
-            state: From :meth:`state_dict`; changed in place.
-            module: The model.
-        """
-        parameters = {} if self._shards else dict(module.named_parameters())
-        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-        compared: dict[tuple[str, int], bool] = {}  # a copy that candidates share, only once
-        for entry in (*state["given"], *state["window"]):
-            held = entry.get("parameters", {})
-            for name in [name for name in held if name in frozen]:
-                key = (name, id(held[name]))
-                if key not in compared:
-                    compared[key] = same(held[name], frozen[name])
-                if compared[key]:
-                    del held[name]
-                    entry.setdefault("as_in_module", []).append(name)
+        """See :func:`lightning_twa.candidates.frozen.leave_out_frozen`."""
+        if not self._shards:
+            leave_out_frozen(state, module)
 
     def put_frozen_back(self, module: nn.Module) -> None:
         """Undo :meth:`leave_out_frozen`, once the module has the weights of the checkpoint."""
-        parameters = dict(module.named_parameters())
-        copies: dict[str, Tensor] = {}
-        for entry in self._entries:
-            held = entry.candidate.parameters
-            for name in entry.as_in_module:
-                if name in parameters and name not in held:
-                    if name not in copies:
-                        copies[name] = to_cpu(parameters[name])
-                    held[name] = copies[name]
+        put_frozen_back([(e.candidate, e.as_in_module) for e in self._entries], module)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the candidates by those of :meth:`state_dict`.
@@ -364,21 +290,8 @@ class Store:
         return _Entry(_joined(self.disk.read(files), frozen), files)
 
 
-def _frozen_part(module: nn.Module, weights: Mapping[str, Tensor]) -> Candidate:
-    whole = take(module, FROZEN, {}, weights=weights)
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    return Candidate(FROZEN, {k: v for k, v in whole.parameters.items() if k not in trained}, {})
-
-
 def _joined(own: Candidate, frozen: dict[str, Tensor]) -> Candidate:
     return Candidate(own.name, {**frozen, **own.parameters}, own.buffers)
-
-
-def _mean(values: list[Tensor]) -> Tensor:
-    total = values[0].double()
-    for value in values[1:]:
-        total = total + value
-    return total / len(values)
 
 
 def _tensors(candidates: Iterator[Candidate] | Any) -> dict[int, int]:

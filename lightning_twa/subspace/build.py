@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_twa.config import SubspaceConfig
-from lightning_twa.distributed import all_ranks, from_rank_zero, sum_over_ranks
+from lightning_twa.machine import all_ranks, from_rank_zero, sum_over_ranks
 from lightning_twa.subspace.bases import mix
 from lightning_twa.subspace.columns import Columns
 from lightning_twa.subspace.directions import DenseDirections, Directions, PackedDirections

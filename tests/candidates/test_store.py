@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_twa.candidates import Store, persistent_buffers
+from lightning_twa.candidates import Store, mean_buffers, persistent_buffers, varying
 from lightning_twa.candidates.candidate import agreed_buffers, take
+from lightning_twa.candidates.into_model import mean_parameters
 
 
 class Net(nn.Module):
@@ -44,8 +45,8 @@ def test_frozen_parameters_share_memory_until_they_change() -> None:
     first, second, third = store
     assert second.parameters["b.weight"] is first.parameters["b.weight"]
     assert not torch.equal(third.parameters["b.weight"], first.parameters["b.weight"])
-    assert store.varying() == {"b.weight"}
-    assert store.varying(also={"a.bias"}) == {"a.bias", "b.weight"}
+    assert varying(store) == {"b.weight"}
+    assert varying(store, also={"a.bias"}) == {"a.bias", "b.weight"}
 
 
 def test_the_newest_are_kept() -> None:
@@ -65,7 +66,7 @@ def test_means_are_exact_for_what_does_not_change() -> None:
         with torch.no_grad():
             net.a.bias.fill_(float(i))
         store.add(net, str(i))
-    buffers, parameters = store.mean_buffers(), dict(store.mean_parameters())
+    buffers, parameters = mean_buffers(store), dict(mean_parameters(store))
     assert torch.equal(buffers["third"], net.third), "0.1 * 7 / 7 in float32 is not 0.1"
     assert torch.equal(buffers["mask"], net.mask)
     assert int(buffers["count"]) == 6

@@ -19,9 +19,9 @@ from lightning_twa import (
     StorageConfig,
     SubspaceConfig,
     TWACallback,
-    inspecting,
 )
 from lightning_twa.candidates.reference import Reference, resolve
+from lightning_twa.commands import inspect
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
@@ -165,7 +165,7 @@ def test_inspect_follows_no_path_out_of_the_directory(tmp_path, capsys, monkeypa
         followed.append(reference.file)
         return resolve(root, reference)
 
-    monkeypatch.setattr(inspecting, "resolve", record)
+    monkeypatch.setattr(inspect, "resolve", record)
     text = printed(capsys, "inspect", hostile)
     assert f"  outside of the storage directory, not looked for: {file}\n" in text
     assert "all there" not in text

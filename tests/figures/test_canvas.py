@@ -18,9 +18,10 @@ def test_no_label_covers_another(n, count) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     twa = TWACallback()
-    twa._run._learned = torch.randn(n, count).double()
-    twa._run._candidate_names = [f"epoch={i}" for i in range(n)]
-    twa._run.block_names = [f"encoder.layers.{i}.self_attention.out_proj" for i in range(count)]
+    twa._run.averaging.learned = torch.randn(n, count).double()
+    twa._run.averaging.restored_names = [f"epoch={i}" for i in range(n)]
+    blocks = [f"encoder.layers.{i}.self_attention.out_proj" for i in range(count)]
+    twa._run.averaging.block_names = blocks
     figure = plot_averaging_weights(twa)
     FigureCanvasAgg(figure).draw()
     axes = figure.axes[0]
@@ -54,8 +55,8 @@ def test_axes_of_the_user(tmp_path) -> None:
     assert "first principal direction" in right.get_xlabel()
     assert len(figure.axes) == 3  # and the colour bar
     many = TWACallback()
-    many._run._learned = torch.full((60, 1), 1 / 60, dtype=torch.float64)
-    many._run._candidate_names = [f"epoch={i}" for i in range(60)]
+    many._run.averaging.learned = torch.full((60, 1), 1 / 60, dtype=torch.float64)
+    many._run.averaging.restored_names = [f"epoch={i}" for i in range(60)]
     small = Figure(figsize=(3, 3)).add_subplot()
     plot_averaging_weights(many, ax=small)
     assert 2 <= len(small.get_xticks()) <= 3 / 0.2
@@ -65,8 +66,8 @@ def test_pyplot_is_untouched_and_without_matplotlib_the_error_says_what_to_insta
     code = (
         "import io, sys, torch, lightning_twa\n"
         "twa = lightning_twa.TWACallback()\n"
-        "twa._run._learned = torch.ones(1, 1)\n"
-        "twa._run._candidate_names = ['epoch=0']\n"
+        "twa._run.averaging.learned = torch.ones(1, 1)\n"
+        "twa._run.averaging.restored_names = ['epoch=0']\n"
         "before = 'matplotlib.pyplot' in sys.modules  # torchmetrics imports it\n"
         "lightning_twa.plot_averaging_weights(twa).savefig(io.BytesIO())\n"
         "pyplot = sys.modules.get('matplotlib.pyplot')\n"

@@ -52,8 +52,8 @@ def test_blocks_are_a_map_centered_at_the_uniform_average(tmp_path) -> None:
 
 def test_many_candidates_have_few_labels() -> None:
     twa = TWACallback()
-    twa._run._learned = torch.full((90, 1), 1 / 90, dtype=torch.float64)
-    twa._run._candidate_names = [f"epoch={i}" for i in range(90)]
+    twa._run.averaging.learned = torch.full((90, 1), 1 / 90, dtype=torch.float64)
+    twa._run.averaging.restored_names = [f"epoch={i}" for i in range(90)]
     (axes,) = plot_averaging_weights(twa).axes
     assert len(axes.patches) == 90
     labels = [label.get_text() for label in axes.get_xticklabels()]
@@ -97,7 +97,7 @@ def test_a_figure_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, monkeypat
     def fails(*args: Any) -> None:
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("lightning_twa.plots.plot_averaging_weights", fails)
+    monkeypatch.setattr("lightning_twa.figures.weights.plot_averaging_weights", fails)
     twa = TWACallback(4, collect=CollectConfig(start=0))
     with pytest.warns(UserWarning, match="^TensorBoard got no figure .*: no fonts$"):
         trainer(

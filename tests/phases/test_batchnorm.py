@@ -13,7 +13,7 @@ from helpers.modules import Augmented
 from helpers.resume import equal
 from helpers.runs import DATA
 from lightning_twa import TWACallback
-from lightning_twa.batchnorm import reestimate, tracked_batch_norms
+from lightning_twa.phases.batchnorm import reestimate, tracked_batch_norms
 
 
 def norms() -> tuple[nn.Sequential, list[torch.Tensor]]:

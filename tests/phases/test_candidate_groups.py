@@ -33,8 +33,8 @@ from lightning_twa import (
     TWACallback,
     build_subspace,
 )
-from lightning_twa.groups import Groups
-from lightning_twa.inspecting import describe_run
+from lightning_twa.commands.inspect import describe_run
+from lightning_twa.phases.candidate_groups import CandidateGroups
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),
@@ -44,7 +44,7 @@ pytestmark = [
 
 def test_groups_cover_every_candidate_and_step() -> None:
     for n, size, total in [(7, 3, 20), (60, 8, 101), (3, 2, 5), (5, 4, 2), (9, 2, 3)]:
-        groups = Groups(n, 2, size, total)
+        groups = CandidateGroups(n, 2, size, total)
         members, steps = [], []
         while True:
             members.append(groups.members)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from lightning_twa import CollectConfig
-from lightning_twa.schedule import CollectPlan, resolve_epoch, resolve_plans
+from lightning_twa.phases.plan import CollectPlan, resolve_epoch, resolve_plans
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),

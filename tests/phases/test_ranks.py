@@ -240,7 +240,8 @@ def test_local_gradients_give_the_same_run_as_averaged_ones(
     """Processes count alike, as in DDP, also where their last batches differ in size."""
     module, how = Wide(), {"train": strided(2, n), "use_distributed_sampler": False}
     local = fit(tmp_path / "local", twa(distribute=distribute), deepcopy(module), **how)
-    monkeypatch.setattr("lightning_twa.sharing._needs_true_gradient", lambda *args: "a test asks")
+    needs = "lightning_twa.phases.ranks._needs_true_gradient"
+    monkeypatch.setattr(needs, lambda *args: "a test asks")
     averaged = fit(tmp_path / "averaged", twa(distribute=distribute), module, **how)
     torch.testing.assert_close(
         flat(local[0]["state"]), flat(averaged[0]["state"]), rtol=1e-6, atol=1e-7
@@ -294,7 +295,7 @@ def test_auto_shards_where_memory_is_short_on_any_rank(tmp_path, monkeypatch, sh
         assert processes == 2
         return None if torch.distributed.get_rank() == 0 else limit
 
-    monkeypatch.setattr("lightning_twa.sharing.free_bytes", free)
+    monkeypatch.setattr("lightning_twa.phases.ranks.free_bytes", free)
     reports = fit(tmp_path, twa(), Says())
     assert [bool(r["extra"][0]) for r in reports] == [sharded] * 2
     held = 4 * d * (2 + 1)

@@ -9,7 +9,8 @@ import torch
 from helpers.common import loader
 from helpers.runs import fit
 from lightning_twa import SolverConfig, TWACallback
-from lightning_twa.report import FEW, LossRecord, effective_candidates
+from lightning_twa.phases.report import FEW, LossRecord
+from lightning_twa.results import effective_candidates
 
 
 def test_effective_candidates_is_n_for_the_uniform_average_and_one_for_one() -> None:

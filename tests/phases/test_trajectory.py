@@ -10,9 +10,9 @@ from lightning_twa import SolverConfig, TWACallback, plot_averaging_weights
 
 
 def test_the_path_of_a_long_phase_is_thinned_out(tmp_path) -> None:
-    from lightning_twa.path import MAX_POINTS, AveragingPath
+    from lightning_twa.phases.trajectory import MAX_POINTS, Trajectory
 
-    path, kept = AveragingPath(), torch.empty(0)
+    path, kept = Trajectory(), torch.empty(0)
     path.record(torch.zeros(2, 1))
     for step in range(1, 5000):
         if path.due():
@@ -21,7 +21,7 @@ def test_the_path_of_a_long_phase_is_thinned_out(tmp_path) -> None:
     assert MAX_POINTS // 2 <= len(kept) <= MAX_POINTS
     gaps = kept.diff()
     assert gaps.max() == gaps.min()  # evenly spaced
-    other = AveragingPath()
+    other = Trajectory()
     other.load_state_dict(path.state_dict())
     for step in range(5000, 5200):
         for p in (path, other):

@@ -93,19 +93,15 @@ class Counting(TWACallback):
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        run = self._run
+        run, tell = self._run, self._run.tell
 
-        def count(name: str, attribute: str) -> None:
-            method = getattr(run, name)
+        def counted(*args: Any) -> None:
+            before = self.phase
+            tell(*args)
+            self.switches += (before, self.phase) == ("collect", "optimize")
+            self.finishes += (before, self.phase) == ("optimize", "done")
 
-            def counted(*args: Any) -> None:
-                setattr(self, attribute, getattr(self, attribute) + 1)
-                method(*args)
-
-            setattr(run, name, counted)
-
-        count("_entered", "switches")
-        count("finish", "finishes")
+        run.tell = counted
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)

@@ -1,10 +1,12 @@
-"""Trainer internals that phase.py relies on: a failure names what a Lightning release changed."""
+"""Trainer internals that the package relies on: a failure names what a release changed."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from functools import reduce
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -12,8 +14,9 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
+import lightning_twa
 from helpers.common import Regressor, loader, trainer
-from lightning_twa import phase
+from lightning_twa.trainer.private_names import PRIVATE_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +27,12 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> L.Trainer:
     return the_trainer
 
 
-@pytest.mark.parametrize("path", phase.PRIVATE_NAMES)
+@pytest.mark.parametrize("path", PRIVATE_NAMES)
 def test_trainer_has_the_private_name(path: str, fitted: L.Trainer) -> None:
     try:
         reduce(getattr, path.split("."), fitted)
     except AttributeError as error:
-        pytest.fail(f"This Lightning has no Trainer.{path} ({error}); phase.py needs another way.")
+        pytest.fail(f"This Lightning has no Trainer.{path} ({error}); trainer/ needs another way.")
 
 
 def test_fit_loop_prepares_data_only_where_none_is_prepared() -> None:
@@ -57,12 +60,25 @@ def test_module_has_the_batch_transfer_hooks() -> None:
     assert callable(Regressor()._on_before_batch_transfer)
 
 
-def test_no_other_file_reads_trainer_internals() -> None:
-    from pathlib import Path
+INTERNALS = ("fit_loop", "epoch_loop", "_data_source", "_combined_loader", "val_check", "val_loop")
 
-    package = Path(phase.__file__).parent
-    internals = ("fit_loop", "epoch_loop", "_data_source", "_combined_loader", "val_check")
+
+def test_no_other_room_reads_trainer_internals() -> None:
+    package = Path(lightning_twa.__file__).parent
     for path in package.rglob("*.py"):
-        if path.name != "phase.py":
-            used = [name for name in internals if f".{name}" in path.read_text()]
-            assert not used, f"{path.name} reads Trainer internals {used}; move that to phase.py."
+        if "trainer" not in path.relative_to(package).parts:
+            used = [name for name in INTERNALS if f".{name}" in path.read_text()]
+            assert not used, f"{path.name} reads Trainer internals {used}; move that to trainer/."
+
+
+def test_what_the_room_reads_is_listed() -> None:
+    """Attributes of a loop, a strategy or a precision plugin: none can change unseen."""
+    package = Path(lightning_twa.__file__).parent / "trainer"
+    named = {part for path in PRIVATE_NAMES for part in path.split(".")}
+    public = {"max_epochs", "max_steps", "flattened", "limits", "reset", "model", "mode", "scaler"}
+    for path in package.glob("*.py"):
+        found = re.findall(
+            r"(?:loop|strategy|precision_plugin|progress)\.(_?[a-z]\w*)", path.read_text()
+        )
+        unknown = set(found) - named - public
+        assert not unknown, f"{path.name} reads {unknown}: add them to PRIVATE_NAMES."

@@ -41,7 +41,7 @@ def test_progress_bars_show_where_the_run_is(tmp_path) -> None:
 
 @pytest.mark.parametrize("bar", [True, False])
 def test_what_takes_long_between_batches_has_a_bar(tmp_path, monkeypatch, capsys, bar) -> None:
-    monkeypatch.setattr("lightning_twa.progress.PATIENCE", 0.0)
+    monkeypatch.setattr("lightning_twa.trainer.progress_bar.PATIENCE", 0.0)
     _, callback, _ = beside(tmp_path, [], first=True, enable_progress_bar=bar)
     shown = capsys.readouterr().err
     for what in ("TWA: building the subspace", "TWA: re-estimating BatchNorm statistics"):

@@ -86,9 +86,9 @@ def test_an_exception_gives_everything_back(tmp_path, epoch) -> None:
 
 @pytest.mark.parametrize("what", ["second group", "second cycle"])
 def test_an_exception_in_a_later_part_gives_everything_back(tmp_path, monkeypatch, what) -> None:
-    import lightning_twa.optimization as optimization
+    from lightning_twa.phases import span
 
-    calls, build = [], optimization.build_subspace
+    calls, build = [], span.build_subspace
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -96,7 +96,7 @@ def test_an_exception_in_a_later_part_gives_everything_back(tmp_path, monkeypatc
             raise MemoryError("no room")
         return build(*args, **kwargs)
 
-    monkeypatch.setattr(optimization, "build_subspace", fails)
+    monkeypatch.setattr(span, "build_subspace", fails)
     collect = CollectConfig(start=0)
     twa = TWACallback(2, "val", cycles=2, collect=collect)
     if what == "second group":

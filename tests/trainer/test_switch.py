@@ -80,7 +80,7 @@ def test_an_exception_in_building_the_subspace_leaves_the_weights(tmp_path, monk
     def fail(*args: Any, **kwargs: Any) -> None:
         raise MemoryError("no room for the basis")
 
-    monkeypatch.setattr("lightning_twa.optimization.build_subspace", fail)
+    monkeypatch.setattr("lightning_twa.phases.span.build_subspace", fail)
     module = Regressor()
     the_trainer = trainer(tmp_path, callbacks=[twa, recorder])
     with pytest.raises(MemoryError, match="no room"):

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_twa.distributed import (
+from lightning_twa.machine import (
     gather_columns,
     rank,
     reduce_scatter_mean,

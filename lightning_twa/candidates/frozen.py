@@ -1,0 +1,65 @@
+"""Parameters that are not trained: kept once for all candidates, and not twice in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_twa.candidates.candidate import Candidate, same, take, to_cpu
+
+__all__ = ["FROZEN", "frozen_part", "leave_out_frozen", "put_frozen_back"]
+
+FROZEN = "frozen"  # name of the candidate that holds what never changes
+
+
+def frozen_part(module: nn.Module, weights: Mapping[str, Tensor]) -> Candidate:
+    """What of a candidate is not trained.
+
+    Args:
+        module: The model.
+        weights: Values that take the place of the module's, by name of the parameter.
+    """
+    whole = take(module, FROZEN, {}, weights=weights)
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    return Candidate(FROZEN, {k: v for k, v in whole.parameters.items() if k not in trained}, {})
+
+
+def leave_out_frozen(state: Mapping[str, Any], module: nn.Module) -> None:
+    """Leave frozen parameters that are as in the module out of the state of a checkpoint, which
+    holds them already or, with adapters alone, is not meant to.
+
+    Args:
+        state: Of a store; changed in place.
+        module: The model.
+    """
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    compared: dict[tuple[str, int], bool] = {}  # a copy that candidates share, only once
+    for entry in (*state["given"], *state["window"]):
+        held = entry.get("parameters", {})
+        for name in [name for name in held if name in frozen]:
+            key = (name, id(held[name]))
+            if key not in compared:
+                compared[key] = same(held[name], frozen[name])
+            if compared[key]:
+                del held[name]
+                entry.setdefault("as_in_module", []).append(name)
+
+
+def put_frozen_back(entries: Iterable[tuple[Candidate, Iterable[str]]], module: nn.Module) -> None:
+    """Undo :func:`leave_out_frozen`, once the module has the weights of the checkpoint.
+
+    Args:
+        entries: Candidates, each with the names of the parameters that were left out of it.
+        module: The model.
+    """
+    parameters = dict(module.named_parameters())
+    copies: dict[str, Tensor] = {}
+    for candidate, left_out in entries:
+        held = candidate.parameters
+        for name in left_out:
+            if name in parameters and name not in held:
+                if name not in copies:
+                    copies[name] = to_cpu(parameters[name])
+                held[name] = copies[name]

@@ -1,0 +1,111 @@
+"""Running averages of the weights, which become candidates beside the snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RunningAverages", "average_name"]
+
+
+def average_name(decay: float) -> str:
+    """Name of the candidate, ``"ema(0.97)"``."""
+    return f"ema({decay:g})"
+
+
+class RunningAverages:
+    """Exponential moving averages of a module's trainable weights, one for each decay.
+
+    After ``t`` updates an average is ``sum_s d^(t-s) w_s / sum_s d^(t-s)``: with Adam's bias
+    correction the weights from before the first update have no part in it, and a decay close to 1
+    gives the plain mean of what has been seen.
+
+    Args:
+        decays: One in (0, 1) for each average.
+        device: Where they are kept; ``None`` means with the parameters.
+    """
+
+    def __init__(self, decays: Iterable[float], device: torch.device | str | None = None) -> None:
+        self.decays = tuple(decays)
+        self.device = None if device is None else torch.device(device)
+        self.updates = 0
+        self._averages: dict[str, list[Tensor]] = {}  # by parameter, one tensor for each decay
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the candidates that they give; empty before the first update."""
+        return [average_name(decay) for decay in self.decays] if self.updates else []
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take in the module's trainable weights, after each optimizer step."""
+        if not self.decays:
+            return
+        self.updates += 1
+        averages: list[list[Tensor]] = []
+        current: list[Tensor] = []
+        for name, parameter in module.named_parameters():
+            if not (parameter.requires_grad and parameter.is_floating_point()):
+                continue
+            if name not in self._averages:  # at the first update, or trainable only now
+                self._averages[name] = [self._copy(parameter) for _ in self.decays]
+            elif self._averages[name][0].device != (self.device or parameter.device):  # resumed
+                target = self.device or parameter.device
+                self._averages[name] = [t.to(target) for t in self._averages[name]]
+            averages.append(self._averages[name])
+            current.append(parameter.to(device=self.device, dtype=averages[-1][0].dtype))
+        for i, decay in enumerate(self.decays):
+            share = (1 - decay) / (1 - decay**self.updates)
+            torch._foreach_lerp_([tensors[i] for tensors in averages], current, share)
+
+    def _copy(self, parameter: Tensor) -> Tensor:
+        # In bfloat16 a small step would be rounded away.
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return parameter.detach().to(
+            self.device, dtype, copy=True, memory_format=torch.contiguous_format
+        )
+
+    def move_to(self, device: torch.device | str) -> None:
+        """Keep the averages elsewhere until the next update, which takes them back."""
+        for name, averages in self._averages.items():
+            self._averages[name] = [average.to(device) for average in averages]
+
+    def weights(self, i: int) -> dict[str, Tensor]:
+        """The average with ``decays[i]``, by name of the parameter."""
+        return {name: averages[i] for name, averages in self._averages.items()}
+
+    def clear(self) -> None:
+        """Begin anew with the next update."""
+        self.updates = 0
+        self._averages = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies on the CPU."""
+        return {
+            "decays": list(self.decays),
+            "updates": self.updates,
+            "averages": [
+                {name: t.to("cpu", copy=True) for name, t in self.weights(i).items()}
+                for i in range(len(self.decays))
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: When it has other decays.
+        """
+        if tuple(state["decays"]) != self.decays:
+            raise ValueError(
+                f"The checkpoint's run has CollectConfig.ema_decays={tuple(state['decays'])}, but "
+                f"this callback has {self.decays}. Resume with the same."
+            )
+        self.updates = state["updates"]
+        names = list(state["averages"][0]) if state["averages"] else []
+        self._averages = {
+            name: [average[name].clone() for average in state["averages"]] for name in names
+        }

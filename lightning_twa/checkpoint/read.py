@@ -1,0 +1,78 @@
+"""The callback's state in a Lightning checkpoint, without a Trainer.
+
+A checkpoint may come from somebody else: nothing in it is trusted to be of the type or the shape
+that this package writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_twa.candidates import Reference, load_checkpoint
+from lightning_twa.checkpoint.format import check_state
+
+__all__ = ["candidate_entries", "file_references", "read_state"]
+
+# Of the state, whatever the class that wrote it is called
+KEYS = {"format_version", "phase", "candidate_names"}
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what a run with a ``TWACallback`` left in a checkpoint, with entries that fit together.
+
+    No Python objects are loaded, and no other file is touched.
+
+    Raises:
+        ValueError: Naming the file, when it is no checkpoint, holds no state of this callback, or
+            one that is damaged.
+    """
+    damaged = (
+        f"{path}: The TWACallback state in the checkpoint is damaged, or another program wrote it: "
+        f"its entries do not fit together. Use another checkpoint."
+    )
+    try:
+        state = _read(Path(path))
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:  # of forged entries
+        raise ValueError(damaged) from error
+    try:
+        list(file_references(state))
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise ValueError(damaged) from error
+    return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    checkpoint = load_checkpoint(path)
+    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+    if not isinstance(callbacks, dict):
+        raise ValueError(f"{path} is no Lightning checkpoint: it has no callbacks in it.")
+    states = [s for s in callbacks.values() if isinstance(s, dict) and s.keys() >= KEYS]
+    if not states:
+        raise ValueError(
+            f"{path} holds nothing of a TWACallback: the run had none, or it was written before "
+            f"the first candidate was kept."
+        )
+    try:
+        check_state(states[0])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return states[0]
+
+
+def candidate_entries(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The candidates that a checkpoint holds or names, and what is frozen in all of them."""
+    if state["phase"] == "done":
+        return []
+    held = state["candidates"]
+    frozen = [] if held["frozen"] is None else [held["frozen"]]
+    return [*held.get("given", []), *held["window"], *frozen]
+
+
+def file_references(state: Mapping[str, Any]) -> Iterator[Reference]:
+    """The files that a checkpoint's candidates are in."""
+    for entry in candidate_entries(state):
+        for reference in entry.get("files", []):
+            yield Reference.from_state(reference)

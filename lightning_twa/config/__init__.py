@@ -1,0 +1,21 @@
+"""What a user can set: frozen keyword-only dataclasses, checked when they are made."""
+
+from lightning_twa.config.collect import CollectConfig
+from lightning_twa.config.settings import DATA, Settings
+from lightning_twa.config.solver import SolverConfig, check_unit_of_steps
+from lightning_twa.config.storage import StorageConfig
+from lightning_twa.config.subspace import SubspaceConfig
+from lightning_twa.config.values import check_choice, is_int, is_real
+
+__all__ = [
+    "DATA",
+    "CollectConfig",
+    "Settings",
+    "SolverConfig",
+    "StorageConfig",
+    "SubspaceConfig",
+    "check_choice",
+    "check_unit_of_steps",
+    "is_int",
+    "is_real",
+]

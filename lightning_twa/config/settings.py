@@ -1,0 +1,118 @@
+"""The arguments of the callback, and what of them contradicts each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_twa.config.collect import CollectConfig
+from lightning_twa.config.solver import SolverConfig, check_unit_of_steps
+from lightning_twa.config.storage import StorageConfig
+from lightning_twa.config.subspace import SubspaceConfig
+from lightning_twa.config.values import as_epoch, check_choice, check_epoch_or_fraction, is_int
+
+__all__ = ["DATA", "Settings"]
+
+DISTRIBUTE = ("auto", "replicate", "shard")
+DATA = {  # what the coefficients can be trained on, in words
+    "train": "the training data",
+    "val": "the validation data",
+    "twa": "the data of twa_dataloader()",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of :class:`~lightning_twa.TWACallback`, which documents them.
+
+    Raises:
+        ValueError: When an argument is outside its range or two contradict each other.
+        TypeError: When a configuration is not of its class.
+    """
+
+    start_epoch: int | float
+    data: Literal["train", "val", "twa"]
+    collect: CollectConfig
+    subspace: SubspaceConfig
+    solver: SolverConfig
+    storage: StorageConfig
+    distribute: Literal["auto", "replicate", "shard"]
+    validate_average: bool
+    cycles: int = 1
+    start_on_early_stopping: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start_epoch", as_epoch(self.start_epoch))
+        check_epoch_or_fraction("start_epoch", self.start_epoch)
+        check_choice("data", self.data, tuple(DATA))
+        check_choice("distribute", self.distribute, DISTRIBUTE)
+        kinds = {
+            "collect": CollectConfig,
+            "subspace": SubspaceConfig,
+            "solver": SolverConfig,
+            "storage": StorageConfig,
+        }
+        for name, kind in kinds.items():
+            config = getattr(self, name)
+            if not isinstance(config, kind):
+                raise TypeError(f"{name}={config!r} must be a {kind.__name__}(...) or None.")
+        _check_cycles(self)
+        _check_uniform(self)
+        check_unit_of_steps(self.subspace, self.solver)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the average is uniform, and no phase is trained."""
+        return self.solver.name == "uniform"
+
+
+def _check_cycles(settings: Settings) -> None:
+    """What concerns one phase has no meaning with several.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    cycles = settings.cycles
+    if not is_int(cycles) or cycles < 1:
+        raise ValueError(f"Invalid cycles={cycles!r}. Must be an int >= 1.")
+    if not isinstance(settings.start_on_early_stopping, bool):
+        raise ValueError(
+            f"Invalid start_on_early_stopping={settings.start_on_early_stopping!r}. Must be True "
+            f"or False."
+        )
+    if cycles == 1:
+        return
+    if settings.collect.checkpoints is not None:
+        raise ValueError(
+            f"cycles={cycles} does not go with CollectConfig.checkpoints: candidates from files "
+            f"belong to one phase. Use cycles=1."
+        )
+    if settings.start_on_early_stopping:
+        raise ValueError(
+            f"cycles={cycles} does not go with start_on_early_stopping=True, which makes the phase "
+            f"the end of the run. Use one of them."
+        )
+
+
+def _check_uniform(settings: Settings) -> None:
+    """What concerns the training of coefficients has no meaning without any.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    if not settings.uniform:
+        return
+    values = {
+        "data": (settings.data, "train"),
+        "subspace": (settings.subspace, SubspaceConfig()),
+        "distribute": (settings.distribute, "auto"),
+        "start_on_early_stopping": (settings.start_on_early_stopping, False),
+        "CollectConfig.checkpoints": (settings.collect.checkpoints, None),
+    }
+    for name, (value, default) in values.items():
+        if value != default:
+            raise ValueError(
+                f"{name}={value!r} has no meaning with SolverConfig(name='uniform'), which trains "
+                f"no coefficients. Leave it out."
+                + (" Average files with lightning_twa.average()." if "check" in name else "")
+            )

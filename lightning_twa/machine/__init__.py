@@ -1,0 +1,29 @@
+"""What the machine offers: messages between processes, memory."""
+
+from lightning_twa.machine.collectives import (
+    all_ranks,
+    from_rank_zero,
+    from_rank_zero_,
+    gather_columns,
+    gather_objects,
+    mean_over_ranks_,
+    rank,
+    reduce_scatter_mean,
+    sum_over_ranks,
+    world_size,
+)
+from lightning_twa.machine.memory import free_bytes
+
+__all__ = [
+    "all_ranks",
+    "free_bytes",
+    "from_rank_zero",
+    "from_rank_zero_",
+    "gather_columns",
+    "gather_objects",
+    "mean_over_ranks_",
+    "rank",
+    "reduce_scatter_mean",
+    "sum_over_ranks",
+    "world_size",
+]

@@ -1,0 +1,272 @@
+"""What a run of TWA has and does; the stages say when.
+
+Trainer internals are behind :mod:`lightning_twa.trainer`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_twa.candidates import Store, further_names
+from lightning_twa.config import Settings
+from lightning_twa.phases.batchnorm import reestimate_batchnorm
+from lightning_twa.phases.collect import Collector
+from lightning_twa.phases.optimize import Optimization
+from lightning_twa.phases.plan import CollectPlan
+from lightning_twa.phases.temporary import TemporaryAverage
+from lightning_twa.phases.trajectory import Trajectory
+from lightning_twa.trainer import batches_seen, epoch_is_ending, run_is_ending
+
+__all__ = ["Averaging"]
+
+
+class Averaging:
+    """Candidates, phase and result of one run. Every rank of a distributed run holds one and goes
+    through the same moments.
+
+    Args:
+        settings: The arguments of the callback.
+
+    Attributes:
+        collector: The candidates, and when they are taken.
+        optimization: The phase.
+        temporary: The uniform average in the model's place, for a validation.
+        trajectory: The way of the averaging weights through the phase.
+        block_names: Names of the coefficient blocks.
+        learned: ``(n, B)`` the averaging weights of the last phase, while no optimizer has them.
+        further_names: Further names of tied tensors, which candidates have once.
+        kept: What an interrupted phase goes on from; ``None`` where none is.
+        early_stopped: Whether ``EarlyStopping`` wanted to end the run: the phase is due.
+        epoch_batches: Batches of the last whole epoch of collecting.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.collector = Collector(settings)
+        self.optimization = Optimization(settings)
+        self.temporary = TemporaryAverage()
+        self.trajectory = Trajectory()
+        self.block_names: list[str] = []
+        self.learned: Tensor | None = None
+        self.kept: dict[str, Any] | None = None
+        self.further_names: dict[str, str] = {}
+        self.early_stopped = False
+        self.epoch_batches: int | None = None
+        self.restored_names: list[str] = []  # of a finished run that was restored without them
+        self._model: weakref.ref[LightningModule] | None = None  # None: of whichever comes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}  # a copy is of no model yet
+
+    # --- what there is
+
+    @property
+    def plan(self) -> CollectPlan:
+        """The resolved schedule of this cycle."""
+        return self.collector.plan
+
+    @property
+    def cycle(self) -> int:
+        """Index of the part of the run, of ``cycles``, that is trained now."""
+        return self.collector.cycle
+
+    @property
+    def in_last_cycle(self) -> bool:
+        """Whether no other part of the run follows."""
+        return self.cycle + 1 == self.settings.cycles
+
+    @property
+    def store(self) -> Store:
+        """The candidates."""
+        return self.collector.store
+
+    @property
+    def candidate_names(self) -> list[str]:
+        """Names of the candidates, oldest first."""
+        return self.store.names or list(self.restored_names)
+
+    @property
+    def averaging_weights(self) -> Tensor | None:
+        """``(n, B)``: of the weights in the model while coefficients are trained, else those that
+        were learned last.
+        """
+        if self.learned is not None:
+            return self.learned
+        return self.optimization.averaging_weights
+
+    def forget_model(self) -> None:
+        """The candidates are those of a checkpoint, for whichever model comes."""
+        self._model = None
+
+    # --- beginnings
+
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        """Check the settings and resolve the schedule; see :mod:`lightning_twa.phases.checks`."""
+        self.collector.resolve(trainer, module)
+
+    def meet_model(self, module: LightningModule) -> None:
+        """At the start of training, once the model has the weights to go on from.
+
+        Raises:
+            ValueError: When the run was interrupted with another model: its candidates are not this
+                one's.
+        """
+        if self._model is not None and self._model() is not module:
+            raise ValueError(
+                f"The TWA run that was interrupted, with {len(self.candidate_names)} candidate(s), "
+                f"was of another {type(module).__name__} object than the one that fit() got now, "
+                f"and goes on with that one only. Call fit() with the model of before; or resume "
+                f"from a checkpoint (ckpt_path=...); or, for a new run, make a new Trainer and a "
+                f"new TWACallback."
+            )
+        self._model = weakref.ref(module)
+        self.further_names = further_names(module)
+        self.store.put_frozen_back(module)
+
+    def start_collecting(self, trainer: Trainer, module: LightningModule) -> None:
+        """At the start of training: take the candidates that are there, and check the data.
+
+        Raises:
+            ValueError: When there will be too few candidates, or a file is not this module's.
+        """
+        self.collector.catch_up(trainer, module)
+        self.collector.check_length(trainer, self.optimization.switch.request_data(trainer))
+
+    def next_cycle_is_due(self, trainer: Trainer) -> bool:
+        """Whether the epoch that begins belongs to the next part of the run."""
+        end = self.plan.end
+        return not self.in_last_cycle and end is not None and trainer.current_epoch >= end
+
+    def begin_cycle(self, trainer: Trainer) -> None:
+        """Train as usual from the learned average on, and collect anew."""
+        self.optimization.switch.leave(trainer)
+        self.optimization.forget()
+        self.collector.begin_anew()
+        # what was learned and validated belongs to other candidates
+        self.learned, self.block_names, self.restored_names = None, [], []
+        self.trajectory.clear()
+        self.temporary = TemporaryAverage()
+
+    def has_enough_candidates(self) -> bool:
+        """Whether a phase could begin now; candidates whose file has changed are left out."""
+        self.store.drop_damaged()
+        return self.collector.count >= 2
+
+    def warn_of_too_few(self) -> None:
+        """Data without a length, or damaged files: the checks have seen the rest coming."""
+        rank_zero_warn(
+            f"TWA needs at least two candidates, but collecting {self.plan.describe()} "
+            f"gave {self.collector.count}. Ordinary training goes on."
+        )
+
+    def begin_phase(self, trainer: Trainer, module: LightningModule) -> None:
+        """Switch into the phase, at the start of an epoch. On an error the Trainer is as it was."""
+        plan, epoch = self.plan, trainer.current_epoch
+        stops_at = None
+        if self.early_stopped and epoch < plan.start_epoch and plan.end is not None:
+            stops_at = epoch + plan.end - plan.start_epoch
+        self.collector.add_running_averages(module)
+        phase = self.optimization
+        phase.end = plan.end
+        try:
+            phase.started = phase.switch.borrow(trainer, self.epoch_batches, stops_at)
+            phase.enter(trainer, module, self.store)
+        except BaseException:
+            self.release()
+            raise
+        self.learned, self.block_names = None, phase.block_names
+        self.trajectory.clear()
+        self._record()
+
+    def regain_trainer(self, trainer: Trainer) -> None:
+        """Before the Trainer's loops start: give it the data that the phase has, or had."""
+        self.optimization.switch.borrow_again(trainer, self.optimization.started)
+
+    def enter_again(self, trainer: Trainer, module: LightningModule) -> None:
+        """Go on with the phase that was kept, whose Trainer has been borrowed again."""
+        self.optimization.end = self.plan.end
+        self.optimization.enter(trainer, module, self.store, self.kept)
+        self.learned, self.kept = None, None
+        self.block_names = self.optimization.block_names
+
+    def keep_phase(self, kept: dict[str, Any]) -> None:
+        """Keep what was learned so far, without what it was learned with.
+
+        Args:
+            kept: What the phase goes on from.
+        """
+        self.learned, self.kept = self.averaging_weights, kept
+
+    # --- training
+
+    def follow_phase(self, trainer: Trainer, module: LightningModule, outputs: Any) -> None:
+        """In the phase, after a batch: log, record, and go on with the next group of candidates
+        where one is due.
+        """
+        optimizer = self.optimization.optimizer
+        assert optimizer is not None
+        values = {"twa/lr": optimizer.last_lr, "twa/coefficient_norm": optimizer.coefficient_norm}
+        # A batch size of its own: with training_step(dataloader_iter) Lightning knows none.
+        module.log_dict(values, on_step=True, on_epoch=False, batch_size=1, prog_bar=True)
+        self.optimization.losses.add(outputs)
+        if self.trajectory.due():
+            self._record()
+        self.optimization.follow_batch(trainer, module, self.store)
+
+    def _record(self) -> None:
+        now = self.averaging_weights
+        assert now is not None
+        self.trajectory.record(now)
+
+    def keep_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """At the end of an epoch of collecting: take a candidate where one is due."""
+        self.epoch_batches = batches_seen(trainer)
+        self.collector.take_epoch_end(module, trainer.current_epoch)
+
+    def log_count(self, module: LightningModule) -> None:
+        """At the end of an epoch: the number of candidates, for loggers."""
+        module.log(  # the same on every rank; without sync_dist Lightning warns
+            "twa/num_candidates",
+            float(len(self.candidate_names)),
+            on_step=False,
+            on_epoch=True,
+            batch_size=1,
+            sync_dist=True,
+            prog_bar=True,
+        )
+
+    def average_is_due(self, trainer: Trainer) -> bool:
+        """Whether the batch just trained on is the last of the run or of a cycle. Asked wherever
+        that can first be known, so that the last validation and the last checkpoint see the
+        finished average.
+        """
+        if run_is_ending(trainer):
+            return True
+        last = self.plan.end is not None and trainer.current_epoch + 1 >= self.plan.end
+        return last and epoch_is_ending(trainer)
+
+    def reestimate_batchnorm(self, trainer: Trainer, module: LightningModule) -> int | None:
+        """Returns the number of batches; ``None`` when there was nothing to do, or no way to."""
+        limit = max(self.epoch_batches or 0, batches_seen(trainer))
+        loader = self.optimization.switch.training_data
+        return reestimate_batchnorm(trainer, module, lambda: loader(trainer), limit)
+
+    # --- validation of the uniform average while collecting
+
+    def put_average_in(self, trainer: Trainer, module: LightningModule) -> None:
+        """Put the uniform average of the candidates so far into the model."""
+        self.temporary.put_in(
+            module, self.store, lambda: self.reestimate_batchnorm(trainer, module)
+        )
+
+    # --- the end
+
+    def release(self) -> None:
+        """Undo every change to the Trainer and free the basis. May be called again."""
+        self.optimization.switch.give_back()
+        self.optimization.forget()

@@ -1,0 +1,293 @@
+"""What can be wrong with a run, said before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_twa.config import Settings
+from lightning_twa.phases.plan import CollectPlan, check_enough_candidates, resolve_plans
+from lightning_twa.trainer import (
+    accumulates_gradients,
+    callback_names,
+    has_length,
+    has_validation_data,
+    hook_loader,
+    max_epochs,
+    package_of,
+    scales_loss,
+    shards_parameters,
+    shuffled,
+    steps_per_epoch,
+    strategy_names,
+    validation_loader,
+)
+
+__all__ = [
+    "check_data",
+    "check_optimizers",
+    "check_package",
+    "check_parameters",
+    "check_trainer",
+    "request_loader",
+]
+
+STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+WHY_NOT = {
+    "DeepSpeedStrategy": "its engine steps an optimizer of its own",
+    "FSDPStrategy": "it flattens parameters; FSDP2 in ModelParallelStrategy does not",
+}
+AVERAGING_CALLBACKS = {"WeightAveraging", "StochasticWeightAveraging"}  # and what derives from them
+UNSUPPORTED = ("XLAStrategy", "SingleDeviceXLAStrategy")  # though derived from those
+
+
+def check_trainer(
+    settings: Settings, trainer: Trainer, module: LightningModule, files: int = 0
+) -> list[CollectPlan]:
+    """What can be said before any data is there.
+
+    Args:
+        settings: The arguments of the callback.
+        trainer: The Trainer.
+        module: The module.
+        files: Number of candidates from files.
+
+    Returns:
+        The schedule of each cycle, resolved for this Trainer.
+
+    Raises:
+        ValueError: Naming the setting that does not fit this Trainer, and what to do instead.
+    """
+    _check_strategy(settings, trainer)
+    if not module.automatic_optimization:
+        raise ValueError(
+            "TWACallback needs automatic optimization: with automatic_optimization=False, and with "
+            "several optimizers, the module steps its own optimizers and the phase could not "
+            "replace them. Average the weights in your own loop with build_subspace() and "
+            "SubspaceOptimizer."
+        )
+    for name in callback_names(trainer) & AVERAGING_CALLBACKS:
+        raise ValueError(
+            f"TWACallback and {name} cannot be used in one run: both put an average of their "
+            f"own into the model at its end. Compare them in separate runs."
+        )
+    if "ModelPruning" in callback_names(trainer):
+        raise ValueError(
+            "TWACallback and ModelPruning cannot be used in one run: pruning replaces parameters "
+            "by others with masks, so candidates from before and after it do not match. Prune in "
+            "a run before, or after."
+        )
+    if settings.data == "val" and not has_validation_data(trainer):
+        raise ValueError(
+            "TWACallback(data='val') trains the coefficients on the validation data, but there is "
+            "none. Pass val_dataloaders to fit, define val_dataloader(), or use data='train'."
+        )
+    _check_closure(settings, trainer)
+    epochs = max_epochs(trainer)
+    if settings.start_on_early_stopping and "EarlyStopping" not in callback_names(trainer):
+        raise ValueError(
+            "TWACallback(start_on_early_stopping=True) needs an EarlyStopping callback, but the "
+            "Trainer has none. Add one, or leave the argument out."
+        )
+    return resolve_plans(
+        settings.start_epoch, settings.collect, epochs, files, settings.uniform, settings.cycles
+    )
+
+
+def _check_closure(settings: Settings, trainer: Trainer) -> None:
+    """Where the loss is evaluated at other weights than the model's, within the optimizer's step,
+    all of it must happen there.
+    """
+    if settings.solver.sam_rho > 0:
+        what = f"SolverConfig.sam_rho={settings.solver.sam_rho}"
+    elif settings.subspace.parametrization == "mask":
+        what = "SubspaceConfig.parametrization='mask'"
+    else:
+        return
+    if accumulates_gradients(trainer):
+        raise ValueError(
+            f"{what} does not go with gradient accumulation: all but the last of the accumulated "
+            f"batches would see other weights. Use accumulate_grad_batches=1."
+        )
+    if scales_loss(trainer):
+        raise ValueError(
+            f"{what} does not go with precision='16-mixed', whose loss scaler evaluates the loss "
+            f"outside of the optimizer's step. Use 'bf16-mixed' or '32-true'."
+        )
+
+
+def _check_strategy(settings: Settings, trainer: Trainer) -> None:
+    names = strategy_names(trainer)
+    if not names & set(STRATEGIES) or names & set(UNSUPPORTED):
+        reasons = [f": {reason}" for name, reason in WHY_NOT.items() if name in names]
+        raise ValueError(
+            f"TWACallback does not support {type(trainer.strategy).__name__}"
+            f"{reasons[0] if reasons else ''}. Use one device, strategy='ddp', or FSDP2 "
+            f"(supported: {', '.join(STRATEGIES)})."
+        )
+    if not shards_parameters(trainer):
+        return
+    if settings.distribute == "replicate":
+        raise ValueError(
+            f"distribute='replicate' does not go with {type(trainer.strategy).__name__}, which "
+            f"leaves each process a part of the parameters. Use 'auto' or 'shard'."
+        )
+    if settings.storage.kind == "memory":
+        raise ValueError(
+            f"StorageConfig(kind='memory') does not go with {type(trainer.strategy).__name__}: a "
+            f"checkpoint holds the callback state of one process, and with it a part of each "
+            f"candidate. Use 'auto' or 'disk'."
+        )
+    for name in ("ema_decays", "checkpoints"):
+        value = getattr(settings.collect, name)
+        if value:
+            raise ValueError(
+                f"CollectConfig.{name}={value!r} does not go with "
+                f"{type(trainer.strategy).__name__}, which leaves each process a part of the "
+                f"parameters. Leave it out, or use strategy='ddp'."
+            )
+
+
+def check_package(callback: Callback, trainer: Trainer) -> None:
+    """A callback of one package of Lightning does not fit a Trainer of the other.
+
+    Raises:
+        ValueError: Naming both, and what to import.
+    """
+    mine, theirs = package_of(callback), package_of(trainer)
+    if mine == theirs:
+        return
+    module = "lightning_twa" if theirs == "lightning.pytorch" else "lightning_twa.pytorch_lightning"
+    raise ValueError(
+        f"This TWACallback is of the package {mine}, but the Trainer is of {theirs}. Use one of "
+        f"them throughout: from {module} import TWACallback."
+    )
+
+
+def check_optimizers(trainer: Trainer) -> None:
+    """The phase's optimizer stands for one of the user's.
+
+    Raises:
+        ValueError: When there is another number of them.
+    """
+    # For configure_optimizers() that returns None Lightning makes an optimizer without groups.
+    count = sum(bool(optimizer.param_groups) for optimizer in trainer.optimizers)
+    if count != 1:
+        raise ValueError(
+            f"TWACallback needs exactly one optimizer, but configure_optimizers() gave {count}."
+        )
+
+
+def check_parameters(module: LightningModule) -> None:
+    """What can be said once the parameters are there.
+
+    Raises:
+        ValueError: Naming a trainable parameter that cannot be averaged.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not parameter.is_floating_point():
+            raise ValueError(
+                f"TWACallback cannot average {name!r} of dtype {parameter.dtype}, only real "
+                f"floating-point parameters. Keep it as real and imaginary part "
+                f"(torch.view_as_real), or freeze it."
+            )
+
+
+def request_loader(settings: Settings, trainer: Trainer) -> Any:
+    """Get the data of the phase, early, so that what is wrong with it shows before training.
+
+    Returns:
+        A dataloader, or ``None`` when the phase uses the training data.
+
+    Raises:
+        ValueError: When there is none, or more than one.
+    """
+    if settings.data == "val":
+        loader = validation_loader(trainer)
+        if isinstance(loader, (list, tuple, dict)):
+            if len(loader) != 1:
+                raise ValueError(
+                    f"TWACallback(data='val') needs one validation dataloader, but there are "
+                    f"{len(loader)}. Return the one to use from a twa_dataloader() hook and pass "
+                    f"data='twa'."
+                )
+            loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
+        return shuffled(loader)
+    if settings.data == "twa":
+        loader = hook_loader(trainer, "twa_dataloader")
+        if loader is None:
+            raise ValueError(
+                "TWACallback(data='twa') needs a twa_dataloader() hook on the LightningModule or "
+                "LightningDataModule, but neither has one or it returned None. Define it, or use "
+                "data='train' or data='val'."
+            )
+        return loader
+    return None
+
+
+def check_data(
+    settings: Settings,
+    plans: Sequence[CollectPlan],
+    trainer: Trainer,
+    loader: Any,
+    candidates: int,
+) -> None:
+    """What can be said once the data is there and before training starts.
+
+    Args:
+        settings: The arguments of the callback.
+        plans: From :func:`check_trainer`, of this cycle and those to come.
+        trainer: With its training data set up.
+        loader: From :func:`request_loader`.
+        candidates: Number of candidates a resumed run has already.
+
+    Raises:
+        ValueError: When there will be too few candidates, or the schedule's length is unknown.
+    """
+    if settings.uniform:
+        return
+    per_epoch = steps_per_epoch(trainer)
+    epoch, steps = trainer.current_epoch, trainer.global_step
+    averages = len(settings.collect.ema_decays)
+    for plan in plans:
+        ahead = plan.count_ahead(epoch, steps, per_epoch)
+        expected = None if ahead is None else ahead + candidates
+        check_enough_candidates(plan, expected, averages, settings.subspace.mask_size)
+        if plan.end is not None:  # the next cycle starts there, with no candidate
+            epoch, steps, candidates = plan.end, plan.end * (per_epoch or 0), 0
+    _warn_of_max_steps(plans[0], trainer, per_epoch)
+    solver = settings.solver
+    known = solver.lr is not None and solver.schedule == "constant"
+    sized = settings.data == "train" or has_length(loader)
+    endless = max_epochs(trainer) is None or not sized
+    remedy = "max_epochs or max_steps" if sized else "max_steps (the data has no length)"
+    if endless and trainer.max_steps == -1 and not known:
+        raise ValueError(
+            f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
+            f"max_steps={trainer.max_steps}, data={settings.data!r}), but "
+            f"schedule={solver.schedule!r} needs it. Set {remedy}, or use "
+            f"SolverConfig(schedule='constant', lr=...)."
+        )
+    if endless and trainer.max_steps == -1 and settings.subspace.group_size is not None:
+        raise ValueError(
+            f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
+            f"max_steps={trainer.max_steps}, data={settings.data!r}), but "
+            f"SubspaceConfig.group_size={settings.subspace.group_size} shares it out among the "
+            f"groups. Set {remedy}, or leave group_size out."
+        )
+
+
+def _warn_of_max_steps(plan: CollectPlan, trainer: Trainer, per_epoch: int | None) -> None:
+    """Say at the start, and not only at the end, that the phase will not be reached."""
+    if trainer.max_steps == -1 or per_epoch is None:
+        return
+    last = -(-trainer.max_steps // per_epoch) - 1  # the epoch in which the steps are used up
+    if plan.start_epoch > last:
+        rank_zero_warn(
+            f"TWA will not run: max_steps={trainer.max_steps} ends the run in epoch {last}, before "
+            f"start_epoch={plan.start_epoch} begins the phase. Lower start_epoch to {last} or "
+            f"less, or raise max_steps."
+        )

@@ -1,0 +1,170 @@
+"""Everything that becomes a candidate: snapshots, running averages, files; and when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_twa.candidates import (
+    RunningAverages,
+    Store,
+    average_name,
+    find_files,
+    persistent_buffers,
+    read_candidate_from,
+    unique_names,
+)
+from lightning_twa.config import Settings
+from lightning_twa.phases.checks import check_data, check_trainer
+from lightning_twa.phases.plan import CollectPlan
+from lightning_twa.trainer import (
+    at_epoch_start,
+    keeps_older_checkpoints,
+    shards_parameters,
+    step_was_taken,
+)
+
+__all__ = ["Collector"]
+
+
+class Collector:
+    """The candidates of one run. Every rank goes through the same moments.
+
+    Args:
+        settings: The arguments of the callback.
+
+    Attributes:
+        store: Where candidates wait.
+        cycle: Index of the part of the run, of ``cycles``, that is trained now.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.store = Store()
+        self.averages = RunningAverages(settings.collect.ema_decays, settings.collect.ema_device)
+        self.cycle = 0
+        self._plans: list[CollectPlan] = []
+        self._files: list[Path] = []
+        self._names: list[str] = []  # of the candidates in them
+
+    @property
+    def plan(self) -> CollectPlan:
+        """The resolved schedule of this cycle."""
+        assert self._plans, "resolve() comes before every training hook"
+        return self._plans[self.cycle]
+
+    @property
+    def count(self) -> int:
+        """Number of candidates, if the phase began now."""
+        names = self.store.names
+        return len(names) + sum(name not in names for name in self.averages.names)
+
+    def count_after(self, epoch: int) -> int:
+        """Number of candidates at the end of an epoch that is not over yet."""
+        due = self.plan.takes_epoch_end(epoch) and f"epoch={epoch}" not in self.store.names
+        return self.count + due
+
+    def resolve(self, trainer: Trainer, module: LightningModule) -> None:
+        """Check the settings, resolve the schedule, find files, and make room for candidates, of
+        which a run that goes on has some; see :mod:`lightning_twa.phases.checks`.
+        """
+        collect = self.settings.collect
+        self._files = [] if collect.checkpoints is None else find_files(collect.checkpoints)
+        self._names = [name.replace("/", "-") for name in unique_names(self._files)]
+        self._plans = check_trainer(self.settings, trainer, module, len(self._files))
+        if len(self.store) > 0:
+            return
+        storage = self.settings.storage
+        self.store = Store(
+            storage,
+            collect.max_candidates,
+            root=Path(storage.dirpath or Path(trainer.default_root_dir, "twa_candidates")),
+            processes_on_host=trainer.num_devices,
+            shards=shards_parameters(trainer),
+            keep_named=keeps_older_checkpoints(trainer),
+            device=trainer.strategy.root_device,
+        )
+
+    def check_length(self, trainer: Trainer, loader: Any) -> None:
+        """See :func:`lightning_twa.phases.checks.check_data`."""
+        check_data(self.settings, self._plans[self.cycle :], trainer, loader, len(self.store))
+
+    def begin_anew(self) -> None:
+        """Forget the candidates, and collect anew in the next cycle."""
+        self.store.clear()
+        self.store.max_candidates = self.settings.collect.max_candidates  # a resumed phase had none
+        self.averages.clear()
+        self.cycle += 1
+
+    def catch_up(self, trainer: Trainer, module: LightningModule) -> None:
+        """At the start of training: take the candidate that a resumed run would miss, and those in
+        files.
+
+        A checkpoint that was written after the last batch of an epoch resumes behind that epoch's
+        end.
+
+        Raises:
+            ValueError: Naming a file that does not hold weights of this module.
+        """
+        if at_epoch_start(trainer):
+            self.take_epoch_end(module, trainer.current_epoch - 1)
+        for path, name in zip(self._files, self._names, strict=True):
+            if name not in self.store.names:
+                parameters = dict(module.named_parameters())
+                expected = {**parameters, **persistent_buffers(module)}
+                read = read_candidate_from(path, expected, parameters)
+                self.store.give(module, name, read.parameters, read.buffers)
+
+    def follow_step(self, trainer: Trainer, module: LightningModule) -> None:
+        """Update running averages; take a candidate where one is due by steps."""
+        if not step_was_taken(trainer):
+            return
+        epoch, steps = trainer.current_epoch, trainer.global_step
+        if self.plan.collect_start <= epoch < self.plan.start_epoch:
+            self.averages.update(module)
+        if self.plan.takes_step(epoch, steps):
+            self._take(module, f"step={steps}")
+
+    def take_epoch_end(self, module: LightningModule, epoch: int) -> None:
+        """Take the weights at the end of an epoch where they are due."""
+        if self.plan.takes_epoch_end(epoch):
+            self._take(module, f"epoch={epoch}")
+
+    def _take(self, module: LightningModule, name: str) -> None:
+        """Keep the weights under a name, unless it is there (a resumed run comes by twice)."""
+        if name not in self.store.names:
+            self.store.add(module, name)
+
+    def add_running_averages(self, module: LightningModule) -> None:
+        """At the switch: the running averages become candidates."""
+        for i, decay in enumerate(self.averages.decays if self.averages.updates else ()):
+            self.store.give(module, average_name(decay), self.averages.weights(i))
+        self.averages.clear()
+
+    def free_device(self) -> None:
+        """Keep nothing on the device that the run does not need before it goes on."""
+        self.averages.move_to("cpu")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the candidates."""
+        state = self.store.state_dict()
+        if self.averages.updates:
+            state["averages"] = self.averages.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], *, complete: bool) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Args:
+            state: What it returned.
+            complete: Whether the phase has begun: it is spanned by all that it began with.
+        """
+        if complete:
+            self.store.max_candidates = None
+        self.store.load_state_dict(dict(state))
+        averages = state.get("averages")
+        if averages is not None and not complete:
+            self.averages.load_state_dict(averages)

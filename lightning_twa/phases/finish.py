@@ -1,0 +1,103 @@
+"""The end of a phase or a run: the average completed, and what is said where there is none."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_twa.candidates import check_complete, put_average
+from lightning_twa.phases.averaging import Averaging
+from lightning_twa.phases.report import uniform_report
+from lightning_twa.words import count
+
+__all__ = ["complete_phase", "complete_uniform", "warn_of_no_average"]
+
+
+def complete_phase(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
+    """Put the learned average in place, with BatchNorm statistics of its own."""
+    phase = averaging.optimization
+    phase.average_buffers(module)
+    weights = phase.put_result(module, averaging.store)
+    batches = averaging.reestimate_batchnorm(trainer, module)
+    phase.tell_what_was_done(weights, batches)
+    _keep_result(averaging, weights)
+
+
+def complete_uniform(averaging: Averaging, trainer: Trainer, module: LightningModule) -> bool:
+    """Put the uniform average of the candidates, of which there may be none, in place.
+
+    Returns:
+        Whether there was something to average.
+    """
+    store = averaging.store
+    store.drop_damaged()
+    averaging.collector.add_running_averages(module)
+    n = len(store)
+    if n == 0:
+        rank_zero_warn(
+            f"There is nothing to average: the run ended before epoch "
+            f"{averaging.plan.collect_start}. The weights are those of ordinary training."
+        )
+        return False
+    averaging.optimization.started = {
+        "epoch": trainer.current_epoch,
+        "step": trainer.global_step,
+        "epoch_batches": averaging.epoch_batches,
+        "validates_each_epoch": False,
+    }
+    check_complete(store, module)
+    put_average(module, store)
+    batches = averaging.reestimate_batchnorm(trainer, module)
+    averaging.block_names = ["global"]
+    rank_zero_info(uniform_report(store.names, batches))
+    _keep_result(averaging, torch.full((n, 1), 1 / n, dtype=torch.float64))
+    return True
+
+
+def _keep_result(averaging: Averaging, averaging_weights: Tensor) -> None:
+    averaging.learned = averaging_weights
+    if averaging.trajectory.points is not None:
+        averaging.trajectory.record(averaging_weights)
+    if averaging.store.files is not None:
+        directory, size = averaging.store.files
+        rank_zero_info(
+            f"TWA: the candidates stay in {directory} ({size / 2**20:.1f} MiB). Checkpoints "
+            f"written before the phase ended need them."
+        )
+
+
+def warn_of_no_average(averaging: Averaging, trainer: Trainer, had_too_few: bool) -> None:
+    """Say why a run ends while it collects.
+
+    Args:
+        averaging: The run.
+        trainer: At the end of training.
+        had_too_few: Whether there were too few candidates when the phase was due.
+    """
+    if averaging.cycle > 0:
+        rank_zero_warn(
+            f"Training stopped in part {averaging.cycle + 1} of cycles="
+            f"{averaging.settings.cycles}, "
+            f"before its phase began: ordinary training has moved the weights on from the "
+            f"average of part {averaging.cycle}."
+        )
+        return
+    candidates, start = len(averaging.candidate_names), averaging.plan.start_epoch
+    found = f"there {'was' if candidates == 1 else 'were'} {count(candidates, 'candidate')}"
+    ordinary = "The weights are those of ordinary training."
+    if had_too_few:
+        rank_zero_warn(
+            f"TWA never ran: {found} at start_epoch={start}, and it needs two. {ordinary} "
+            f"Collect earlier, or more often (CollectConfig)."
+        )
+        return
+    text = (
+        f"TWA never ran: training stopped after {count(trainer.current_epoch, 'epoch')} and "
+        f"{count(trainer.global_step, 'optimizer step')}, before start_epoch={start} began "
+        f"the phase. {ordinary} Lower start_epoch to run it"
+    )
+    if averaging.settings.start_on_early_stopping and candidates < 2:
+        text += f", or CollectConfig.start: {found}, and start_on_early_stopping needs two"
+    rank_zero_warn(f"{text}.")

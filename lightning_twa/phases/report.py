@@ -1,0 +1,160 @@
+"""The text a person reads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_twa.phases.candidate_groups import CandidateGroups
+from lightning_twa.results import effective_candidates
+from lightning_twa.subspace import SubspaceOptimizer
+from lightning_twa.words import count
+
+__all__ = [
+    "LossRecord",
+    "finish_report",
+    "groups_report",
+    "switch_report",
+    "uniform_report",
+]
+
+FEW = 8  # batches whose losses are averaged
+PRESSED = 0.8  # of the budget used in one direction: the optimum is probably further away
+
+
+class LossRecord:
+    """Losses of ``training_step`` in the first and the last batches of a phase, on this process."""
+
+    def __init__(self) -> None:
+        self._first: list[Tensor] = []
+        self._last: deque[Tensor] = deque(maxlen=FEW)
+        self._count = 0
+
+    def add(self, outputs: Any) -> None:
+        """What ``training_step`` returned; read at the end only, so no device is waited for."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            return
+        self._count += 1
+        if len(self._first) < FEW:
+            self._first.append(loss.detach())
+        self._last.append(loss.detach())
+
+    def __str__(self) -> str:
+        """Of a phase of two batches or more."""
+        few = min(FEW, self._count // 2)
+        if few == 0:
+            return ""
+        first = sum(float(loss) for loss in self._first[:few]) / few
+        last = sum(float(loss) for loss in list(self._last)[-few:]) / few
+        batches = "batch" if few == 1 else f"{few} batches"
+        return f"loss {first:.4g} in the first {batches}, {last:.4g} in the last"
+
+
+def switch_report(optimizer: SubspaceOptimizer, names: list[str], data: str, epoch: int) -> str:
+    """What the phase starts with, in one line.
+
+    Args:
+        optimizer: The phase's optimizer.
+        names: Names of the candidates.
+        data: What the coefficients are trained on, in words.
+        epoch: Epoch at which the phase starts.
+    """
+    subspace, config = optimizer.subspace, optimizer.config
+    steps = optimizer.total_steps
+    length = "" if steps is None else f" for {count(steps, 'optimizer step')}"
+    budget = f"lr {config.lr:g}" if config.lr is not None else f"radius {optimizer.radius:g}"
+    blocks = count(subspace.num_blocks, "block")
+    stored = subspace.stored
+    kept = f"{count(subspace.config.bits, 'bit')}, relative error {stored.error:.2g}, {stored.path}"
+    if subspace.config.bits == 32:
+        kept = "full precision"
+    size = f"{subspace.nbytes / 2**20:.1f} MiB on {subspace.center.device}"
+    directions = count(subspace.num_directions, "direction")
+    return (
+        f"TWA: from epoch {epoch} only averaging coefficients are trained{length}, on {data}. "
+        f"{len(names)} candidates ({names[0]} .. {names[-1]}), "
+        f"{directions} ({subspace.config.basis}; {kept}) of {subspace.layout.numel:,} parameters "
+        f"in "
+        f"{blocks}, {size}; {config.name}, {budget}."
+    )
+
+
+def groups_report(groups: CandidateGroups) -> str:
+    """How the candidates are divided, in one line."""
+    return (
+        f"TWA: the candidates are optimized in {groups.count} groups, one after another; the first "
+        f"has {len(groups.members)} candidates and {count(groups.steps, 'optimizer step')}."
+    )
+
+
+def finish_report(
+    optimizer: SubspaceOptimizer,
+    averaging_weights: Tensor,
+    steps: int,
+    skipped: int,
+    batchnorm_batches: int | None,
+    losses: LossRecord,
+    seconds: float,
+) -> list[str]:
+    """What the phase did, in one line, and further lines where the user may want to act.
+
+    Args:
+        optimizer: The phase's optimizer, of the last group of candidates where there are groups.
+        averaging_weights: ``(n, B)`` what was learned.
+        steps: Optimizer steps of the whole phase.
+        skipped: Steps of it that were none, because the gradient was not finite.
+        batchnorm_batches: Batches that BatchNorm statistics were re-estimated over; ``None`` if
+            there were none to re-estimate.
+        losses: Of the phase.
+        seconds: The phase took, re-estimation included; since it was resumed if it was.
+    """
+    unit = " standard deviations" if optimizer.subspace.config.basis == "pca" else ""
+    origin = "the uniform average" if optimizer.subspace.starts_at_mean else "their group's start"
+    effective, n = effective_candidates(averaging_weights), averaging_weights.shape[0]
+    line = (
+        f"TWA: phase finished after {count(steps, 'optimizer step')} in {seconds:.1f} s; "
+        f"coefficients are {optimizer.coefficient_norm:.2f}{unit} from {origin}, "
+        f"effective number of candidates {effective:.1f} of {n}."
+    )
+    if str(losses):
+        line += f" {str(losses).capitalize()}."
+    if batchnorm_batches is not None:
+        line += (
+            f" BatchNorm statistics re-estimated over {count(batchnorm_batches, 'training batch')}."
+        )
+    lines = [line]
+    if skipped:
+        were = "was" if skipped == 1 else "were"
+        lines.append(
+            f"TWA: {count(skipped, 'step')} {were} skipped because the gradient was not finite."
+        )
+    if optimizer.config.lr is None:
+        reach = float(optimizer.coefficients.norm(dim=0).max())
+        if reach > PRESSED * optimizer.radius:
+            lines.append(
+                f"TWA: the coefficients pressed against their budget: they ended {reach:.2f} from "
+                f"{origin}, of SolverConfig.radius={optimizer.radius:g}. A "
+                f"better "
+                f"average may lie further out: try a larger radius, or later candidates."
+            )
+    return lines
+
+
+def uniform_report(names: list[str], batchnorm_batches: int | None) -> str:
+    """What a run without a phase ends with, in one line.
+
+    Args:
+        names: Names of the candidates.
+        batchnorm_batches: See :func:`finish_report`.
+    """
+    named = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+    line = f"TWA: the uniform average of {count(len(names), 'candidate')} ({named})."
+    if batchnorm_batches is not None:
+        line += (
+            f" BatchNorm statistics re-estimated over {count(batchnorm_batches, 'training batch')}."
+        )
+    return line

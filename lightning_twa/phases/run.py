@@ -1,0 +1,159 @@
+"""One run of TWA: the stage that it is in, and the events that lead from one to the next."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_twa.candidates import Store
+from lightning_twa.config import Settings
+from lightning_twa.phases import stages
+from lightning_twa.phases.averaging import Averaging
+from lightning_twa.phases.optimize import Optimization
+from lightning_twa.phases.saved import unfreeze_as_before
+from lightning_twa.phases.temporary import restore_raw_weights
+from lightning_twa.phases.transitions import (
+    Event,
+    Stage,
+    StageName,
+    check_event,
+    check_following,
+)
+
+__all__ = ["Run"]
+
+STAGES: dict[StageName, type[Stage]] = {
+    stage.name: stage
+    for stage in (
+        stages.Collecting,
+        stages.Resuming,
+        stages.Optimizing,
+        stages.Suspended,
+        stages.Done,
+    )
+}
+
+
+class Run:
+    """A run, whatever stage it is in.
+
+    Args:
+        settings: The arguments of the callback.
+
+    Attributes:
+        averaging: What it has and does.
+        stage: Where it is.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.averaging = Averaging(settings)
+        self.stage: Stage = stages.Collecting(self.averaging)
+
+    def of(self, trainer: Trainer) -> Run:
+        """The run of a Trainer that begins to fit: this one where that Trainer goes on, else a new
+        one.
+        """
+        return self if trainer.global_step > 0 else Run(self.averaging.settings)
+
+    def tell(self, event: Event, *arguments: Any) -> None:
+        """Let the stage answer an event, and go to the stage that follows.
+
+        Args:
+            event: What happened.
+            arguments: See the method of :class:`~lightning_twa.phases.transitions.Stage` that has
+                its name.
+
+        Raises:
+            RuntimeError: When the event cannot come in this stage.
+        """
+        stage = self.stage.name
+        check_event(stage, event)
+        following: StageName = getattr(self.stage, event.value)(*arguments)
+        check_following(stage, event, following)
+        if following is not stage:
+            self.stage = STAGES[following](self.averaging)
+
+    def meet_checkpoint(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        checkpoint: dict[str, Any],
+        state: dict[str, Any] | None,
+    ) -> None:
+        """A checkpoint to go on from was read; its weights are in the module.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            checkpoint: Of the Trainer.
+            state: Of the callback in it, which is loaded next; ``None`` or empty where it has none.
+        """
+        restore_raw_weights(module, checkpoint)
+        if state:
+            unfreeze_as_before(module, state)
+        elif checkpoint.get("global_step", 0) > 0:  # not the learning rate finder's own
+            rank_zero_info("TWA: the checkpoint holds no candidates; collecting starts here.")
+            self._begin_anew(trainer, module)
+
+    def _begin_anew(self, trainer: Trainer, module: LightningModule) -> None:
+        """What an interrupted run of the same Trainer had is later than the checkpoint."""
+        if self.stage.name is not StageName.COLLECTING or self.averaging.candidate_names:
+            self.averaging = Averaging(self.averaging.settings)
+            self.averaging.prepare(trainer, module)
+            self.stage = stages.Collecting(self.averaging)
+
+    def complete_checkpoint(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], key: str
+    ) -> None:
+        """A checkpoint is about to be written; outside of a fit, too."""
+        if self.stage.name is not StageName.COLLECTING or trainer.state.fn == "fit":
+            self.tell(Event.CHECKPOINT_WRITTEN, trainer, module, checkpoint, key)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to go on with; safe for ``torch.load(weights_only=True)``."""
+        return self.stage.state_dict()
+
+    # --- what is read; see lightning_twa.results
+
+    @property
+    def phase(self) -> Literal["collect", "optimize", "done"]:
+        """What the run is in, or was when it was interrupted."""
+        return self.stage.phase
+
+    @property
+    def store(self) -> Store:
+        """The candidates."""
+        return self.averaging.store
+
+    @property
+    def optimization(self) -> Optimization:
+        """The phase."""
+        return self.averaging.optimization
+
+    @property
+    def candidate_names(self) -> list[str]:
+        """Names of the candidates, oldest first."""
+        return self.averaging.candidate_names
+
+    @property
+    def further_names(self) -> dict[str, str]:
+        """Further names of tied tensors."""
+        return self.averaging.further_names
+
+    @property
+    def block_names(self) -> list[str]:
+        """Names of the coefficient blocks."""
+        return self.averaging.block_names
+
+    @property
+    def averaging_weights(self) -> Tensor | None:
+        """``(n, B)``, of the weights in the model or learned last."""
+        return self.averaging.averaging_weights
+
+    @property
+    def averaging_path(self) -> Tensor | None:
+        """``(points, n, B)``, the way through the last phase."""
+        return self.averaging.trajectory.points

@@ -1,0 +1,357 @@
+"""The stages of a run. Their methods are named by the event that they answer, and say what is done
+then; how it is done stands in what they call. See :mod:`lightning_twa.phases.transitions`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_twa.phases import saved
+from lightning_twa.phases.averaging import Averaging
+from lightning_twa.phases.finish import complete_phase, complete_uniform, warn_of_no_average
+from lightning_twa.phases.transitions import Stage, StageName
+from lightning_twa.trainer import (
+    StopWatch,
+    at_epoch_start,
+    renew_patience,
+    shards_parameters,
+    state_of_module,
+)
+
+__all__ = ["Collecting", "Done", "Optimizing", "Resuming", "Suspended"]
+
+
+class Collecting(Stage):
+    """Ordinary training, of which weights are kept as candidates."""
+
+    name = StageName.COLLECTING
+    phase = "collect"
+
+    def __init__(self, averaging: Averaging) -> None:
+        super().__init__(averaging)
+        self._watch: StopWatch | None = None
+        self._had_too_few = False  # candidates, when the phase was due
+
+    def training_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Check the data. What is due at the start of an epoch happens here too, for a checkpoint
+        that was written behind it.
+        """
+        averaging, at_start = self.averaging, at_epoch_start(trainer)
+        averaging.meet_model(module)
+        if at_start and averaging.next_cycle_is_due(trainer):
+            averaging.begin_cycle(trainer)
+        averaging.start_collecting(trainer, module)
+        if averaging.settings.start_on_early_stopping and not averaging.early_stopped:
+            self._watch = StopWatch(trainer, lambda: self._could_begin(trainer))
+        return self._begin_phase_if_due(trainer, module) if at_start else self.name
+
+    def _could_begin(self, trainer: Trainer) -> bool:
+        """Whether there will be enough candidates at the end of this epoch."""
+        return self.averaging.collector.count_after(trainer.current_epoch) >= 2
+
+    def epoch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Begin the next cycle, or the phase, where they are due."""
+        if self.averaging.next_cycle_is_due(trainer):  # there was no phase in this one
+            self.averaging.begin_cycle(trainer)
+            self._had_too_few = False
+        return self._begin_phase_if_due(trainer, module)
+
+    def _begin_phase_if_due(self, trainer: Trainer, module: LightningModule) -> StageName:
+        averaging = self.averaging
+        averaging.early_stopped = self._wants_to_stop()
+        due = trainer.current_epoch >= averaging.plan.start_epoch
+        if not (due or averaging.early_stopped):
+            return self.name
+        if not averaging.has_enough_candidates():
+            if not self._had_too_few:
+                averaging.warn_of_too_few()
+            self._had_too_few = True
+            return self.name
+        self._stop_watching()
+        if averaging.early_stopped:
+            renew_patience(trainer)
+        averaging.begin_phase(trainer, module)
+        return StageName.OPTIMIZING
+
+    def _wants_to_stop(self) -> bool:
+        return self.averaging.early_stopped or (self._watch is not None and self._watch.stopped)
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.release()
+            self._watch = None
+
+    def batch_ended(self, trainer: Trainer, module: LightningModule, outputs: Any) -> StageName:
+        """Take candidates by steps."""
+        self.averaging.collector.follow_step(trainer, module)
+        return self._finish_if_due(trainer, module)
+
+    def epoch_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Take a candidate."""
+        self.averaging.keep_epoch_end(trainer, module)
+        following = self._finish_if_due(trainer, module)
+        self.averaging.log_count(module)
+        return following
+
+    def validation_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Validate the uniform average if asked to."""
+        following = self._finish_if_due(trainer, module)
+        if following is self.name and self.averaging.settings.validate_average:
+            self.averaging.put_average_in(trainer, module)
+        return following
+
+    def validation_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Put the weights back."""
+        self.averaging.temporary.take_out(module)
+        return self.name
+
+    def checkpoint_written(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], key: str
+    ) -> StageName:
+        """Give the checkpoint the average that was validated last."""
+        following = self._finish_if_due(trainer, module)
+        if following is StageName.DONE:
+            _bring_up_to_date(self.averaging, trainer, checkpoint, key)
+            return following
+        saved.complete(self.averaging, module, checkpoint["callbacks"].get(key, {}))
+        _put_validated(self.averaging, trainer, checkpoint)
+        return following
+
+    def training_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Average now where there is to be no phase; else say why there was none."""
+        if self.averaging.settings.uniform:
+            return self._complete(trainer, module)
+        warn_of_no_average(self.averaging, trainer, self._had_too_few)
+        return self.name
+
+    def _finish_if_due(self, trainer: Trainer, module: LightningModule) -> StageName:
+        averaging = self.averaging
+        if not averaging.settings.uniform or not averaging.average_is_due(trainer):
+            return self.name
+        averaging.collector.take_epoch_end(module, trainer.current_epoch)
+        return self._complete(trainer, module)
+
+    def _complete(self, trainer: Trainer, module: LightningModule) -> StageName:
+        done = complete_uniform(self.averaging, trainer, module)
+        return StageName.DONE if done else self.name
+
+    def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Put the weights back; keep the candidates, off the device."""
+        self.averaging.early_stopped = self._wants_to_stop()
+        self._stop_watching()
+        self.averaging.temporary.take_out(module)
+        self.averaging.release()
+        self.averaging.collector.free_device()
+        return StageName.SUSPENDED
+
+    def state_dict(self) -> dict[str, Any]:
+        """The candidates."""
+        return saved.dump(self.averaging, self.phase, stopped=self._wants_to_stop())
+
+
+class Resuming(Stage):
+    """A phase is to go on, and has not yet been entered."""
+
+    name = StageName.RESUMING
+    phase = "optimize"
+
+    def loops_begin(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Give the Trainer the phase's data."""
+        super().loops_begin(trainer, module)
+        self.averaging.regain_trainer(trainer)
+        return self.name
+
+    def training_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Enter the phase; it may be over already."""
+        averaging = self.averaging
+        averaging.meet_model(module)
+        averaging.enter_again(trainer, module)
+        if not (at_epoch_start(trainer) and averaging.next_cycle_is_due(trainer)):
+            return StageName.OPTIMIZING
+        complete_phase(averaging, trainer, module)
+        averaging.begin_cycle(trainer)
+        averaging.start_collecting(trainer, module)
+        return StageName.COLLECTING
+
+    def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Keep what the phase goes on from."""
+        self.averaging.release()
+        return StageName.SUSPENDED
+
+
+class Optimizing(Stage):
+    """The Trainer steps averaging coefficients."""
+
+    name = StageName.OPTIMIZING
+    phase = "optimize"
+
+    def epoch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Begin the next cycle where it is due: the last batch was not known to be the last."""
+        if not self.averaging.next_cycle_is_due(trainer):
+            return self.name
+        complete_phase(self.averaging, trainer, module)
+        self.averaging.begin_cycle(trainer)
+        return StageName.COLLECTING
+
+    def batch_ended(self, trainer: Trainer, module: LightningModule, outputs: Any) -> StageName:
+        """Log and record the step."""
+        self.averaging.follow_phase(trainer, module, outputs)
+        return self._finish_if_due(trainer, module)
+
+    def epoch_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Finish where something has stopped the run."""
+        following = self._finish_if_due(trainer, module)
+        self.averaging.log_count(module)
+        return following
+
+    def validation_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Finish before the last validation."""
+        following = self._finish_if_due(trainer, module)
+        if following is self.name:
+            self.averaging.optimization.average_buffers(module)
+        return following
+
+    def checkpoint_written(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], key: str
+    ) -> StageName:
+        """Finish a run that was stopped (EarlyStopping) after the last event."""
+        following = self._finish_if_due(trainer, module)
+        if following is StageName.DONE:
+            _bring_up_to_date(self.averaging, trainer, checkpoint, key)
+            return following
+        if self.averaging.optimization.average_buffers(module):
+            checkpoint["state_dict"] = state_of_module(trainer)
+        return super().checkpoint_written(trainer, module, checkpoint, key)
+
+    def training_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Finish, where the end could not be known before."""
+        complete_phase(self.averaging, trainer, module)
+        self.averaging.release()
+        return StageName.DONE
+
+    def _finish_if_due(self, trainer: Trainer, module: LightningModule) -> StageName:
+        if not self.averaging.average_is_due(trainer):
+            return self.name
+        complete_phase(self.averaging, trainer, module)
+        return StageName.DONE
+
+    def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Keep what was learned, and free the device."""
+        self.averaging.keep_phase(saved.phase_to_keep(self.averaging))
+        self.averaging.release()
+        return StageName.SUSPENDED
+
+
+class Suspended(Stage):
+    """Something came in between: what was learned is kept, the Trainer has been given back, and
+    nothing big is on the device.
+    """
+
+    name = StageName.SUSPENDED
+
+    @property
+    def phase(self) -> Literal["collect", "optimize"]:
+        """What was interrupted."""
+        return "collect" if self.averaging.kept is None else "optimize"
+
+    def fit_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Go on.
+
+        Raises:
+            ValueError: When the phase was begun with other settings.
+        """
+        averaging = self.averaging
+        if averaging.kept is not None:
+            saved.check_settings(averaging.settings, averaging.kept, "phase that was interrupted")
+        averaging.prepare(trainer, module)
+        return StageName.COLLECTING if averaging.kept is None else StageName.RESUMING
+
+    def checkpoint_written(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], key: str
+    ) -> StageName:
+        """As before the interruption. Other ranks may not have had it: nothing is exchanged."""
+        if self.phase == "collect":
+            _put_validated(self.averaging, trainer, checkpoint)
+        return super().checkpoint_written(trainer, module, checkpoint, key)
+
+    def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Nothing is left to be given back."""
+        return self.name
+
+
+class Done(Stage):
+    """The average is complete, and in the model."""
+
+    name = StageName.DONE
+    phase = "done"
+
+    def loops_begin(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Give the Trainer the data of the phase that has ended, for what is left of its epoch."""
+        super().loops_begin(trainer, module)
+        self.averaging.regain_trainer(trainer)
+        return self.name
+
+    def training_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Begin the next cycle where it is due."""
+        averaging = self.averaging
+        if not (at_epoch_start(trainer) and averaging.next_cycle_is_due(trainer)):
+            return self.name
+        averaging.meet_model(module)
+        averaging.begin_cycle(trainer)
+        averaging.start_collecting(trainer, module)
+        return StageName.COLLECTING
+
+    def epoch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Begin the next cycle where it is due.
+
+        Raises:
+            RuntimeError: After the last one.
+        """
+        self._refuse_to_go_on(trainer)
+        if not self.averaging.next_cycle_is_due(trainer):
+            return self.name
+        self.averaging.begin_cycle(trainer)
+        return StageName.COLLECTING
+
+    def batch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """A finished run that is resumed within an epoch has no start of the epoch.
+
+        Raises:
+            RuntimeError: After the last cycle.
+        """
+        self._refuse_to_go_on(trainer)
+        return self.name
+
+    def _refuse_to_go_on(self, trainer: Trainer) -> None:
+        if self.averaging.in_last_cycle:
+            raise RuntimeError(
+                f"The TWA phase of this run was finished, but the Trainer goes on with epoch "
+                f"{trainer.current_epoch}. To train further from the averaged weights, load them "
+                f"into a new run (load_from_checkpoint, a new Trainer and a new TWACallback)."
+            )
+
+    def training_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Give the Trainer back."""
+        self.averaging.release()
+        return self.name
+
+    def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Give the Trainer back."""
+        self.averaging.release()
+        return self.name
+
+
+def _put_validated(averaging: Averaging, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Give a checkpoint the average that was validated last, beside the weights to go on from."""
+    if averaging.settings.validate_average and not shards_parameters(trainer):
+        averaging.temporary.put_into(checkpoint)
+
+
+def _bring_up_to_date(
+    averaging: Averaging, trainer: Trainer, checkpoint: dict[str, Any], key: str
+) -> None:
+    """Give a checkpoint that is being written what has been finished meanwhile."""
+    checkpoint["state_dict"] = state_of_module(trainer)
+    checkpoint["callbacks"][key] = saved.dump(averaging, "done")

@@ -1,0 +1,118 @@
+"""The switch: the phase's data and optimizer in the Trainer, and the Trainer given back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch.optim import Optimizer
+
+from lightning_twa.config import Settings
+from lightning_twa.phases.checks import request_loader
+from lightning_twa.trainer import TrainerSwitch, prepare_data
+
+__all__ = ["Switch"]
+
+
+class Switch:
+    """What the phase borrows of a Trainer.
+
+    Args:
+        settings: The arguments of the callback.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._loader: Any = None
+        self._changes: TrainerSwitch | None = None
+
+    def request_data(self, trainer: Trainer) -> Any:
+        """Get the data of the phase, early; see
+        :func:`lightning_twa.phases.checks.request_loader`.
+        """
+        self._loader = request_loader(self.settings, trainer)
+        return self._loader
+
+    def borrow(
+        self, trainer: Trainer, epoch_batches: int | None, stops_at: int | None
+    ) -> dict[str, Any]:
+        """Give the Trainer the phase's data, at the start of an epoch.
+
+        Args:
+            trainer: The Trainer.
+            epoch_batches: Batches of the last whole epoch of training.
+            stops_at: Epoch at which the run is to end, where that is not the Trainer's.
+
+        Returns:
+            When the phase began, and what is needed to borrow the Trainer again.
+        """
+        self._changes = TrainerSwitch(trainer)
+        started: dict[str, Any] = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "epoch_batches": epoch_batches,
+        }
+        if stops_at is not None:
+            started["stops_at"] = stops_at
+            self._changes.limit_epochs(stops_at)
+        if self._loader is not None:
+            self._changes.install_loader(self._loader, set_up=True)
+        started["validates_each_epoch"] = self._changes.validates_each_epoch
+        return started
+
+    def borrow_again(self, trainer: Trainer, started: Mapping[str, Any]) -> None:
+        """Before a run goes on within the phase: its data must be there before the Trainer's loops
+        start, which count the batches left of an epoch by it, also when there are none left.
+
+        Args:
+            trainer: The Trainer.
+            started: From :meth:`borrow`.
+        """
+        self.give_back()
+        self._changes = TrainerSwitch(trainer)
+        if "stops_at" in started:
+            self._changes.limit_epochs(started["stops_at"])
+        self.request_data(trainer)
+        if self._loader is not None:
+            self._changes.install_loader(
+                self._loader,
+                set_up=False,
+                validate_each_epoch=bool(started["validates_each_epoch"]),
+            )
+
+    def step_with(self, optimizer: Optimizer, *, gradients_stay: bool) -> None:
+        """Let the Trainer step the phase's optimizer from the next batch on.
+
+        Args:
+            optimizer: Of the phase.
+            gradients_stay: Whether DDP is to exchange neither gradients nor buffers.
+        """
+        assert self._changes is not None
+        self._changes.install_optimizer(optimizer)
+        if gradients_stay:
+            self._changes.stop_gradient_sync()
+
+    def step_next(self, optimizer: Optimizer) -> None:
+        """Let the Trainer step another optimizer of the same phase."""
+        assert self._changes is not None
+        self._changes.replace_optimizer(optimizer)
+
+    def training_data(self, trainer: Trainer) -> Any:
+        """The user's prepared training data, whatever is installed now."""
+        return (self._changes or TrainerSwitch(trainer)).user_training_loader()
+
+    def give_back(self) -> None:
+        """Undo every change to the Trainer. May be called again."""
+        if self._changes is not None:
+            self._changes.restore()
+            self._changes = None
+        self._loader = None
+
+    def leave(self, trainer: Trainer) -> None:
+        """Give the Trainer back at the start of an epoch, which then trains as usual."""
+        loader = self._loader
+        self.give_back()
+        if loader is not None:
+            prepare_data(trainer)
+        self.request_data(trainer)

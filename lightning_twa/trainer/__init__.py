@@ -1,0 +1,75 @@
+"""Everything that reads or changes a Trainer, its private names included."""
+
+from lightning_twa.trainer.data import (
+    has_length,
+    hook_loader,
+    loader_batches,
+    prepare_data,
+    shuffled,
+    validation_loader,
+)
+from lightning_twa.trainer.features import (
+    accumulates_gradients,
+    callback_names,
+    callbacks,
+    has_validation_data,
+    is_ddp,
+    keeps_older_checkpoints,
+    overrides,
+    package_of,
+    restores_late,
+    scales_loss,
+    shards_parameters,
+    state_of_module,
+    strategy_names,
+)
+from lightning_twa.trainer.position import (
+    at_epoch_start,
+    batches_seen,
+    epoch_is_ending,
+    max_epochs,
+    run_is_ending,
+    step_was_taken,
+    steps_for,
+    steps_per_epoch,
+)
+from lightning_twa.trainer.progress_bar import show_progress
+from lightning_twa.trainer.replay import modules_in_training, training_steps
+from lightning_twa.trainer.stopping import StopWatch, renew_patience
+from lightning_twa.trainer.switch import TrainerSwitch
+
+__all__ = [
+    "StopWatch",
+    "TrainerSwitch",
+    "accumulates_gradients",
+    "at_epoch_start",
+    "batches_seen",
+    "callback_names",
+    "callbacks",
+    "epoch_is_ending",
+    "has_length",
+    "has_validation_data",
+    "hook_loader",
+    "is_ddp",
+    "keeps_older_checkpoints",
+    "loader_batches",
+    "max_epochs",
+    "modules_in_training",
+    "overrides",
+    "package_of",
+    "prepare_data",
+    "renew_patience",
+    "restores_late",
+    "run_is_ending",
+    "scales_loss",
+    "shards_parameters",
+    "show_progress",
+    "shuffled",
+    "state_of_module",
+    "step_was_taken",
+    "steps_for",
+    "steps_per_epoch",
+    "strategy_names",
+    "training_steps",
+    "validation_loader",
+]

@@ -1,0 +1,101 @@
+"""Dataloaders: the user's, and as the phase uses them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+__all__ = [
+    "has_length",
+    "hook_loader",
+    "loader_batches",
+    "prepare_data",
+    "set_epoch",
+    "shuffled",
+    "tear_down_fetcher",
+    "validation_loader",
+]
+
+
+def validation_loader(trainer: Trainer) -> Any:
+    """The user's validation dataloader(s), requested anew."""
+    return _request_dataloader(trainer.fit_loop.epoch_loop.val_loop._data_source)
+
+
+def has_length(loader: Any) -> bool:
+    """Whether a loader knows its number of batches."""
+    return sized_len(loader) is not None
+
+
+def hook_loader(trainer: Trainer, name: str) -> Any:
+    """What the datamodule's hook ``name``, or else the module's, returns; ``None`` without one."""
+    for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+        if callable(getattr(owner, name, None)):
+            return _request_dataloader(type(trainer.fit_loop._data_source)(owner, name))
+    return None
+
+
+def shuffled(loader: Any) -> Any:
+    """A validation loader as training uses it: in random order, without a last batch of one sample.
+
+    Validation sets are often sorted by class, and a batch of one sample breaks BatchNorm in
+    training mode. Anything but a plain ``DataLoader`` in sequential order is returned as it is.
+    """
+    plain = (
+        type(loader) is DataLoader
+        and type(loader.sampler) is SequentialSampler
+        and type(loader.batch_sampler) is BatchSampler
+    )
+    if not plain:
+        return loader
+    leftover = len(loader.dataset) % loader.batch_size
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        shuffle=True,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last or (leftover == 1 and len(loader.dataset) > 1),
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def loader_batches(combined_loader: Any) -> int | None:
+    """Batches of a prepared loader in an epoch, limits included; ``None`` without a length."""
+    limits = combined_loader.limits
+    if limits is None or any(math.isinf(limit) for limit in limits):
+        return None
+    return int(max(limits))
+
+
+def prepare_data(trainer: Trainer) -> None:
+    """Prepare the user's training data anew for the epoch that begins."""
+    loop = trainer.fit_loop
+    loop._combined_loader = None
+    loop.setup_data()
+    set_epoch(loop._combined_loader, trainer.current_epoch)
+
+
+def set_epoch(combined_loader: Any, epoch: int) -> None:
+    """Tell samplers that shuffle by the epoch which one it is."""
+    for dataloader in combined_loader.flattened:
+        _set_sampler_epoch(dataloader, epoch)
+
+
+def tear_down_fetcher(trainer: Trainer) -> None:
+    """Let go of an iterator over the training data that may have begun."""
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is not None:
+        fetcher.teardown()
+        trainer.fit_loop._data_fetcher = None

@@ -1,0 +1,74 @@
+"""Where a Trainer is in its run: epochs, batches, optimizer steps, and what is left of them."""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch import Trainer
+
+__all__ = [
+    "at_epoch_start",
+    "batches_per_epoch",
+    "batches_seen",
+    "epoch_is_ending",
+    "max_epochs",
+    "run_is_ending",
+    "step_was_taken",
+    "steps_for",
+    "steps_per_epoch",
+]
+
+
+def max_epochs(trainer: Trainer) -> int | None:
+    """Number of epochs of the run, ``None`` without a limit."""
+    limit = trainer.fit_loop.max_epochs
+    return None if limit is None or limit == -1 else int(limit)
+
+
+def batches_per_epoch(trainer: Trainer) -> int | None:
+    """Batches of the current training loader per epoch, ``None`` when it has no length."""
+    batches = trainer.fit_loop.max_batches
+    return None if math.isinf(batches) else int(batches)
+
+
+def steps_for(trainer: Trainer, batches: int | None) -> int | None:
+    """Optimizer steps that so many batches give; the last one of an epoch always steps."""
+    return None if batches is None else math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def steps_per_epoch(trainer: Trainer) -> int | None:
+    """Optimizer steps of the current training loader per epoch, ``None`` when it has no length."""
+    return steps_for(trainer, batches_per_epoch(trainer))
+
+
+def at_epoch_start(trainer: Trainer) -> bool:
+    """In ``on_train_start``: whether the run starts at the beginning of an epoch."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.current.ready == 0 or progress.is_last_batch
+
+
+def batches_seen(trainer: Trainer) -> int:
+    """Batches of the current epoch that have been fetched for training."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def run_is_ending(trainer: Trainer) -> bool:
+    """Whether the batch that was just trained on is the last of the run."""
+    loop = trainer.fit_loop
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    if trainer.should_stop and loop._can_stop_early:
+        return True
+    limit = max_epochs(trainer)
+    last_batch = loop.epoch_loop._num_ready_batches_reached()
+    return limit is not None and last_batch and trainer.current_epoch + 1 >= limit
+
+
+def epoch_is_ending(trainer: Trainer) -> bool:
+    """Whether the batch that was just trained on is the last of its epoch."""
+    return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+
+
+def step_was_taken(trainer: Trainer) -> bool:
+    """Whether the batch that was just trained on ended with an optimizer step."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()

@@ -1,0 +1,178 @@
+"""Forward passes over the training data that leave no trace, for statistics of averaged weights."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from lightning_twa.trainer.progress_bar import show_progress
+
+__all__ = ["modules_in_training", "training_steps"]
+
+LOGGING = ("log", "log_dict")
+
+
+def modules_in_training(trainer: Trainer, module: LightningModule) -> set[nn.Module]:
+    """The modules that are in training mode during training, also while validation runs."""
+    if not trainer.validating:
+        return {m for m in module.modules() if m.training}
+    captured = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode
+    return {m for name, m in module.named_modules() if captured.get(name, m.training)}
+
+
+def training_steps(
+    trainer: Trainer,
+    module: LightningModule,
+    combined_loader: Any,
+    training: Collection[nn.Module],
+    max_batches: int | None,
+) -> int:
+    """Run ``training_step`` on the training data without gradients and without traces.
+
+    Nothing is logged, metrics keep their state, the random state and the modules' modes are as
+    before.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        combined_loader: From :meth:`TrainerSwitch.user_training_loader`.
+        training: The modules to have in training mode.
+        max_batches: At most so many batches.
+
+    Returns:
+        The number of batches.
+    """
+    batches = 0
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(isolate_rng())
+        stack.enter_context(_training_stage(trainer))
+        stack.enter_context(_modes(module, training))
+        stack.enter_context(_logging_off(module))
+        stack.enter_context(_metrics_kept(module))
+        what = "re-estimating BatchNorm statistics"
+        tick = stack.enter_context(show_progress(trainer, what, " batches", max_batches))
+        for batch in _second_pass(combined_loader, stack.callback):
+            if max_batches is not None and batches >= max_batches:
+                break
+            _training_step(trainer, module, batch, batches)
+            batches += 1
+            tick(1)
+    return batches
+
+
+def _second_pass(combined_loader: Any, at_exit: Callable[..., Any]) -> Iterator[Any]:
+    """Batches of a loader that may be in the middle of an epoch, which is not disturbed.
+
+    The loaders are shallow copies: iterating a ``DataLoader`` with persistent workers a second time
+    would restart its first iterator.
+    """
+    second = copy.copy(combined_loader)
+    copies = []
+    for loader in combined_loader.flattened:
+        clone = copy.copy(loader)
+        if isinstance(clone, DataLoader):
+            clone._iterator = None
+        copies.append(clone)
+    second.flattened = copies
+    second._iterator = None
+    generators = {
+        id(g): (g, g.get_state())
+        for loader in copies
+        for g in (
+            getattr(loader, "generator", None),
+            getattr(getattr(loader, "sampler", None), "generator", None),
+        )
+        if isinstance(g, torch.Generator)
+    }
+    for generator, state in generators.values():
+        at_exit(generator.set_state, state)
+    at_exit(second.reset)
+    for batch, _, _ in iter(second):
+        yield batch
+
+
+@contextmanager
+def _modes(module: nn.Module, training: Collection[nn.Module]) -> Iterator[None]:
+    """Have exactly the given modules in training mode, then as before."""
+    before = {m: m.training for m in module.modules()}
+    try:
+        for m in before:
+            m.training = m in training
+        yield
+    finally:
+        for m, mode in before.items():
+            m.training = mode
+
+
+@contextmanager
+def _logging_off(module: LightningModule) -> Iterator[None]:
+    """``self.log`` and ``self.log_dict`` of the module do nothing."""
+
+    def ignore(*args: Any, **kwargs: Any) -> None: ...
+
+    attributes: dict[str, Any] = vars(module)  # an instance's attribute hides the class's method
+    hidden = {name: attributes.pop(name) for name in LOGGING if name in attributes}
+    try:
+        attributes.update(dict.fromkeys(LOGGING, ignore))
+        yield
+    finally:
+        for name in LOGGING:
+            del attributes[name]
+        attributes.update(hidden)
+
+
+@contextmanager
+def _metrics_kept(module: nn.Module) -> Iterator[None]:
+    """Metrics in the module are reset, and have their state again afterwards."""
+    bookkeeping = ("_update_count", "_computed", "_forward_cache", "_is_synced", "_cache")
+    saved = []
+    for metric in module.modules():
+        if isinstance(metric, Metric):
+            # reset() clears lists in place and replaces tensors.
+            state = {
+                name: list(value) if isinstance(value, list) else value
+                for name, value in metric.metric_state.items()
+            }
+            state.update({n: metric.__dict__[n] for n in bookkeeping if n in metric.__dict__})
+            saved.append((metric, state))
+    try:
+        for metric, _ in saved:
+            metric.reset()
+        yield
+    finally:
+        for metric, state in saved:
+            for name, value in state.items():
+                setattr(metric, name, value)
+
+
+@contextmanager
+def _training_stage(trainer: Trainer) -> Iterator[None]:
+    """Be in the training stage, as a module's hooks see it, also where validation is running."""
+    stage = trainer.state.stage
+    assert stage is not None, "a run is in some stage"
+    trainer.state.stage = type(stage).TRAINING
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
+def _training_step(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+    """Run the module's ``training_step`` on a batch from a loader, as the Trainer would."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
+    with trainer.precision_plugin.train_step_context():
+        module.training_step(*arguments.values())

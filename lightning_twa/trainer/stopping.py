@@ -1,0 +1,61 @@
+"""What ``EarlyStopping`` wants while candidates are collected.
+
+``tests/trainer/test_private_names.py`` says when a Lightning release changes the method that is
+watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from lightning.pytorch import Trainer
+
+from lightning_twa.trainer.features import callbacks, is_a
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import EarlyStopping
+
+__all__ = ["StopWatch", "renew_patience"]
+
+
+class StopWatch:
+    """Takes note of ``EarlyStopping`` wanting to end a run, and lets the run go on.
+
+    Other reasons to stop (``max_time``, signals, a user's own callback) stop the run as ever.
+
+    Args:
+        trainer: The Trainer.
+        wanted: Whether the phase could begin after this epoch; else the run stops as ever.
+    """
+
+    def __init__(self, trainer: Trainer, wanted: Callable[[], bool]) -> None:
+        self.stopped = False
+        self._callbacks = _early_stopping(trainer)
+        for callback in self._callbacks:
+            callback._run_early_stopping_check = partial(self._check, callback, wanted)  # type: ignore[method-assign]
+
+    def _check(self, callback: EarlyStopping, wanted: Callable[[], bool], trainer: Trainer) -> None:
+        before = trainer.should_stop
+        type(callback)._run_early_stopping_check(callback, trainer)
+        if trainer.should_stop and not before and wanted():
+            self.stopped = True
+            trainer.should_stop = False
+
+    def release(self) -> None:
+        """Let callbacks stop the run again. May be called again."""
+        for callback in self._callbacks:
+            del callback._run_early_stopping_check
+        self._callbacks = []
+
+
+def renew_patience(trainer: Trainer) -> None:
+    """Let ``EarlyStopping`` wait as long as at the start of a run."""
+    for callback in _early_stopping(trainer):
+        callback.wait_count = 0
+
+
+def _early_stopping(trainer: Trainer) -> list[EarlyStopping]:
+    found = [c for c in callbacks(trainer) if is_a(c, "EarlyStopping")]
+    return cast("list[EarlyStopping]", found)

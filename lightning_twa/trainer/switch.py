@@ -1,0 +1,162 @@
+"""What the phase changes in a Trainer, and its undo."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch.optim import Optimizer
+
+from lightning_twa.trainer.data import set_epoch, tear_down_fetcher
+
+__all__ = ["TrainerSwitch"]
+
+
+class TrainerSwitch:
+    """Puts the phase's optimizer and data into a Trainer and takes them out again.
+
+    The user's optimizers and schedulers are neither stepped nor lost meanwhile. Schedulers stay
+    visible (``self.lr_schedulers()`` in a module keeps working) with a frequency that never comes
+    round.
+
+    Args:
+        trainer: The Trainer to change.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.user_optimizers: list[Optimizer] = []
+        self.validates_each_epoch = False
+        self._user_source: Any = None
+        self._user_combined_loader: Any = None
+        self._undo = ExitStack()
+
+    def install_optimizer(self, optimizer: Optimizer) -> None:
+        """Let the Trainer step ``optimizer`` from the next batch on, and no scheduler."""
+        strategy = self.trainer.strategy
+        self.user_optimizers = list(strategy.optimizers)
+        schedulers = strategy.lr_scheduler_configs
+        self._undo.callback(setattr, strategy, "optimizers", self.user_optimizers)
+        self._undo.callback(setattr, strategy, "lr_scheduler_configs", schedulers)
+        # Checkpoints keep the user's states: what is dumped for the phase's optimizer is theirs.
+        # Every strategy then stores it as it does without the phase, also in pieces.
+        dump = strategy.optimizer_state
+
+        def dump_users(optimizer: Optimizer) -> dict[str, Any]:
+            return dump(self.user_optimizers[0])
+
+        self._undo.callback(delattr, strategy, "optimizer_state")
+        strategy.optimizer_state = dump_users  # type: ignore[method-assign]
+        # The setter rebuilds the wrappers that are stepped; changing the list in place would not.
+        strategy.optimizers = [optimizer]
+        strategy.lr_scheduler_configs = [
+            dataclasses.replace(config, frequency=sys.maxsize) for config in schedulers
+        ]
+
+    def replace_optimizer(self, optimizer: Optimizer) -> None:
+        """Let the Trainer step another optimizer of the phase from the next batch on."""
+        self.trainer.strategy.optimizers = [optimizer]
+
+    def limit_epochs(self, end: int) -> None:
+        """Let the run end before epoch ``end``."""
+        loop = self.trainer.fit_loop
+        self._undo.callback(setattr, loop, "max_epochs", loop.max_epochs)
+        loop.max_epochs = end
+
+    def stop_gradient_sync(self) -> None:
+        """Let DDP exchange neither gradients nor buffers from the next forward pass on."""
+        model: Any = self.trainer.strategy.model
+        self._undo.callback(
+            setattr, model, "require_backward_grad_sync", model.require_backward_grad_sync
+        )
+        model.require_backward_grad_sync = False
+
+    def install_loader(
+        self, loader: Any, *, set_up: bool, validate_each_epoch: bool = False
+    ) -> None:
+        """Train on ``loader`` from the next epoch on.
+
+        A ``val_check_interval`` that does not fit its length is replaced by validation at the end
+        of each epoch (``validates_each_epoch``).
+
+        Args:
+            loader: What a ``train_dataloader`` hook may return.
+            set_up: Prepare it now (at the start of an epoch, where the Trainer has already prepared
+                the user's), rather than where the Trainer does.
+            validate_each_epoch: ``validates_each_epoch`` of the run that is resumed.
+        """
+        loop, trainer = self.trainer.fit_loop, self.trainer
+        source = loop._data_source
+        self._undo.callback(
+            self._restore_loader,
+            source.instance,
+            loop._combined_loader,
+            loop.max_batches,
+            trainer.val_check_interval,
+            trainer.val_check_batch if set_up else None,
+        )
+        self._user_source, self._user_combined_loader = source.instance, loop._combined_loader
+        tear_down_fetcher(trainer)
+        source.instance = loader
+        loop._combined_loader = None
+        if validate_each_epoch:
+            self._validate_each_epoch()
+        if not set_up:
+            return
+        try:
+            loop.setup_data()
+        except Exception as error:
+            if "val_check_interval" not in str(error):
+                raise
+            loop._combined_loader = None
+            self._validate_each_epoch()
+            loop.setup_data()
+        set_epoch(loop._combined_loader, trainer.current_epoch)
+
+    def _validate_each_epoch(self) -> None:
+        self.validates_each_epoch = True
+        self.trainer.val_check_interval = 1.0
+
+    def user_training_loader(self) -> Any:
+        """The user's prepared training data (a ``CombinedLoader``), whatever is installed now, in
+        the order of the current epoch.
+        """
+        loop, trainer = self.trainer.fit_loop, self.trainer
+        if self._user_source is None:
+            return loop._combined_loader
+        if self._user_combined_loader is None:  # resumed in the phase: not prepared so far
+            source = loop._data_source
+            names = ("_combined_loader", "_data_fetcher", "max_batches")
+            kept = {name: getattr(loop, name) for name in names}
+            instance, check_batch = source.instance, trainer.val_check_batch
+            try:
+                source.instance = self._user_source
+                loop._combined_loader = loop._data_fetcher = None
+                loop.setup_data()
+                self._user_combined_loader = loop._combined_loader
+                tear_down_fetcher(trainer)
+            finally:
+                source.instance, trainer.val_check_batch = instance, check_batch
+                for name, value in kept.items():
+                    setattr(loop, name, value)
+        set_epoch(self._user_combined_loader, trainer.current_epoch)
+        return self._user_combined_loader
+
+    def _restore_loader(
+        self, instance: Any, combined: Any, batches: Any, interval: Any, check_batch: Any
+    ) -> None:
+        loop, trainer = self.trainer.fit_loop, self.trainer
+        tear_down_fetcher(trainer)
+        loop._data_source.instance = instance
+        loop._combined_loader = combined
+        loop.max_batches = batches
+        trainer.val_check_interval = interval
+        if check_batch is not None:
+            trainer.val_check_batch = check_batch
+
+    def restore(self) -> None:
+        """Undo everything, last change first. May be called again."""
+        self._undo.close()
