@@ -6,20 +6,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lightning_twa
 
-LOADED = "import sys; import {module}; print(sorted(m.split('.')[0] for m in sys.modules))"
+LOADED = """
+import sys, lightning
+packages = lambda: {name.split(".")[0] for name in sys.modules}
+before = packages()
+import lightning_twa
+print(sorted(packages() - before))
+print("pytorch_lightning" in sys.modules)
+"""
 
 
-def loaded(module: str) -> set[str]:
-    code = LOADED.format(module=module)
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(eval(out.stdout))
+@pytest.fixture(scope="module")
+def loaded() -> list[str]:
+    """What one process printed for all: importing torch and Lightning takes seconds."""
+    command = [sys.executable, "-c", LOADED]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def test_import_pulls_in_nothing_beyond_lightning_and_safetensors() -> None:
-    extra = loaded("lightning_twa") - loaded("lightning")
+def test_import_pulls_in_nothing_beyond_lightning_and_safetensors(loaded: list[str]) -> None:
+    extra = set(eval(loaded[0]))
+    assert "lightning_twa" in extra
     assert extra <= {"lightning_twa", "safetensors"}, f"import lightning_twa also imports {extra}"
+
+
+def test_the_other_package_is_imported_only_where_it_is_asked_for(loaded: list[str]) -> None:
+    assert loaded[1] == "False"
 
 
 def test_public_names_exist() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.commands import usage
+from lightning_twa.__main__ import main
 
 
 @pytest.mark.parametrize(
@@ -35,13 +36,17 @@ def test_wrong_usage(tmp_path, capsys, monkeypatch, message, options) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["w.pt"]
 
 
-def test_it_runs_as_a_module(tmp_path) -> None:
-    command = [sys.executable, "-m", "lightning_twa"]
-    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
-    assert helped.stdout.startswith("usage: python -m lightning_twa")
-    assert "inspect" in helped.stdout
-    failed = subprocess.run(
-        [*command, "inspect", "none.ckpt"], capture_output=True, text=True, check=False
-    )
+def test_help_names_the_commands(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    helped = capsys.readouterr().out
+    assert helped.startswith("usage: python -m lightning_twa")
+    assert "inspect" in helped
+
+
+def test_it_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "lightning_twa", "inspect", "none.ckpt"]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("error: none.ckpt does not exist")
