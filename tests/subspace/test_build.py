@@ -55,6 +55,15 @@ def test_device_of_the_configuration_wins_over_the_model_s() -> None:
     assert subspace.center.device.type == "cpu"
 
 
+@pytest.mark.parametrize("bits", [4, 32])
+def test_center_and_directions_are_kept_where_the_caller_says(bits) -> None:
+    subspace = build_subspace(candidates(), SubspaceConfig(bits=bits), device="meta")
+    assert subspace.center.device.type == "meta"
+    kept = subspace.stored.scales if bits == 4 else subspace.stored.rows
+    assert kept.device.type == "meta"
+    assert build_subspace(candidates()).center.device.type == "cpu"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_basis_on_the_cpu_for_a_model_on_cuda() -> None:
     subspace = build_subspace(candidates(), SubspaceConfig(bits=4, device="cpu"), device="cuda")
