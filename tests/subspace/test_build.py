@@ -248,6 +248,10 @@ def test_sums_over_columns_are_of_those_that_are_counted(monkeypatch) -> None:
     monkeypatch.setattr(build, "sum_over_ranks", lambda t, device: sums.append(t.clone()) or t)
     found = build_subspace(ms, columns=counted)
     assert torch.equal(found.mixing, first.mixing)
+    assert torch.equal(found.center, whole.center), "of all columns, counted or not"
+    assert torch.equal(found.directions[:, :9], first.directions)
+    b = torch.stack([m["b"] for m in ms])
+    torch.testing.assert_close(found.directions[:, 9:], found.mixing[0] @ (b - b.mean(0)))
     gram, norm2, squares = sums
     a = torch.stack([m["a"] for m in ms])
     torch.testing.assert_close(gram[0], (a - a.mean(0)) @ (a - a.mean(0)).T)
