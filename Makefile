@@ -25,7 +25,7 @@ test: venv lint
 		--cov --cov-report=term
 	$(MAKE) docs package
 
-# Every member of every matrix; about twice as long as what "make test" runs.
+# Every member of every matrix; takes about half as long again as the tests of "make test".
 test-long: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
