@@ -57,3 +57,51 @@ def test_validate_average_validates_it_and_restores_the_weights(tmp_path) -> Non
         if 0 < epoch < 4:
             expected = torch.stack([recorder.epochs[e] for e in range(epoch)]).mean(0)
             torch.testing.assert_close(validated, expected, rtol=1e-6, atol=1e-7)
+
+
+class Centered(Regressor):
+    """Keeps buffers that training changes at every step: a mean, and a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(6))
+        self.register_buffer("seen", torch.tensor(0))
+
+    def training_step(self, batch, batch_idx):
+        self.center += batch[0].mean(0)
+        self.seen += 1
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:TWA will not run", "ignore:TWA never ran")
+def test_the_average_has_averaged_buffers_and_those_of_training_come_back(tmp_path) -> None:
+    class Watch(L.Callback):
+        def __init__(self) -> None:
+            self.trained, self.validated = [], []
+
+        def now(self, module):
+            return module.center.clone(), int(module.seen)
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            self.trained.append(self.now(pl_module))
+
+        def on_validation_batch_start(self, trainer, pl_module, *args):
+            self.validated.append(self.now(pl_module))
+
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            if self.trained:
+                center, seen = self.now(pl_module)
+                assert torch.equal(center, self.trained[-1][0])
+                assert seen == self.trained[-1][1]
+
+    watch = Watch()
+    twa = TWACallback(start_epoch=8, validate_average=True, collect=CollectConfig(start=0))
+    trainer(
+        tmp_path, callbacks=[twa, watch], max_epochs=9, max_steps=12, num_sanity_val_steps=0
+    ).fit(Centered(), loader(), loader(16, seed=1))
+    ends = watch.trained[3::4]
+    (first, _), (one, seen_one), (both, seen_both) = watch.validated
+    assert torch.equal(first, ends[0][0]), "no candidate yet"
+    assert torch.equal(one, ends[0][0])
+    assert torch.allclose(both, (ends[0][0] + ends[1][0]) / 2)
+    assert (seen_one, seen_both) == (ends[0][1], ends[1][1])
