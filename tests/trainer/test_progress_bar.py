@@ -10,8 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-from helpers.beside import beside, plain
-from helpers.common import weights
+from helpers.beside import beside, plain, twa
+from helpers.common import Regressor, loader, trainer, weights
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -51,3 +51,24 @@ def test_what_takes_long_between_batches_has_a_bar(tmp_path, monkeypatch, capsys
         assert numel == 81
         assert "/243" in shown  # columns in three passes
         assert "/4.00 " in shown  # batches
+
+
+def test_a_phase_that_goes_on_is_built_in_two_passes(tmp_path, monkeypatch, capsys) -> None:
+    """Its directions are known: no Gram matrix is needed."""
+
+    class Boom(L.Callback):
+        armed = True
+
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            if self.armed and trainer.current_epoch == 4:
+                self.armed = False
+                raise KeyError
+
+    monkeypatch.setattr("lightning_twa.trainer.progress_bar.PATIENCE", 0.0)
+    module, callbacks = Regressor(batchnorm=True), [twa(), Boom()]
+    the_trainer = trainer(tmp_path, callbacks=callbacks, enable_progress_bar=True)
+    with pytest.raises(KeyError):
+        the_trainer.fit(module, loader())
+    assert "/243" in capsys.readouterr().err
+    the_trainer.fit(module, loader())
+    assert "/162" in capsys.readouterr().err

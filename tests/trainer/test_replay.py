@@ -75,3 +75,33 @@ def test_a_training_step_that_needs_gradients_keeps_the_average_with_a_warning(t
     assert torch.equal(weights(module), recorder.steps[-1][1])
     assert module.net[1].momentum == 0.1
     assert module.net[1].running_var.min() > 0
+
+
+@pytest.mark.parametrize("limit", [1.0, 3])
+def test_every_batch_is_run_once_and_counted(tmp_path, capsys, caplog, limit) -> None:
+    class Seen(Regressor):
+        def __init__(self) -> None:
+            super().__init__(batchnorm=True)
+            self.seen: list[tuple[int, int, bool]] = []
+            self.log = lambda *args, **kwargs: self.seen.append((-1, -1, True))  # the user's own
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.seen.append((self.trainer.current_epoch, batch_idx, torch.is_grad_enabled()))
+            return super().training_step(batch, batch_idx)
+
+    module, batches = Seen(), 4 if limit == 1.0 else 3
+    own = module.log
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        trainer(
+            tmp_path,
+            callbacks=[TWACallback(2, collect=CollectConfig(start=0))],
+            max_epochs=3,
+            limit_train_batches=limit,
+            limit_val_batches=0,
+        ).fit(module, loader())
+    again = [(epoch, i) for epoch, i, grad in module.seen if not grad]
+    assert again == [(2, i) for i in range(batches)]
+    logged = [s for s in module.seen if s[0] == -1]
+    assert len(logged) == 5 * batches + 3, "a loss, two values of the phase, numbers of candidates"
+    assert module.log is own
+    assert f"re-estimated over {batches} training batches" in caplog.text + capsys.readouterr().err
