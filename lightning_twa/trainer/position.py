@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -52,21 +53,35 @@ def batches_seen(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
+def _was_trained(trainer: Trainer) -> bool:
+    """Whether the newest batch belongs to the epoch that is under way, and has been trained on.
+
+    At the start of an epoch the counts of batches are still those of the epoch before it. Epochs
+    and batches are ``ready`` before their first hook, and ``started`` behind it.
+    """
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    in_epoch = epoch.completed < epoch.started >= epoch.ready
+    return bool(in_epoch and batch.processed >= batch.ready)
+
+
 def run_is_ending(trainer: Trainer) -> bool:
-    """Whether the batch that was just trained on is the last of the run."""
+    """Whether a batch was just trained on, and is the last of the run."""
     loop = trainer.fit_loop
+    if not _was_trained(trainer):
+        return False
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
     if trainer.should_stop and loop._can_stop_early:
         return True
     limit = max_epochs(trainer)
-    last_batch = loop.epoch_loop._num_ready_batches_reached()
-    return limit is not None and last_batch and trainer.current_epoch + 1 >= limit
+    return limit is not None and epoch_is_ending(trainer) and trainer.current_epoch + 1 >= limit
 
 
 def epoch_is_ending(trainer: Trainer) -> bool:
-    """Whether the batch that was just trained on is the last of its epoch."""
-    return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+    """Whether a batch was just trained on, and is the last of its epoch."""
+    reached = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    return bool(reached) and _was_trained(trainer)
 
 
 def step_was_taken(trainer: Trainer) -> bool:

@@ -1,0 +1,82 @@
+"""A checkpoint that somebody saves changes nothing for the run that is saved, in whichever hook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from helpers.common import Regressor, loader, trainer
+from helpers.resume import equal, state
+from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+
+pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
+
+HOOKS = (
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_end",
+    "on_train_epoch_end",
+)
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "uniform": {"solver": SolverConfig(name="uniform")},
+    "cycles": {"start_epoch": 2, "cycles": 2, "collect": CollectConfig(start=0)},
+    "val": {"data": "val"},
+    "steps": {"collect": CollectConfig(start=1, every_n_train_steps=3)},
+    "groups": {"subspace": SubspaceConfig(group_size=2)},
+    "validated": {"validate_average": True},
+}
+
+
+class Save(L.Callback):
+    """Saves in one hook, whenever it comes."""
+
+    def __init__(self, hook: str, path: Path) -> None:
+        self.count = 0
+
+        def save(trainer: L.Trainer, *args: Any) -> None:
+            if not trainer.sanity_checking:
+                self.count += 1
+                trainer.save_checkpoint(path / f"{self.count}.ckpt")
+
+        setattr(self, hook, save)
+
+
+def outcome(path: Path, kind: str, hook: str | None, first: bool) -> Any:
+    L.seed_everything(1, verbose=False)
+    module = Regressor(batchnorm=True)
+    start = {"start_epoch": 4, "collect": CollectConfig(start=1)}
+    twa = TWACallback(**{**start, **KINDS[kind]})
+    savers = [] if hook is None else [Save(hook, path)]
+    callbacks = [*savers, twa] if first else [twa, *savers]
+    the_trainer = trainer(path, callbacks=callbacks, max_epochs=8)
+    the_trainer.fit(module, loader(), loader(32, seed=1))
+    assert all(saver.count > 0 for saver in savers)
+    return state(module), twa.averaging_weights, twa.candidate_names, the_trainer.current_epoch
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in ("default", "cycles") else pytest.param(k, marks=pytest.mark.long) for k in KINDS],
+)  # "default" and "cycles" stay
+def test_a_save_changes_nothing(tmp_path: Path, kind: str, first: bool, hook: str) -> None:
+    expected = outcome(tmp_path, kind, None, first)
+    found = outcome(tmp_path, kind, hook, first)
+    assert equal(found, expected)
+    assert found[3] == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_of_these_files_holds_the_average(tmp_path: Path, kind: str) -> None:
+    expected, *_ = outcome(tmp_path, kind, "on_train_epoch_end", False)
+    saved = torch.load(tmp_path / "8.ckpt", weights_only=True)["state_dict"]
+    assert equal(dict(saved), expected)
