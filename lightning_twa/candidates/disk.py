@@ -6,6 +6,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from lightning_twa.candidates.candidate import Candidate
 from lightning_twa.candidates.files import (
     CandidateFileError,
@@ -39,6 +41,7 @@ class Disk:
         self.shards = shards
         self.directory: Path | None = None
         self._part = root  # where this process writes
+        self._parts = 0  # begun after the first one
         self._writes = False
 
     def write(self, make: Callable[[], Candidate]) -> tuple[Candidate, Files]:
@@ -61,6 +64,7 @@ class Disk:
         if self._writes:
             candidate = make()
             try:
+                self._part.mkdir(parents=True, exist_ok=True)
                 written = write_candidate(self.root, self._part, candidate)
             except (OSError, TypeError, ValueError) as error:
                 problem = str(error)
@@ -74,6 +78,16 @@ class Disk:
             if written is not None:
                 delete_candidate(self.root, written)
             raise OSError(str(error)) from error
+
+    def begin_part(self) -> None:
+        """Write further candidates to a folder of their own: their names may come again."""
+        if self.directory is not None:
+            self._parts += 1
+            self._part = self._part_of(self.directory)
+
+    def _part_of(self, directory: Path) -> Path:
+        part = directory / f"part_{self._parts}" if self._parts else directory
+        return part / f"rank_{rank()}_of_{world_size()}" if self.shards else part
 
     def read(self, files: Files, *, verify: bool = True) -> Candidate:
         """Map a candidate.
@@ -102,10 +116,18 @@ class Disk:
         return candidate
 
     def delete(self, files: Files) -> None:
-        """Delete a candidate's file where this process has written it; never another run's."""
+        """Delete a candidate's file where this process has written it; never another run's. One
+        that cannot be deleted is a warning.
+        """
         mine = files[rank()] if self.shards else files[0]
         if self._writes and mine.file.startswith(f"{self.directory.name}/"):  # type: ignore[union-attr]
-            delete_candidate(self.root, mine)
+            try:
+                delete_candidate(self.root, mine)
+            except OSError as error:
+                rank_zero_warn(
+                    f"The file {mine.file} in {self.root} is not needed any more, but could not be "
+                    f"deleted ({error}). Delete it when the run is over."
+                )
 
     def _open(self) -> None:
         """Agree on a new directory, and on who writes."""
@@ -122,9 +144,7 @@ class Disk:
         hosts = gather_objects(host)
         first = hosts.index(host) == rank() and not host[1]
         self._writes = self.shards or rank() == 0 or first
-        self._part = directory
-        if self.shards:
-            self._part = directory / f"rank_{rank()}_of_{world_size()}"
+        self._part = self._part_of(directory)
         if self._writes:
             try:
                 self._part.mkdir(parents=True, exist_ok=True)

@@ -33,10 +33,10 @@ __all__ = ["Store"]
 SMALL = 0.25  # of free memory that candidates may take there
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Entry:
     """A candidate and, where it is on disk, its files. A checkpoint may leave out parameters that
-    are as in the module that it holds.
+    are as in the module that it holds. Compared by identity: tensors have no truth value.
     """
 
     candidate: Candidate
@@ -100,6 +100,11 @@ class Store:
         return [entry.candidate.name for entry in self._entries]
 
     @property
+    def given_names(self) -> list[str]:
+        """Names of those before the window: from files, and of running averages."""
+        return [entry.candidate.name for entry in self._given]
+
+    @property
     def files(self) -> tuple[Path, int] | None:
         """The directory of this run's files and their bytes; ``None`` when it has written none."""
         if self.disk is None or self.disk.directory is None:
@@ -148,6 +153,8 @@ class Store:
         """Forget the window and what was given; files stay as for those out of the window."""
         self._dropped += self._entries
         self._given, self._window = [], []
+        if self.disk is not None:
+            self.disk.begin_part()
         self._delete_dropped()
 
     def _keep(

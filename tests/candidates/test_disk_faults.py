@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.common import Regressor
 from helpers.resume import equal
@@ -125,3 +126,37 @@ def test_a_hostile_checkpoint_reads_and_deletes_nothing_outside(tmp_path) -> Non
                 ckpt_path=tmp_path / "hostile.ckpt",
             )
         assert outside.exists()
+
+
+def test_a_file_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch) -> None:
+    """On Windows it is mapped; elsewhere permissions may have changed."""
+
+    def refuses(root: Path, reference: Any) -> None:
+        raise PermissionError(errno.EACCES, "it is being used", reference.file)
+
+    monkeypatch.setattr(disk, "delete_candidate", refuses)
+    module = Regressor()
+    memory = run(tmp_path, twa(collect=CollectConfig(start=0, max_candidates=2)), deepcopy(module))
+    callback = twa(tmp_path / "c", collect=CollectConfig(start=0, max_candidates=2))
+    with pytest.warns(UserWarning, match=r"c is not needed .*could not be deleted .*used"):
+        on_disk = run(tmp_path, callback, module)
+    assert equal(memory, on_disk)
+    assert "version_0/epoch=0.safetensors" in files(tmp_path / "c")
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_three_cycles_with_running_averages_and_a_checkpoint_to_keep(tmp_path, kind) -> None:
+    """Candidates of the cycles have the same names, and entries hold tensors."""
+    callback = twa(
+        tmp_path / "c" if kind == "disk" else None,
+        start_epoch=2,
+        cycles=3,
+        collect=CollectConfig(start=0, ema_decays=(0.9,)),
+    )
+    best = ModelCheckpoint(tmp_path / "k", monitor="val_loss", save_top_k=-1)
+    run(tmp_path, callback, Regressor(), best, max_epochs=12, enable_checkpointing=True)
+    assert callback.candidate_names == ["ema(0.9)", "epoch=8", "epoch=9"]
+    if kind == "disk":
+        written = [name for name in files(tmp_path / "c") if "ema" in name]
+        parts = ("", "part_1/", "part_2/")
+        assert written == [f"version_0/{part}ema(0.9).safetensors" for part in parts]
