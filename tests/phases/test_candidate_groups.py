@@ -265,3 +265,20 @@ def test_a_subspace_with_a_start_of_its_own() -> None:
         build_subspace(states, SubspaceConfig(parametrization="simplex"), start=start)
     with pytest.raises(ValueError, match=r"^The start"):
         build_subspace(states, start={"w": torch.zeros(2)})
+
+
+def test_skipped_steps_of_every_group_are_reported(tmp_path, caplog, capsys) -> None:
+    class Overflows(Regressor):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if self.trainer.global_step in (17, 22):
+                self.net[0].weight.grad.fill_(torch.inf)
+
+    twa = TWACallback(4, collect=CollectConfig(start=0), subspace=SubspaceConfig(group_size=2))
+    with (
+        caplog.at_level("INFO", logger="lightning.pytorch"),
+        pytest.warns(UserWarning, match="is not finite"),
+    ):
+        trainer(tmp_path, callbacks=[twa]).fit(Overflows(), loader())
+    text = caplog.text + capsys.readouterr().err
+    assert "finished after 6 optimizer steps" in text
+    assert "2 steps were skipped because the gradient was not finite" in text

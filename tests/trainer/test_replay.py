@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -105,3 +107,18 @@ def test_every_batch_is_run_once_and_counted(tmp_path, capsys, caplog, limit) ->
     assert len(logged) == 5 * batches + 3, "a loss, two values of the phase, numbers of candidates"
     assert module.log is own
     assert f"re-estimated over {batches} training batches" in caplog.text + capsys.readouterr().err
+
+
+def test_the_bar_moves_with_every_batch(tmp_path, monkeypatch) -> None:
+    shown: list[tuple[str, int | None, list[int]]] = []
+
+    @contextmanager
+    def show(trainer: Any, what: str, unit: str, total: int | None) -> Iterator[Any]:
+        shown.append((what, total, []))
+        yield shown[-1][2].append
+
+    monkeypatch.setattr("lightning_twa.trainer.replay.show_progress", show)
+    trainer(tmp_path, callbacks=[TWACallback(4, collect=CollectConfig(start=2))]).fit(
+        Regressor(batchnorm=True), loader()
+    )
+    assert shown == [("re-estimating BatchNorm statistics", 4, [1, 1, 1, 1])]

@@ -13,7 +13,7 @@ from helpers.common import Recorder, Regressor, loader, trainer, weights
 from helpers.modules import Fails
 from helpers.resume import equal
 from helpers.runs import DATA
-from lightning_twa import TWACallback
+from lightning_twa import CollectConfig, TWACallback
 
 
 def snapshot(the_trainer: L.Trainer) -> dict[str, Any]:
@@ -109,3 +109,22 @@ def test_checkpoint_on_exception_resumes(tmp_path) -> None:
         module, loader(), loader(32, seed=1), ckpt_path=saver.ckpt_path
     )
     assert resumed.phase == "done"
+
+
+@pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
+def test_what_fetched_the_data_of_the_phase_is_torn_down_when_it_is_left(tmp_path) -> None:
+    """Its workers would wait for ever."""
+    ends: list[int] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.current_epoch == 2 and not hasattr(self, "fetcher"):
+                self.fetcher = trainer.fit_loop._data_fetcher
+                teardown = self.fetcher.teardown
+                self.fetcher.teardown = lambda: (ends.append(trainer.current_epoch), teardown())
+
+    twa = TWACallback(2, data="val", cycles=2, collect=CollectConfig(start=0))
+    trainer(tmp_path, callbacks=[twa, Watch()], max_epochs=6).fit(
+        Regressor(), loader(), loader(32, seed=1)
+    )
+    assert ends[0] == 3
