@@ -41,6 +41,8 @@ class Averaging:
         learned: ``(n, B)`` the averaging weights of the last phase, while no optimizer has them.
         further_names: Further names of tied tensors, which candidates have once.
         kept: What an interrupted phase goes on from; ``None`` where none is.
+        has_trained: Whether a batch has begun since training began: the counts of the Trainer
+            before that are those of an earlier fit.
         early_stopped: Whether ``EarlyStopping`` wanted to end the run: the phase is due.
         epoch_batches: Batches of the last whole epoch of collecting.
     """
@@ -55,6 +57,7 @@ class Averaging:
         self.learned: Tensor | None = None
         self.kept: dict[str, Any] | None = None
         self.further_names: dict[str, str] = {}
+        self.has_trained = False
         self.early_stopped = False
         self.epoch_batches: int | None = None
         self.restored_names: list[str] = []  # of a finished run that was restored without them
@@ -124,7 +127,7 @@ class Averaging:
                 f"from a checkpoint (ckpt_path=...); or, for a new run, make a new Trainer and a "
                 f"new TWACallback."
             )
-        self._model = weakref.ref(module)
+        self._model, self.has_trained = weakref.ref(module), False
         self.further_names = further_names(module)
         self.store.put_frozen_back(module)
 
@@ -245,8 +248,8 @@ class Averaging:
         that can first be known, so that the last validation and the last checkpoint see the
         finished average.
         """
-        if run_is_ending(trainer):
-            return True
+        if not self.has_trained or run_is_ending(trainer):
+            return self.has_trained
         last = self.plan.end is not None and trainer.current_epoch + 1 >= self.plan.end
         return last and epoch_is_ending(trainer)
 

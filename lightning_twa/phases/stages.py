@@ -322,7 +322,7 @@ class Done(Stage):
             RuntimeError: After the last cycle.
         """
         self._refuse_to_go_on(trainer)
-        return self.name
+        return super().batch_begins(trainer, module)
 
     def _refuse_to_go_on(self, trainer: Trainer) -> None:
         if self.averaging.in_last_cycle:

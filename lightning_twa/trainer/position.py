@@ -56,13 +56,13 @@ def batches_seen(trainer: Trainer) -> int:
 def _was_trained(trainer: Trainer) -> bool:
     """Whether the newest batch belongs to the epoch that is under way, and has been trained on.
 
-    At the start of an epoch the counts of batches are still those of the epoch before it. Epochs
-    and batches are ``ready`` before their first hook, and ``started`` behind it.
+    At the start of an epoch the counts of batches are still those of the epoch before it. An epoch
+    is ``ready`` before its first hook and ``started`` behind it; ``completed`` is of no use: in the
+    first epoch of a run that is resumed behind the last batch of an epoch it is ``started`` too.
     """
     epoch: Any = trainer.fit_loop.epoch_progress.current
     batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    in_epoch = epoch.completed < epoch.started >= epoch.ready
-    return bool(in_epoch and batch.processed >= batch.ready)
+    return bool(epoch.started >= epoch.ready and batch.processed >= batch.ready)
 
 
 def run_is_ending(trainer: Trainer) -> bool:

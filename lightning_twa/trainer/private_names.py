@@ -26,7 +26,6 @@ PRIVATE_NAMES = (
     "fit_loop._can_stop_early",
     "fit_loop.epoch_progress.current.ready",
     "fit_loop.epoch_progress.current.started",
-    "fit_loop.epoch_progress.current.completed",
     "fit_loop.epoch_loop._build_kwargs",
     "fit_loop.epoch_loop._num_ready_batches_reached",
     "fit_loop.epoch_loop._should_accumulate",
