@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -86,6 +87,7 @@ def check_trainer(
             "none. Pass val_dataloaders to fit, define val_dataloader(), or use data='train'."
         )
     _check_closure(settings, trainer)
+    _check_devices(settings)
     epochs = max_epochs(trainer)
     if settings.start_on_early_stopping and "EarlyStopping" not in callback_names(trainer):
         raise ValueError(
@@ -95,6 +97,22 @@ def check_trainer(
     return resolve_plans(
         settings.start_epoch, settings.collect, epochs, files, settings.uniform, settings.cycles
     )
+
+
+def _check_devices(settings: Settings) -> None:
+    """A device that is not there must not show after hours of collecting."""
+    devices = {
+        "SubspaceConfig.device": settings.subspace.device,
+        "CollectConfig.ema_device": settings.collect.ema_device,
+    }
+    for name, device in devices.items():
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:  # torch raises many types
+            raise ValueError(
+                f"{name}={device!r} cannot be used on this machine ({error}). Name a device that "
+                f"is there, or leave it out: the model's own."
+            ) from error
 
 
 def _check_closure(settings: Settings, trainer: Trainer) -> None:
@@ -234,6 +252,7 @@ def check_data(
     trainer: Trainer,
     loader: Any,
     candidates: int,
+    files: int,
 ) -> None:
     """What can be said once the data is there and before training starts.
 
@@ -242,7 +261,8 @@ def check_data(
         plans: From :func:`check_trainer`, of this cycle and those to come.
         trainer: With its training data set up.
         loader: From :func:`request_loader`.
-        candidates: Number of candidates a resumed run has already.
+        candidates: Number of snapshots a resumed run has already.
+        files: Number of candidates from files.
 
     Raises:
         ValueError: When there will be too few candidates, or the schedule's length is unknown.
@@ -255,7 +275,7 @@ def check_data(
     for plan in plans:
         ahead = plan.count_ahead(epoch, steps, per_epoch)
         expected = None if ahead is None else ahead + candidates
-        check_enough_candidates(plan, expected, averages, settings.subspace.mask_size)
+        check_enough_candidates(plan, expected, averages + files, settings.subspace.mask_size)
         if plan.end is not None:  # the next cycle starts there, with no candidate
             epoch, steps, candidates = plan.end, plan.end * (per_epoch or 0), 0
     _warn_of_max_steps(plans[0], trainer, per_epoch)

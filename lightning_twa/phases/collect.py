@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from lightning_twa.trainer import (
     step_was_taken,
 )
 
-__all__ = ["Collector"]
+__all__ = ["Collector", "file_candidate_names"]
+
+OWN_NAME = re.compile(r"(epoch|step)=[0-9]+|ema\(.*\)")  # of candidates of this run
 
 
 class Collector:
@@ -73,8 +76,8 @@ class Collector:
         """
         collect = self.settings.collect
         self._files = [] if collect.checkpoints is None else find_files(collect.checkpoints)
-        self._names = [name.replace("/", "-") for name in unique_names(self._files)]
         self._plans = check_trainer(self.settings, trainer, module, len(self._files))
+        self._names = file_candidate_names(self._files, soup=self._plans[0].start_epoch == 0)
         if len(self.store) > 0:
             return
         storage = self.settings.storage
@@ -90,7 +93,9 @@ class Collector:
 
     def check_length(self, trainer: Trainer, loader: Any) -> None:
         """See :func:`lightning_twa.phases.checks.check_data`."""
-        check_data(self.settings, self._plans[self.cycle :], trainer, loader, len(self.store))
+        given = len(self.store.given_names)
+        plans, window = self._plans[self.cycle :], len(self.store) - given
+        check_data(self.settings, plans, trainer, loader, window, given)
 
     def begin_anew(self) -> None:
         """Forget the candidates, and collect anew in the next cycle."""
@@ -112,7 +117,7 @@ class Collector:
         if at_epoch_start(trainer):
             self.take_epoch_end(module, trainer.current_epoch - 1)
         for path, name in zip(self._files, self._names, strict=True):
-            if name not in self.store.names:
+            if not {name, path.stem} & set(self.store.given_names):
                 parameters = dict(module.named_parameters())
                 expected = {**parameters, **persistent_buffers(module)}
                 read = read_candidate_from(path, expected, parameters)
@@ -168,3 +173,21 @@ class Collector:
         averages = state.get("averages")
         if averages is not None and not complete:
             self.averages.load_state_dict(averages)
+
+
+def file_candidate_names(files: Sequence[Path], *, soup: bool) -> list[str]:
+    """Names for candidates from files, which no candidate that a run takes itself can have: files
+    of another run are called as its candidates are, and get the name of their directory too.
+
+    Args:
+        files: The files.
+        soup: Whether the run takes no candidates itself.
+    """
+    names = [name.replace("/", "-") for name in unique_names(files)]
+    if soup:
+        return names
+    parents = [path.absolute().parent.name for path in files]
+    return [
+        f"{parent}-{name}" if OWN_NAME.fullmatch(name) else name
+        for name, parent in zip(names, parents, strict=True)
+    ]

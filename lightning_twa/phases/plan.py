@@ -243,14 +243,16 @@ def check_enough_candidates(
     Raises:
         ValueError: When too few candidates are to be expected.
     """
-    if expected is None:
-        return
-    if mask_size is not None and expected + others <= mask_size:
+    limit = plan.max_candidates
+    if expected is not None and limit is not None:
+        expected = min(expected, limit)
+    most = limit if expected is None else expected
+    if mask_size is not None and most is not None and most + others <= mask_size:
         raise ValueError(
             f"SubspaceConfig.mask_size={mask_size} needs more than {mask_size} candidates, but "
-            f"there will be {expected + others}. Lower mask_size, or have more candidates."
+            f"there will be {most + others}. Lower mask_size, or have more candidates."
         )
-    if expected + others >= 2:
+    if expected is None or expected + others >= 2:
         return
     if plan.start_epoch == 0:
         raise ValueError(

@@ -197,3 +197,54 @@ def test_a_mask_that_keeps_all_is_found_before_training(tmp_path, soup) -> None:
     twa = TWACallback(4, subspace=SubspaceConfig(parametrization="mask", mask_size=2))
     with pytest.raises(ValueError, match="mask_size=2 needs more than 2 candidates, but there wi"):
         trainer(tmp_path, callbacks=[twa]).fit(Regressor(), loader())
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_candidates_of_a_finished_run_have_other_names_than_those_of_this_run(
+    tmp_path, kind
+) -> None:
+    first = TWACallback(
+        4,
+        collect=CollectConfig(start=1),
+        storage=StorageConfig(kind="disk", dirpath=str(tmp_path / "c")),
+    )
+    trainer(tmp_path, callbacks=[first]).fit(Regressor(), loader())
+    dirpath = str(tmp_path / "d") if kind == "disk" else None
+    second = TWACallback(
+        4,
+        collect=CollectConfig(start=1, checkpoints=str(tmp_path / "c" / "version_0")),
+        storage=StorageConfig(kind=kind, dirpath=dirpath),
+    )
+    trainer(tmp_path, callbacks=[second]).fit(Regressor(), loader())
+    own = [f"epoch={e}" for e in (1, 2, 3)]
+    assert second.candidate_names == [f"version_0-{name}" for name in own] + own
+    old = {c.name: c for c in first.candidates}
+    new = {c.name: c for c in second.candidates}
+    for name in own:
+        a, b = old[name].parameters, new[f"version_0-{name}"].parameters
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert not torch.equal(new[name].parameters["net.0.weight"], a["net.0.weight"])
+
+
+def test_a_run_that_has_files_under_their_own_names_does_not_take_them_again(tmp_path) -> None:
+    """As version 0.1.0 named them."""
+    folder = tmp_path / "c"
+    first = TWACallback(
+        4, collect=CollectConfig(start=1), storage=StorageConfig(kind="disk", dirpath=str(folder))
+    )
+    trainer(tmp_path, callbacks=[first]).fit(Regressor(), loader())
+    collect = CollectConfig(start=4, checkpoints=str(folder / "version_0"))
+    second, saver = TWACallback(6, collect=collect), ModelCheckpoint(tmp_path, save_top_k=-1)
+    trainer(tmp_path, callbacks=[second, saver], max_epochs=8, enable_checkpointing=True).fit(
+        Regressor(), loader()
+    )
+    path = tmp_path / "epoch=4-step=20.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    state = checkpoint["callbacks"]["TWACallback"]
+    for entry in state["candidates"]["given"]:
+        entry["name"] = entry["name"].removeprefix("version_0-")
+    state["candidate_names"] = [n.removeprefix("version_0-") for n in state["candidate_names"]]
+    torch.save(checkpoint, path)
+    third = TWACallback(6, collect=collect)
+    trainer(tmp_path, callbacks=[third], max_epochs=8).fit(Regressor(), loader(), ckpt_path=path)
+    assert third.candidate_names == [f"epoch={e}" for e in (1, 2, 3, 4, 5)]

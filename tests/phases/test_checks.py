@@ -256,3 +256,32 @@ def test_a_complex_parameter_is_refused(tmp_path: Path) -> None:
 def test_a_device_that_torch_does_not_know_is_refused(device: Any) -> None:
     with pytest.raises(ValueError, match=r"Invalid SubspaceConfig\.device=.* torch\.device takes"):
         SubspaceConfig(device=device)
+
+
+@pytest.mark.parametrize(
+    "collect",
+    [{"max_candidates": 4}, {"start": 4}, {"max_candidates": 3, "ema_decays": (0.9,)}],
+)
+def test_a_mask_that_would_keep_every_candidate_fails_at_the_start(tmp_path, collect) -> None:
+    twa = TWACallback(
+        8,
+        subspace=SubspaceConfig(parametrization="mask", mask_size=5),
+        collect=CollectConfig(**{"start": 0, **collect}),
+    )
+    the_trainer = trainer(tmp_path, callbacks=[twa], max_epochs=10)
+    with pytest.raises(ValueError, match=r"mask_size=5 needs more than 5 .* there will be 4\."):
+        the_trainer.fit(Regressor(), loader())
+    assert the_trainer.global_step == 0
+
+
+@pytest.mark.parametrize("name", ["SubspaceConfig.device", "CollectConfig.ema_device"])
+def test_a_device_that_is_not_there_fails_at_the_start(tmp_path, name) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    subspace = SubspaceConfig(device="cuda") if name.split(".")[1] == "device" else None
+    collect = CollectConfig(ema_decays=(0.9,), ema_device="cuda") if subspace is None else None
+    twa = TWACallback(4, subspace=subspace, collect=collect)
+    the_trainer = trainer(tmp_path, callbacks=[twa])
+    with pytest.raises(ValueError, match=f"^{name}='cuda' cannot be used on this machine"):
+        the_trainer.fit(Regressor(), loader())
+    assert the_trainer.global_step == 0
