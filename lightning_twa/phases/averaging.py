@@ -9,7 +9,6 @@ import weakref
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.candidates import Store, further_names
@@ -160,13 +159,6 @@ class Averaging:
         self.store.drop_damaged()
         return self.collector.count >= 2
 
-    def warn_of_too_few(self) -> None:
-        """Data without a length, or damaged files: the checks have seen the rest coming."""
-        rank_zero_warn(
-            f"TWA needs at least two candidates, but collecting {self.plan.describe()} "
-            f"gave {self.collector.count}. Ordinary training goes on."
-        )
-
     def begin_phase(self, trainer: Trainer, module: LightningModule) -> None:
         """Switch into the phase, at the start of an epoch. On an error the Trainer is as it was."""
         plan, epoch = self.plan, trainer.current_epoch
@@ -230,18 +222,6 @@ class Averaging:
         """At the end of an epoch of collecting: take a candidate where one is due."""
         self.epoch_batches = batches_seen(trainer)
         self.collector.take_epoch_end(module, trainer.current_epoch)
-
-    def log_count(self, module: LightningModule) -> None:
-        """At the end of an epoch: the number of candidates, for loggers."""
-        module.log(  # the same on every rank; without sync_dist Lightning warns
-            "twa/num_candidates",
-            float(len(self.candidate_names)),
-            on_step=False,
-            on_epoch=True,
-            batch_size=1,
-            sync_dist=True,
-            prog_bar=True,
-        )
 
     def average_is_due(self, trainer: Trainer) -> bool:
         """Whether the batch just trained on is the last of the run or of a cycle. Asked wherever

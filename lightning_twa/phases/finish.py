@@ -12,7 +12,7 @@ from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.report import uniform_report
 from lightning_twa.words import count
 
-__all__ = ["complete_phase", "complete_uniform", "warn_of_no_average"]
+__all__ = ["complete_phase", "complete_uniform", "warn_of_no_average", "warn_of_too_few"]
 
 
 def complete_phase(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
@@ -66,6 +66,16 @@ def _keep_result(averaging: Averaging, averaging_weights: Tensor) -> None:
             f"TWA: the candidates stay in {directory} ({size / 2**20:.1f} MiB). Checkpoints "
             f"written before the phase ended need them."
         )
+
+
+def warn_of_too_few(averaging: Averaging) -> None:
+    """Say that the phase cannot begin: of data without a length, or of damaged files. What could be
+    known before training was checked then.
+    """
+    rank_zero_warn(
+        f"TWA needs at least two candidates, but collecting {averaging.plan.describe()} "
+        f"gave {averaging.collector.count}. Ordinary training goes on."
+    )
 
 
 def warn_of_no_average(averaging: Averaging, trainer: Trainer, had_too_few: bool) -> None:

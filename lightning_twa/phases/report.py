@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_twa.phases.candidate_groups import CandidateGroups
@@ -17,12 +18,26 @@ __all__ = [
     "LossRecord",
     "finish_report",
     "groups_report",
+    "log_count",
     "switch_report",
     "uniform_report",
 ]
 
 FEW = 8  # batches whose losses are averaged
 PRESSED = 0.8  # of the budget used in one direction: the optimum is probably further away
+
+
+def log_count(module: LightningModule, names: list[str]) -> None:
+    """At the end of an epoch: the number of candidates, for loggers and progress bars."""
+    module.log(  # the same on every rank; without sync_dist Lightning warns
+        "twa/num_candidates",
+        float(len(names)),
+        on_step=False,
+        on_epoch=True,
+        batch_size=1,
+        sync_dist=True,
+        prog_bar=True,
+    )
 
 
 class LossRecord:

@@ -10,7 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_twa.phases import saved
 from lightning_twa.phases.averaging import Averaging
-from lightning_twa.phases.finish import complete_phase, complete_uniform, warn_of_no_average
+from lightning_twa.phases.finish import (
+    complete_phase,
+    complete_uniform,
+    warn_of_no_average,
+    warn_of_too_few,
+)
+from lightning_twa.phases.report import log_count
 from lightning_twa.phases.transitions import Stage, StageName
 from lightning_twa.trainer import (
     StopWatch,
@@ -66,7 +72,7 @@ class Collecting(Stage):
             return self.name
         if not averaging.has_enough_candidates():
             if not self._had_too_few:
-                averaging.warn_of_too_few()
+                warn_of_too_few(averaging)
             self._had_too_few = True
             return self.name
         self._stop_watching()
@@ -92,7 +98,7 @@ class Collecting(Stage):
         """Take a candidate."""
         self.averaging.keep_epoch_end(trainer, module)
         following = self._finish_if_due(trainer, module)
-        self.averaging.log_count(module)
+        log_count(module, self.averaging.candidate_names)
         return following
 
     def validation_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
@@ -203,7 +209,7 @@ class Optimizing(Stage):
     def epoch_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Finish where something has stopped the run."""
         following = self._finish_if_due(trainer, module)
-        self.averaging.log_count(module)
+        log_count(module, self.averaging.candidate_names)
         return following
 
     def validation_begins(self, trainer: Trainer, module: LightningModule) -> StageName:

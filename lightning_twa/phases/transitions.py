@@ -23,6 +23,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_twa.phases import saved
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.checks import check_optimizers, check_parameters
+from lightning_twa.phases.report import log_count
 from lightning_twa.trainer import restores_late
 
 __all__ = ["TABLE", "Event", "Stage", "StageName", "check_event", "check_following"]
@@ -178,7 +179,7 @@ class Stage(ABC):
 
     def epoch_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
         """An epoch ended."""
-        self.averaging.log_count(module)
+        log_count(module, self.averaging.candidate_names)
         return self.name
 
     def validation_begins(self, trainer: Trainer, module: LightningModule) -> StageName:

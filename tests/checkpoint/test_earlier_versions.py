@@ -1,0 +1,270 @@
+"""Checkpoints of earlier versions go on as they would have then, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from earlier_cases import (
+    CANDIDATES,
+    CASES,
+    FIXTURES,
+    end_of,
+    fit,
+    machine,
+    ordered,
+    path_of,
+    trainer,
+)
+from torch import Tensor
+
+from lightning_twa import TWACallback
+from lightning_twa.__main__ import main
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to"),
+    pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning"),
+]
+
+WRITTEN = FIXTURES / "0.1.0"
+META = json.loads((WRITTEN / "meta.json").read_text())
+RAW_WEIGHTS = "current_model_state"  # what to go on from, where "state_dict" is an average
+
+STAGES = [(name, moment) for name, case in CASES.items() for moment in case.stages]
+FINISHED = [
+    (name, moment)
+    for name, moment in STAGES
+    if CASES[name].stages[moment] == "done" and moment not in CASES[name].due
+]
+each_stage = pytest.mark.parametrize(("name", "moment"), STAGES)
+each_finished = pytest.mark.parametrize(("name", "moment"), FINISHED)
+
+
+# --- comparing
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Every tensor, number and string of nested dicts and lists, by its place."""
+    if isinstance(value, dict):
+        kind, items = "a dict", list(value.items())
+    elif isinstance(value, (list, tuple)):
+        kind, items = "a list", list(enumerate(value))
+    else:
+        return {path: value}
+    found: dict[str, Any] = {path: f"{kind} of {len(items)}"}
+    for key, inner in items:
+        found |= leaves(inner, f"{path}[{key!r}]")
+    return found
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Of one type and, for tensors, of the same dtype, shape and bits."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        alike = a.dtype == b.dtype and a.shape == b.shape
+        return alike and torch.equal(bits(a), bits(b))
+    return type(a) is type(b) and bool(a == b)
+
+
+def close(a: Any, b: Any) -> bool:
+    """The same, where another machine than the one that wrote ``a`` has computed ``b``."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return same(a, b)
+    try:
+        torch.testing.assert_close(b, a, rtol=RTOL, atol=ATOL)
+    except AssertionError:
+        return False
+    return True
+
+
+# Another processor or torch sums in another order, which moves the last bits of a gradient, and
+# training carries them on.
+RTOL, ATOL = 1e-4, 1e-5
+computed = same if {key: META[key] for key in machine()} == machine() else close
+
+
+def differences(written: Any, now: Any, equal: Callable[[Any, Any], bool] = same) -> list[str]:
+    """The places in which two states differ."""
+    a, b = leaves(written), leaves(now)
+    return [
+        place
+        for place in sorted(a.keys() | b.keys())
+        if not (place in a and place in b and equal(a[place], b[place]))
+    ]
+
+
+# --- going on
+
+
+class Probe(L.Callback):
+    """What the callback gives out when training starts, before and after its own hook."""
+
+    def __init__(self, twa: TWACallback, path: Path | None = None) -> None:
+        self.twa, self.path = twa, path
+        self.state: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.state = copy.deepcopy(self.twa.state_dict())
+        if self.path is not None:
+            trainer.save_checkpoint(self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """What became of a checkpoint.
+
+    Args:
+        written: The checkpoint.
+        key: Of the callback's state in it.
+        restored: The callback's state before anything happened.
+        given: A checkpoint written before the first step or, of a finished run, which takes none,
+            at its end.
+        end: What the run ended with.
+        changed: Files beside the checkpoint that are not as they were.
+        twa: The callback, afterwards.
+    """
+
+    written: dict[str, Any]
+    key: str
+    restored: dict[str, Any]
+    given: dict[str, Any]
+    end: dict[str, Any]
+    changed: list[str]
+    twa: TWACallback
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def go_on(name: str, moment: str, root: Path) -> Resumed:
+    """Resume a checkpoint to its end, with copies of the files that belong to it."""
+    case, folder = CASES[name], root / "files"
+    shutil.copytree(WRITTEN / name, folder)
+    before = contents(folder)
+    path = path_of(folder, name, moment)
+    twa = case.twa(folder)
+    first, then = Probe(twa), Probe(twa, root / "given.ckpt")
+    the_trainer, module = fit(
+        case, folder, root, twa=twa, before=[first], after=[then], ckpt_path=path
+    )
+    if (name, moment) in FINISHED:
+        the_trainer.save_checkpoint(root / "given.ckpt")
+    after = contents(folder)
+    return Resumed(
+        written=torch.load(path, weights_only=True),
+        key=twa.state_key,
+        restored=first.state,
+        given=torch.load(root / "given.ckpt", weights_only=True),
+        end=end_of(module, twa),
+        changed=[file for file in before if after.get(file) != before[file]],
+        twa=twa,
+    )
+
+
+@pytest.fixture(scope="module")
+def resume(tmp_path_factory) -> Callable[[str, str], Resumed]:
+    """Each checkpoint is gone on from once, for all tests."""
+
+    @functools.cache
+    def resume(name: str, moment: str) -> Resumed:
+        return go_on(name, moment, tmp_path_factory.mktemp(name))
+
+    return resume
+
+
+# --- tests
+
+
+@each_stage
+def test_a_state_is_given_out_as_it_was_written(resume, name, moment) -> None:
+    resumed = resume(name, moment)
+    written = resumed.written["callbacks"][resumed.key]
+    assert written["phase"] == CASES[name].stages[moment]
+    if moment in CASES[name].due:  # training starts with what changes the state
+        given = resumed.restored
+    else:
+        given = resumed.given["callbacks"][resumed.key]
+    assert differences(written, given) == []
+
+
+@each_stage
+def test_the_model_and_the_user_s_optimizer_go_on_from_what_was_written(
+    resume, name, moment
+) -> None:
+    if moment in CASES[name].due:
+        pytest.skip("training starts with what may change them")
+    written, given = resume(name, moment).written, resume(name, moment).given
+    for key in ("optimizer_states", "lr_schedulers"):
+        assert differences(written[key], given[key]) == []
+    # In the phase weights are computed from the coefficients again
+    weights = written.get(RAW_WEIGHTS, written["state_dict"])
+    assert differences(weights, given["state_dict"], computed) == []
+
+
+@each_stage
+def test_a_resumed_run_ends_as_the_uninterrupted_one_did(resume, name, moment) -> None:
+    resumed = resume(name, moment)
+    expected = torch.load(WRITTEN / name / "end.pt", weights_only=True)
+    assert resumed.twa.phase == "done"
+    assert differences(expected, resumed.end, computed) == []
+
+
+@each_stage
+def test_files_beside_a_checkpoint_are_read_and_not_changed(resume, name, moment) -> None:
+    resumed = resume(name, moment)
+    assert resumed.changed == []
+    candidates = resumed.written["callbacks"][resumed.key].get("candidates", {})
+    entries = [*candidates.get("given", []), *candidates.get("window", [])]
+    in_files = (WRITTEN / name / CANDIDATES).exists()
+    assert all(("files" in entry) is in_files for entry in entries)
+
+
+@each_finished
+@pytest.mark.parametrize("what", ["test", "validate"])
+def test_a_finished_run_is_judged_with_what_it_learned(
+    tmp_path, resume, name, moment, what
+) -> None:
+    """By the callback that a ``fit`` has restored, which takes no step, and by a new one that is
+    given the state: ``test`` and ``validate`` alone restore the weights only.
+    """
+    path = path_of(WRITTEN / name, name, moment)
+    written = torch.load(path, weights_only=True)
+    own = CASES[name].twa(WRITTEN / name)
+    own.load_state_dict(written["callbacks"][own.state_key])
+    expected = torch.load(WRITTEN / name / "end.pt", weights_only=True)
+    for twa in (resume(name, moment).twa, own):
+        module = CASES[name].module()
+        judge = getattr(trainer(tmp_path, callbacks=[twa]), what)
+        judge(module, ordered(32, seed=1), ckpt_path=path, verbose=False)
+        assert twa.phase == "done"
+        assert differences(expected, end_of(module, twa)) == []
+
+
+@each_stage
+def test_inspect_names_the_phase(capsys, name, moment) -> None:
+    assert main(["inspect", str(path_of(WRITTEN / name, name, moment))]) == 0
+    out = capsys.readouterr().out
+    phase = CASES[name].stages[moment]
+    assert out.startswith(f"phase: {phase} ")
+    if phase != "done":
+        assert ("all there" in out) is (WRITTEN / name / CANDIDATES).exists()
+
+
+def test_every_file_that_was_written_is_tested() -> None:
+    checkpoints = {str(path.relative_to(WRITTEN)) for path in WRITTEN.rglob("*.ckpt")}
+    assert checkpoints == {str(path_of(Path(name), name, moment)) for name, moment in STAGES}
+    assert META["version"] == WRITTEN.name
