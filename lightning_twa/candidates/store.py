@@ -165,13 +165,11 @@ class Store:
         buffers: dict[str, Tensor],
     ) -> _Entry:
         check_weights(module, name, weights)
-        entry = None
-        if self._goes_to_disk(module):
-            entry = self._write(module, name, weights, buffers)
+        to_disk = self._goes_to_disk(module)
+        entry = self._write(module, name, weights, buffers) if to_disk else None
         if entry is not None:
             return entry
-        entries = self._entries
-        previous = entries[-1].candidate if entries else None
+        previous = self._entries[-1].candidate if len(self) else None
         return _Entry(take(module, name, buffers, previous, self._dtype, weights))
 
     def _keep_newest(self) -> None:
