@@ -35,7 +35,7 @@ package: venv
 	rm -rf build/package
 	$(BIN)/python -m hatchling build -d build/package/dist
 	$(BIN)/python -m pip install --quiet --no-deps --target build/package/site build/package/dist/*.whl
-	cp -r tests examples docs README.md pyproject.toml build/package
+	cp -r tests examples docs README.md CONTRIBUTING.md pyproject.toml build/package
 	cd build/package && PYTHONPATH=site $(abspath $(BIN))/python -c \
 		"import lightning_twa; assert 'build/package/site' in lightning_twa.__file__"
 	cd build/package && PYTHONPATH=site $(abspath $(BIN))/python -m pytest -q --durations=1 \

@@ -15,7 +15,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 import lightning_twa
-from helpers.common import Regressor, loader, trainer
+from helpers.common import ROOT, Regressor, loader, trainer
 from lightning_twa.trainer.private_names import PRIVATE_NAMES
 
 
@@ -82,3 +82,8 @@ def test_what_the_room_reads_is_listed() -> None:
         )
         unknown = set(found) - named - public
         assert not unknown, f"{path.name} reads {unknown}: add them to PRIVATE_NAMES."
+
+
+def test_contributors_read_why_each_name_is_used() -> None:
+    page = (ROOT / "docs" / "contributing" / "lightning.md").read_text()
+    assert [name for name in PRIVATE_NAMES if f"`{name}`" not in page] == []
