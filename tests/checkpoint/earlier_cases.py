@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,19 @@ from lightning_twa import (
     TWACallback,
 )
 
-__all__ = ["CANDIDATES", "CASES", "FIXTURES", "Case", "end_of", "fit", "machine", "path_of"]
+__all__ = [
+    "CANDIDATES",
+    "CASES",
+    "FIXTURES",
+    "Case",
+    "Saver",
+    "end_of",
+    "fit",
+    "machine",
+    "ordered",
+    "path_of",
+    "trainer",
+]
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CANDIDATES = "twa_candidates"  # the storage directory, where ``inspect`` looks for it
@@ -101,7 +113,9 @@ class Case:
             run does when training starts.
         module: The model.
         callbacks: Further callbacks, before this one.
-        max_epochs: Of 4 batches each, 2 with ``data="val"`` and 3 with ``data="twa"`` in the phase.
+        max_epochs: Of 4 batches each, 3 with ``data="val"`` or ``"twa"`` in the phase. No ``step``
+            is that of the last batch of an epoch, or of the batch before it.
+        options: Further arguments of the Trainer.
         files: Writes the files that the run reads, into a folder that is not there yet.
     """
 
@@ -111,6 +125,7 @@ class Case:
     module: Callable[[], L.LightningModule] = Regressor
     callbacks: Callable[[], list[L.Callback]] = list
     max_epochs: int = 6
+    options: dict[str, Any] = field(default_factory=dict)
     files: Callable[[Path], None] | None = None
 
 
@@ -129,21 +144,14 @@ def on_disk(dtype: str = "float32", **kwargs: Any) -> Callable[[Path], TWACallba
 
 
 def phase(name: str = "full_matrix_adam", **subspace: Any) -> dict[str, Any]:
-    """A case whose phase is what matters: after its second step, and at the end of its first
-    epoch.
-    """
+    """A case of which the phase is what matters, after its second step."""
     lr = None if subspace.get("basis", "pca") == "pca" and name != "sgd" else 0.05
     twa = usual(subspace=SubspaceConfig(**subspace), solver=SolverConfig(name=name, lr=lr))
-    return {"twa": twa, "stages": {"step=18": "optimize", "epoch=4": "optimize"}}
+    return {"twa": twa, "stages": {"step=18": "optimize"}}
 
 
-EVERYWHERE = {
-    "step=10": "collect",
-    "epoch=2": "collect",
-    "step=18": "optimize",
-    "epoch=4": "optimize",
-    "epoch=5": "done",
-}
+BEFORE_AND_IN = {"step=10": "collect", "epoch=2": "collect", "step=18": "optimize"}
+EVERYWHERE = {**BEFORE_AND_IN, "epoch=4": "optimize", "epoch=5": "done"}
 CYCLES = {"step=14": "collect", "epoch=3": "done", "step=18": "collect", "epoch=5": "collect"}
 
 CASES: dict[str, Case] = {
@@ -152,12 +160,13 @@ CASES: dict[str, Case] = {
         twa=usual(),
         module=Normed,
         stages={
+            "validation=2": "collect",
             **EVERYWHERE,
             "epoch=3": "collect",
             "validation=4": "optimize",
             "validation=5": "done",
         },
-        due=frozenset({"epoch=3"}),
+        due=frozenset({"validation=2", "epoch=3"}),
     ),
     "running_averages": Case(
         twa=usual(collect=CollectConfig(start=1, ema_decays=(0.5, 0.9))),
@@ -165,9 +174,9 @@ CASES: dict[str, Case] = {
         stages=EVERYWHERE,
     ),
     "unfrozen": Case(
-        twa=usual(),
+        twa=usual(collect=CollectConfig(start=0)),
         module=Unfrozen,
-        stages={"step=18": "optimize", "epoch=4": "optimize"},
+        stages={"step=6": "collect", "step=18": "optimize", "epoch=4": "optimize"},
     ),
     "validated_average": Case(
         twa=usual(validate_average=True),
@@ -177,12 +186,12 @@ CASES: dict[str, Case] = {
     ),
     "by_steps": Case(
         twa=usual(collect=CollectConfig(start=0, every_n_train_steps=3, max_candidates=3)),
-        stages=EVERYWHERE,
+        stages=BEFORE_AND_IN,
     ),
     "bfloat16": Case(
         twa=usual(storage=StorageConfig(dtype="bfloat16")),
         module=Normed,
-        stages=EVERYWHERE,
+        stages=BEFORE_AND_IN,
     ),
     "disk": Case(
         twa=on_disk(collect=CollectConfig(start=1, ema_decays=(0.9,))),
@@ -194,7 +203,7 @@ CASES: dict[str, Case] = {
             "bfloat16", collect=CollectConfig(start=0, every_n_train_steps=3, max_candidates=3)
         ),
         module=Normed,
-        stages=EVERYWHERE,
+        stages=BEFORE_AND_IN,
     ),
     # --- how the phase is trained
     "four_bits": Case(**phase(bits=4, blocks="tensor")),
@@ -222,14 +231,21 @@ CASES: dict[str, Case] = {
     "data_twa": Case(
         twa=usual(data="twa"),
         module=WithData,
+        options={"val_check_interval": 4},  # which does not fit the 3 batches of the phase
         stages={"step=18": "optimize", "epoch=4": "optimize"},
+    ),
+    "accumulated": Case(
+        twa=usual(data="val"),
+        module=Normed,
+        options={"accumulate_grad_batches": 2},
+        stages={"step=5": "collect", "step=9": "optimize"},
     ),
     # --- when the phase begins
     "early_stopping": Case(  # which wants to end the run after epoch 2
         twa=usual(start_epoch=6, collect=CollectConfig(start=0), start_on_early_stopping=True),
         module=Normed,
         callbacks=lambda: [
-            EarlyStopping("val_loss", patience=2, min_delta=1e9, check_on_train_epoch_end=True)
+            EarlyStopping("val_loss", patience=2, min_delta=9.0, check_on_train_epoch_end=True)
         ],
         max_epochs=8,
         stages={
@@ -292,7 +308,7 @@ class Saver(Checkpoint):
         self.paths = paths
 
     def _save(self, trainer: L.Trainer, moment: str) -> None:
-        if moment in self.paths:
+        if moment in self.paths and not self.paths[moment].exists():
             trainer.save_checkpoint(self.paths[moment])
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
@@ -334,8 +350,9 @@ def fit(
         max_epochs=case.max_epochs,
         num_sanity_val_steps=0,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in after),
+        **case.options,
     )
-    the_trainer.fit(module, ordered(), ordered(32, seed=1), ckpt_path=ckpt_path)
+    the_trainer.fit(module, ordered(), ordered(48, seed=1), ckpt_path=ckpt_path)
     return the_trainer, module
 
 
@@ -355,9 +372,12 @@ def machine() -> dict[str, str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    # The name alone may be that of a whole line of processors
+    names = ("cpu family", "model", "model name")
+    pairs = [tuple(part.strip() for part in line.partition(":")[::2]) for line in lines]
+    found = {key: value for key, value in pairs if key in names}  # of the last core
     return {
         "torch": torch.__version__,
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": ", ".join(found[key] for key in names if key in found) or platform.processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }

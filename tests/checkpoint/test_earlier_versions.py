@@ -32,7 +32,6 @@ from lightning_twa.__main__ import main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),
-    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to"),
     pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning"),
 ]
 
@@ -41,13 +40,9 @@ META = json.loads((WRITTEN / "meta.json").read_text())
 RAW_WEIGHTS = "current_model_state"  # what to go on from, where "state_dict" is an average
 
 STAGES = [(name, moment) for name, case in CASES.items() for moment in case.stages]
-FINISHED = [
-    (name, moment)
-    for name, moment in STAGES
-    if CASES[name].stages[moment] == "done" and moment not in CASES[name].due
-]
+STILL = [(name, moment) for name, moment in STAGES if moment not in CASES[name].due]
+FINISHED = [(name, moment) for name, moment in STILL if CASES[name].stages[moment] == "done"]
 each_stage = pytest.mark.parametrize(("name", "moment"), STAGES)
-each_finished = pytest.mark.parametrize(("name", "moment"), FINISHED)
 
 
 # --- comparing
@@ -91,8 +86,8 @@ def close(a: Any, b: Any) -> bool:
 
 
 # Another processor or torch sums in another order, which moves the last bits of a gradient, and
-# training carries them on.
-RTOL, ATOL = 1e-4, 1e-5
+# training carries them on: with plain instead of vector code by up to 7e-7 here.
+RTOL, ATOL = 1e-5, 1e-5
 computed = same if {key: META[key] for key in machine()} == machine() else close
 
 
@@ -110,15 +105,22 @@ def differences(written: Any, now: Any, equal: Callable[[Any, Any], bool] = same
 
 
 class Probe(L.Callback):
-    """What the callback gives out when training starts, before and after its own hook."""
+    """Before the callback: its state when training starts, and a checkpoint before the first step.
 
-    def __init__(self, twa: TWACallback, path: Path | None = None) -> None:
+    Args:
+        twa: The callback.
+        path: Where the checkpoint goes.
+    """
+
+    def __init__(self, twa: TWACallback, path: Path) -> None:
         self.twa, self.path = twa, path
         self.state: dict[str, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.state = copy.deepcopy(self.twa.state_dict())
-        if self.path is not None:
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if not self.path.exists():
             trainer.save_checkpoint(self.path)
 
 
@@ -157,18 +159,16 @@ def go_on(name: str, moment: str, root: Path) -> Resumed:
     before = contents(folder)
     path = path_of(folder, name, moment)
     twa = case.twa(folder)
-    first, then = Probe(twa), Probe(twa, root / "given.ckpt")
-    the_trainer, module = fit(
-        case, folder, root, twa=twa, before=[first], after=[then], ckpt_path=path
-    )
+    probe = Probe(twa, root / "given.ckpt")
+    the_trainer, module = fit(case, folder, root, twa=twa, before=[probe], ckpt_path=path)
     if (name, moment) in FINISHED:
-        the_trainer.save_checkpoint(root / "given.ckpt")
+        the_trainer.save_checkpoint(probe.path)
     after = contents(folder)
     return Resumed(
         written=torch.load(path, weights_only=True),
         key=twa.state_key,
-        restored=first.state,
-        given=torch.load(root / "given.ckpt", weights_only=True),
+        restored=probe.state,
+        given=torch.load(probe.path, weights_only=True),
         end=end_of(module, twa),
         changed=[file for file in before if after.get(file) != before[file]],
         twa=twa,
@@ -201,12 +201,8 @@ def test_a_state_is_given_out_as_it_was_written(resume, name, moment) -> None:
     assert differences(written, given) == []
 
 
-@each_stage
-def test_the_model_and_the_user_s_optimizer_go_on_from_what_was_written(
-    resume, name, moment
-) -> None:
-    if moment in CASES[name].due:
-        pytest.skip("training starts with what may change them")
+@pytest.mark.parametrize(("name", "moment"), STILL)
+def test_the_model_and_the_user_s_optimizer_are_as_they_were(resume, name, moment) -> None:
     written, given = resume(name, moment).written, resume(name, moment).given
     for key in ("optimizer_states", "lr_schedulers"):
         assert differences(written[key], given[key]) == []
@@ -233,23 +229,20 @@ def test_files_beside_a_checkpoint_are_read_and_not_changed(resume, name, moment
     assert all(("files" in entry) is in_files for entry in entries)
 
 
-@each_finished
-@pytest.mark.parametrize("what", ["test", "validate"])
-def test_a_finished_run_is_judged_with_what_it_learned(
-    tmp_path, resume, name, moment, what
-) -> None:
+@pytest.mark.parametrize(("name", "moment"), FINISHED)
+def test_a_finished_run_is_judged_with_what_it_learned(tmp_path, resume, name, moment) -> None:
     """By the callback that a ``fit`` has restored, which takes no step, and by a new one that is
     given the state: ``test`` and ``validate`` alone restore the weights only.
     """
+    case, resumed = CASES[name], resume(name, moment)
     path = path_of(WRITTEN / name, name, moment)
-    written = torch.load(path, weights_only=True)
-    own = CASES[name].twa(WRITTEN / name)
-    own.load_state_dict(written["callbacks"][own.state_key])
+    own = case.twa(WRITTEN / name)
+    own.load_state_dict(resumed.written["callbacks"][resumed.key])
     expected = torch.load(WRITTEN / name / "end.pt", weights_only=True)
-    for twa in (resume(name, moment).twa, own):
-        module = CASES[name].module()
-        judge = getattr(trainer(tmp_path, callbacks=[twa]), what)
-        judge(module, ordered(32, seed=1), ckpt_path=path, verbose=False)
+    for twa, what in ((resumed.twa, "test"), (own, "validate")):
+        module = case.module()
+        judge = getattr(trainer(tmp_path, callbacks=[*case.callbacks(), twa]), what)
+        judge(module, ordered(48, seed=1), ckpt_path=path, verbose=False)
         assert twa.phase == "done"
         assert differences(expected, end_of(module, twa)) == []
 
