@@ -53,6 +53,11 @@ class TWAHooks(RunResults, Hooks):
         validate_average: While collecting, validate on the uniform average of the candidates so
             far, and restore the weights afterwards. With BatchNorm, each validation then costs a
             forward pass over the training data.
+        save_average: ``True``: where checkpointing is on, the finished average is written to
+            ``twa.ckpt`` beside the files of the first checkpoint callback (else in
+            ``default_root_dir``); ``twa-v1.ckpt``, ... where that is another run's. Or the name of
+            a file, or ``False``. It is a Lightning checkpoint, without states of optimizers, that
+            can be loaded and tested without this package. See :attr:`average_path`.
         cycles: Divide the run into so many parts of equal length, and collect and train
             coefficients in each; ``start_epoch`` and ``CollectConfig.start`` count within a part.
             Ordinary training goes on from the learned average. With
@@ -78,6 +83,7 @@ class TWAHooks(RunResults, Hooks):
         storage: StorageConfig | None = None,
         distribute: Literal["auto", "replicate", "shard"] = "auto",
         validate_average: bool = False,
+        save_average: bool | str = True,
         cycles: int = 1,
         start_on_early_stopping: bool = False,
     ) -> None:
@@ -91,10 +97,11 @@ class TWAHooks(RunResults, Hooks):
             storage=StorageConfig() if storage is None else storage,
             distribute=distribute,
             validate_average=validate_average,
+            save_average=save_average,
             cycles=cycles,
             start_on_early_stopping=start_on_early_stopping,
         )
-        self._run = Run(self.settings)
+        self._run = Run(self.settings, self.state_key)
         self._fitting = False  # in a fit that concerns us; other functions of a Trainer do not
         self._loading: Trainer | None = None  # between on_load_checkpoint and load_state_dict
 
@@ -144,6 +151,8 @@ class TWAHooks(RunResults, Hooks):
         """Finish before the last validation; validate the uniform average if asked to."""
         if not trainer.sanity_checking:
             self._tell(Event.VALIDATION_BEGINS, trainer, pl_module)
+        if not self._fitting:
+            self._run.compare(pl_module, "In trainer.validate()")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the weights back."""
@@ -168,6 +177,14 @@ class TWAHooks(RunResults, Hooks):
         if stage == "fit":
             self._tell(Event.FIT_ENDED, trainer, pl_module)
             self._fitting = False
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where the model does not hold the average."""
+        self._run.compare(pl_module, "In trainer.test()")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where the model does not hold the average."""
+        self._run.compare(pl_module, "In trainer.predict()")
 
     # --- checkpoints
 

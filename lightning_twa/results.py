@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_twa.candidates import Candidate
 
@@ -29,6 +29,9 @@ class RunRecord(Protocol):
     def averaging_weights(self) -> Tensor | None: ...
     @property
     def averaging_path(self) -> Tensor | None: ...
+    @property
+    def average_path(self) -> str | None: ...
+    def average_state_dict(self, module: nn.Module | None) -> dict[str, Tensor]: ...
 
 
 class RunResults:
@@ -82,6 +85,29 @@ class RunResults:
         Columns sum to 1 in the centered bases.
         """
         return self._run.averaging_weights
+
+    @property
+    def average_path(self) -> str | None:
+        """The checkpoint that holds the finished average; ``None`` where none was written. Of
+        ``cycles`` the newest.
+        """
+        return self._run.average_path
+
+    def average_state_dict(self, module: nn.Module | None = None) -> dict[str, Tensor]:
+        """Parameters and buffers of the finished average, BatchNorm statistics included, also when
+        the model holds other weights by now.
+
+        Args:
+            module: Whose names they are to have, where they differ by what ``torch.compile`` or
+                data parallelism put into them; ``None``: those of the module that was trained.
+
+        Returns:
+            Copies on the CPU by name, of a sharded model this process's part.
+
+        Raises:
+            ValueError: When there is no finished average, or naming the tensor that it lacks.
+        """
+        return self._run.average_state_dict(module)
 
     @property
     def averaging_path(self) -> Tensor | None:

@@ -54,7 +54,7 @@ def test_a_checkpoint_holds_what_is_frozen_once(tmp_path) -> None:
         trainer(folder, callbacks=[*callbacks, saver], enable_checkpointing=True).fit(
             Head(), loader()
         )
-        return [p.stat().st_size for p in sorted(folder.glob("*.ckpt"))]
+        return [p.stat().st_size for p in sorted(folder.glob("*=*.ckpt"))]
 
     frozen = sum(p.nbytes for p in Head().backbone.parameters())
     plain, with_twa = sizes(tmp_path / "plain"), sizes(tmp_path / "twa", memory())
@@ -75,7 +75,7 @@ def test_what_is_frozen_resumes(tmp_path, unfreeze, assign) -> None:
 
     saver = ModelCheckpoint(tmp_path / "ck", "{epoch}", save_top_k=-1)
     whole = run(tmp_path, make, memory, saver=saver)
-    for path in sorted((tmp_path / "ck").glob("*.ckpt")):
+    for path in sorted((tmp_path / "ck").glob("*=*.ckpt")):
         assert differences(whole, run(tmp_path, make, memory, path)) == [], path.name
 
 
@@ -152,7 +152,7 @@ def test_checkpoints_of_adapters_alone_stay_small_and_resume(tmp_path) -> None:
     saver = ModelCheckpoint(tmp_path / "ck", "{epoch}", save_top_k=-1)
     whole = run(tmp_path, AdaptersOnly, memory, saver=saver)
     frozen = sum(p.nbytes for p in Head().backbone.parameters())
-    paths = sorted((tmp_path / "ck").glob("*.ckpt"))
+    paths = sorted((tmp_path / "ck").glob("*=*.ckpt"))
     assert len(paths) == 6
     for path in paths:
         assert path.stat().st_size < frozen / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +39,7 @@ class Settings:
     storage: StorageConfig
     distribute: Literal["auto", "replicate", "shard"]
     validate_average: bool
+    save_average: bool | str | os.PathLike[str] = True
     cycles: int = 1
     start_on_early_stopping: bool = False
 
@@ -56,6 +58,11 @@ class Settings:
             config = getattr(self, name)
             if not isinstance(config, kind):
                 raise TypeError(f"{name}={config!r} must be a {kind.__name__}(...) or None.")
+        if not isinstance(self.save_average, (bool, str, os.PathLike)) or self.save_average == "":
+            raise ValueError(
+                f"Invalid save_average={self.save_average!r}. Must be True (beside the "
+                f"checkpoints), the name of a file, or False."
+            )
         _check_cycles(self)
         _check_uniform(self)
         check_unit_of_steps(self.subspace, self.solver)

@@ -15,6 +15,7 @@ from lightning_twa.candidates import Store, further_names
 from lightning_twa.config import Settings
 from lightning_twa.phases.batchnorm import reestimate_batchnorm
 from lightning_twa.phases.collect import Collector
+from lightning_twa.phases.finished import FinishedAverage
 from lightning_twa.phases.optimize import Optimization
 from lightning_twa.phases.plan import CollectPlan
 from lightning_twa.phases.temporary import TemporaryAverage
@@ -30,12 +31,14 @@ class Averaging:
 
     Args:
         settings: The arguments of the callback.
+        state_key: Of the callback's state in a checkpoint.
 
     Attributes:
         collector: The candidates, and when they are taken.
         optimization: The phase.
         temporary: The uniform average in the model's place, for a validation.
         trajectory: The way of the averaging weights through the phase.
+        finished: The average, once it is complete.
         block_names: Names of the coefficient blocks.
         learned: ``(n, B)`` the averaging weights of the last phase, while no optimizer has them.
         further_names: Further names of tied tensors, which candidates have once.
@@ -46,12 +49,14 @@ class Averaging:
         epoch_batches: Batches of the last whole epoch of collecting.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, state_key: str = "TWACallback") -> None:
         self.settings = settings
+        self.state_key = state_key
         self.collector = Collector(settings)
         self.optimization = Optimization(settings)
         self.temporary = TemporaryAverage()
         self.trajectory = Trajectory()
+        self.finished = FinishedAverage()
         self.block_names: list[str] = []
         self.learned: Tensor | None = None
         self.kept: dict[str, Any] | None = None

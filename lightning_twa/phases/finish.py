@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.candidates import check_complete, put_average
+from lightning_twa.phases import saved
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.report import uniform_report
 from lightning_twa.words import count
@@ -22,7 +23,7 @@ def complete_phase(averaging: Averaging, trainer: Trainer, module: LightningModu
     weights = phase.put_result(module, averaging.store)
     batches = averaging.reestimate_batchnorm(trainer, module)
     phase.tell_what_was_done(weights, batches)
-    _keep_result(averaging, weights)
+    _keep_result(averaging, trainer, module, weights)
 
 
 def complete_uniform(averaging: Averaging, trainer: Trainer, module: LightningModule) -> bool:
@@ -52,11 +53,14 @@ def complete_uniform(averaging: Averaging, trainer: Trainer, module: LightningMo
     batches = averaging.reestimate_batchnorm(trainer, module)
     averaging.block_names = ["global"]
     rank_zero_info(uniform_report(store.names, batches))
-    _keep_result(averaging, torch.full((n, 1), 1 / n, dtype=torch.float64))
+    weights = torch.full((n, 1), 1 / n, dtype=torch.float64)
+    _keep_result(averaging, trainer, module, weights)
     return True
 
 
-def _keep_result(averaging: Averaging, averaging_weights: Tensor) -> None:
+def _keep_result(
+    averaging: Averaging, trainer: Trainer, module: LightningModule, averaging_weights: Tensor
+) -> None:
     averaging.learned = averaging_weights
     if averaging.trajectory.points is not None:
         averaging.trajectory.record(averaging_weights)
@@ -66,6 +70,12 @@ def _keep_result(averaging: Averaging, averaging_weights: Tensor) -> None:
             f"TWA: the candidates stay in {directory} ({size / 2**20:.1f} MiB). Checkpoints "
             f"written before the phase ended need them."
         )
+    averaging.finished.take(module)
+    averaging.finished.write(
+        trainer,
+        averaging.settings.save_average,
+        {averaging.state_key: saved.dump(averaging, "done")},
+    )
 
 
 def warn_of_too_few(averaging: Averaging) -> None:

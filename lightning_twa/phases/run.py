@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.nn import Module
 
 from lightning_twa.candidates import Store
 from lightning_twa.config import Settings
@@ -42,21 +43,23 @@ class Run:
 
     Args:
         settings: The arguments of the callback.
+        state_key: Of the callback's state in a checkpoint.
 
     Attributes:
         averaging: What it has and does.
         stage: Where it is.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.averaging = Averaging(settings)
+    def __init__(self, settings: Settings, state_key: str = "TWACallback") -> None:
+        self.averaging = Averaging(settings, state_key)
         self.stage: Stage = stages.Collecting(self.averaging)
 
     def of(self, trainer: Trainer) -> Run:
         """The run of a Trainer that begins to fit: this one where that Trainer goes on, else a new
         one.
         """
-        return self if trainer.global_step > 0 else Run(self.averaging.settings)
+        now = self.averaging
+        return self if trainer.global_step > 0 else Run(now.settings, now.state_key)
 
     def tell(self, event: Event, *arguments: Any) -> None:
         """Let the stage answer an event, and go to the stage that follows.
@@ -94,6 +97,8 @@ class Run:
         restore_raw_weights(module, checkpoint)
         if state:
             unfreeze_as_before(module, state)
+            if state["phase"] == "done":
+                self.averaging.finished.restore(checkpoint)
         elif checkpoint.get("global_step", 0) > 0:  # not the learning rate finder's own
             rank_zero_info("TWA: the checkpoint holds no candidates; collecting starts here.")
             self._begin_anew(trainer, module)
@@ -101,7 +106,7 @@ class Run:
     def _begin_anew(self, trainer: Trainer, module: LightningModule) -> None:
         """What an interrupted run of the same Trainer had is later than the checkpoint."""
         if self.stage.name is not StageName.COLLECTING or self.averaging.candidate_names:
-            self.averaging = Averaging(self.averaging.settings)
+            self.averaging = Averaging(self.averaging.settings, self.averaging.state_key)
             self.averaging.prepare(trainer, module)
             self.stage = stages.Collecting(self.averaging)
 
@@ -111,6 +116,13 @@ class Run:
         """A checkpoint is about to be written; outside of a fit, too."""
         if self.stage.name is not StageName.COLLECTING or trainer.state.fn == "fit":
             self.tell(Event.CHECKPOINT_WRITTEN, trainer, module, checkpoint, key)
+
+    def compare(self, module: LightningModule, doing: str) -> None:
+        """Warn where a model does not hold the finished average; see
+        :class:`~lightning_twa.phases.finished.FinishedAverage`.
+        """
+        if self.stage.name is StageName.DONE:
+            self.averaging.finished.compare(module, doing)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on with; safe for ``torch.load(weights_only=True)``."""
@@ -152,6 +164,15 @@ class Run:
     def averaging_weights(self) -> Tensor | None:
         """``(n, B)``, of the weights in the model or learned last."""
         return self.averaging.averaging_weights
+
+    @property
+    def average_path(self) -> str | None:
+        """The file of the finished average."""
+        return self.averaging.finished.path
+
+    def average_state_dict(self, module: Module | None = None) -> dict[str, Tensor]:
+        """The finished average."""
+        return self.averaging.finished.state_dict(module)
 
     @property
     def averaging_path(self) -> Tensor | None:

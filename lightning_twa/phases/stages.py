@@ -343,6 +343,12 @@ class Done(Stage):
         self.averaging.release()
         return self.name
 
+    def fit_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Compare what the model and its files hold with the average."""
+        self.averaging.finished.compare(module, "At the end of the run")
+        self.averaging.finished.tell_of_best(trainer)
+        return self.raised(trainer, module)
+
     def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Give the Trainer back."""
         self.averaging.release()

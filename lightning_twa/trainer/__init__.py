@@ -1,5 +1,6 @@
 """Everything that reads or changes a Trainer, its private names included."""
 
+from lightning_twa.trainer.checkpoint_file import best_paths, checkpoint_directory, write_weights
 from lightning_twa.trainer.data import (
     has_length,
     hook_loader,
@@ -44,8 +45,10 @@ __all__ = [
     "accumulates_gradients",
     "at_epoch_start",
     "batches_seen",
+    "best_paths",
     "callback_names",
     "callbacks",
+    "checkpoint_directory",
     "epoch_is_ending",
     "has_length",
     "has_validation_data",
@@ -72,4 +75,5 @@ __all__ = [
     "strategy_names",
     "training_steps",
     "validation_loader",
+    "write_weights",
 ]

@@ -9,6 +9,9 @@ __all__ = ["PRIVATE_NAMES"]
 
 # Attribute paths from a Trainer that this folder uses and that are no public API.
 PRIVATE_NAMES = (
+    "_checkpoint_connector.dump_checkpoint",
+    "strategy.save_checkpoint",
+    "strategy.barrier",
     "strategy.optimizers",
     "strategy.lr_scheduler_configs",
     "strategy.optimizer_state",

@@ -159,7 +159,7 @@ def test_a_soup_resumes(tmp_path, soup, storage) -> None:
 
     saver = ModelCheckpoint(tmp_path / "ck", save_top_k=-1, every_n_train_steps=3)
     whole = run(tmp_path, make_module, make_twa, saver=saver, max_epochs=3)
-    for path in sorted((tmp_path / "ck").glob("*.ckpt")):
+    for path in sorted((tmp_path / "ck").glob("*=*.ckpt")):
         again = run(tmp_path, make_module, make_twa, path, max_epochs=3)
         assert differences(whole, again) == []
 

@@ -97,6 +97,7 @@ def test_weights_only_checkpoints_can_be_written(tmp_path) -> None:
         assert torch.equal(weights(loaded), recorder.epochs[epoch])
 
 
+@pytest.mark.filterwarnings("ignore:In trainer.(test|validate)\\(\\) the model does not hold")
 @pytest.mark.parametrize("stage", ["test", "validate"])
 @pytest.mark.parametrize("best", ["collect", "optimize", "done"])
 def test_testing_the_best_checkpoint_leaves_what_the_run_learned(tmp_path, best, stage) -> None:

@@ -89,7 +89,7 @@ def test_a_damaged_state_is_a_clear_error_and_never_another_average(
     checkpoints, tmp_path, kind, epoch
 ) -> None:
     original = checkpoints / kind
-    (path,) = [p for p in original.glob("*.ckpt") if f"epoch={epoch}-" in p.name]
+    (path,) = [p for p in original.glob("*=*.ckpt") if f"epoch={epoch}-" in p.name]
     good = torch.load(path, weights_only=True)
     whole = run(tmp_path, Regressor, lambda: damaged_twa(checkpoints, kind))
     own = good["callbacks"]["TWACallback"]

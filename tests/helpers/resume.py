@@ -139,7 +139,9 @@ def differences(whole: Outcome, resumed: Outcome) -> list[str]:
 
 def saved(path: Path) -> list[Path]:
     """Checkpoints, oldest first."""
-    return sorted(path.glob("*.ckpt"), key=lambda p: int(re.search(r"step=(\d+)", p.stem).group(1)))
+    return sorted(
+        path.glob("*=*.ckpt"), key=lambda p: int(re.search(r"step=(\d+)", p.stem).group(1))
+    )
 
 
 def interrupted(tmp_path: Path, epoch: int, **kwargs: Any) -> Path:

@@ -218,7 +218,7 @@ def test_groups_resume_exactly(tmp_path, bits, written) -> None:
     every = {"every_n_epochs": 1} if written == "epoch" else {"every_n_train_steps": 1}
     saver = ModelCheckpoint(tmp_path / "c", filename="{step}", save_top_k=-1, **every)
     whole = run(tmp_path / "a", Regressor, make_twa, saver=saver, max_epochs=8)
-    files = sorted(Path(tmp_path, "c").glob("*.ckpt"), key=lambda f: int(f.stem.split("=")[1]))
+    files = sorted(Path(tmp_path, "c").glob("*=*.ckpt"), key=lambda f: int(f.stem.split("=")[1]))
     for file in files[-13:]:
         resumed = run(tmp_path / "b", Regressor, make_twa, ckpt_path=file, max_epochs=8)
         assert differences(whole, resumed) == [], file.name
@@ -234,7 +234,7 @@ def test_other_groups_are_refused_on_resuming(tmp_path) -> None:
         )
 
     run(tmp_path / "a", Regressor, lambda: make_twa(2), saver=saver, max_epochs=8)
-    (file,) = tmp_path.glob("*.ckpt")
+    (file,) = tmp_path.glob("*=*.ckpt")
     with pytest.raises(ValueError, match=r"^The checkpoint's phase was started with .*group_size"):
         run(tmp_path / "b", Regressor, lambda: make_twa(None), ckpt_path=file, max_epochs=8)
 

@@ -102,7 +102,7 @@ def stop_and_resume(folder: Path, case: dict[str, Any]) -> None:
     whole = run(folder, make_module, make_twa, saver=saver("whole"), **case["trainer"])
     path: Path | None = None
     for i, stop in enumerate(sorted(case["stops"])):
-        written = sorted((folder / ("whole" if i == 0 else "again")).glob("*.ckpt"), key=step_of)
+        written = sorted((folder / ("whole" if i == 0 else "again")).glob("*=*.ckpt"), key=step_of)
         later = [p for p in written if path is None or step_of(p) > step_of(path)]
         if i + 1 < len(case["stops"]):
             later = [p for p in later if within_an_epoch(p)]
@@ -155,13 +155,13 @@ def train(root: Path, storage: str) -> None:
 
 def newest(root: Path) -> Path | None:
     """The newest checkpoint that Lightning goes on from exactly."""
-    written = sorted((root / "ck").glob("*.ckpt"), key=step_of, reverse=True)
+    written = sorted((root / "ck").glob("*=*.ckpt"), key=step_of, reverse=True)
     return next(filter(within_an_epoch, written), None)
 
 
 def written(root: Path) -> int:
     """How many checkpoints there are: one more with every step, on any computer."""
-    return len(list((root / "ck").glob("*.ckpt")))
+    return len(list((root / "ck").glob("*=*.ckpt")))
 
 
 def start(root: Path, storage: str) -> Any:

@@ -106,7 +106,7 @@ def test_cycles_resume_exactly(tmp_path, data, written) -> None:
     options: dict[str, Any] = {"max_epochs": 9, "num_sanity_val_steps": 0}
     module = lambda: Regressor(batchnorm=True)  # noqa: E731
     whole = run(tmp_path / "a", module, make_twa, saver=saver, **options)
-    files = sorted(Path(tmp_path, "c").glob("*.ckpt"))
+    files = sorted(Path(tmp_path, "c").glob("*=*.ckpt"))
     assert len(files) >= 8
     for file in files:
         resumed = run(tmp_path / "b", module, make_twa, ckpt_path=file, **options)

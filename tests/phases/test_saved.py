@@ -191,7 +191,7 @@ def test_a_phase_of_another_length_keeps_within_the_radius(
 
     whole = fit(tmp_path / "epoch=3.ckpt")
     assert len(lengths) == 4 * (max_epochs - 4)
-    again = sorted((tmp_path / "again").glob("*.ckpt"))[:-1]  # not the last, which is finished
+    again = sorted((tmp_path / "again").glob("*=*.ckpt"))[:-1]  # not the last, which is finished
     for path in again:
         assert torch.equal(fit(path), whole), "resumed a second time"
     assert max(length for length, _ in lengths) <= 0.5 * (1 + 1e-9)

@@ -151,7 +151,7 @@ def test_patience_counts_anew_in_a_phase_that_is_resumed(tmp_path) -> None:
 
     expected, epochs = fit(None)
     assert epochs > 4
-    files = {int(file.stem[6:]): file for file in (tmp_path / "whole").glob("*.ckpt")}
+    files = {int(file.stem[6:]): file for file in (tmp_path / "whole").glob("*=*.ckpt")}
     assert sorted(files) == list(range(epochs))
     for epoch in range(epochs - 1):  # the last is that of a finished run
         file = files[epoch]
@@ -194,7 +194,7 @@ def test_a_phase_that_early_stopping_began_resumes(tmp_path, written) -> None:
             saver = ModelCheckpoint(
                 folder, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True, **every
             )
-        files = sorted(folder.glob("*.ckpt"), key=lambda f: int(f.stem.split("=")[1]))
+        files = sorted(folder.glob("*=*.ckpt"), key=lambda f: int(f.stem.split("=")[1]))
         if file is not None and file >= len(files):
             continue
         torch.manual_seed(0 if file is None else 9)

@@ -1,0 +1,207 @@
+"""The finished average, wherever the model goes from there: its file, its values, and whether the
+model still holds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_twa.candidates import load_checkpoint, weights_and_buffers
+from lightning_twa.machine import gather_objects, rank
+from lightning_twa.trainer import best_paths, checkpoint_directory, write_weights
+
+__all__ = ["FinishedAverage"]
+
+NAME = "twa"
+WRAPPERS = ("_orig_mod", "module")  # what torch.compile and data parallelism put into names
+
+
+class FinishedAverage:
+    """What a run ended with.
+
+    Attributes:
+        path: The checkpoint that holds it; ``None`` where none was written.
+    """
+
+    def __init__(self) -> None:
+        self.path: str | None = None
+        self._digests: dict[str, bytes] = {}  # by name, of this process's part
+        self._state: dict[str, Tensor] | None = None  # where there is no file
+        self._warned = False
+
+    def take(self, module: LightningModule) -> None:
+        """Remember what the model holds now.
+
+        Args:
+            module: With the finished average in it.
+        """
+        self._warned = False
+        self._digests = {n: _digest(t) for n, t in weights_and_buffers(module).items()}
+        self._state = {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in module.state_dict().items()
+            if isinstance(value, Tensor)
+        }
+
+    def write(
+        self, trainer: Trainer, where: str | os.PathLike[str] | bool, states: Mapping[str, Any]
+    ) -> None:
+        """Write what the model holds to a file; every process calls it. A failure is a warning.
+
+        Args:
+            trainer: The Trainer.
+            where: ``True``: beside the checkpoints, where there are any; else the file's name.
+            states: Of callbacks, as in every checkpoint.
+        """
+        target = self._target(trainer, where)
+        if target is None:
+            return
+        path, problem = None, None
+        own = None if self.path is None else Path(self.path)  # of an earlier cycle
+        temporary = target.with_name(f".{target.name}.{gather_objects(os.getpid())[0]}.tmp")
+        try:
+            if rank() == 0:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            path = write_weights(
+                trainer,
+                temporary,
+                {"callbacks": dict(states)},
+                lambda t: self._publish(t, target, own),
+            )
+        except Exception as error:  # of any kind: a run must not end with an error for its file
+            problem = f"{type(error).__name__}: {error}"
+        answers = gather_objects((None if path is None else str(path), problem))
+        problems = [p for _, p in answers if p is not None]
+        if problems:
+            rank_zero_warn(
+                f"The average could not be written to {target} ({problems[0]}). It is in the "
+                f"model, and in average_state_dict() of the callback: save it before other "
+                f"weights are loaded, or set save_average to a file that can be written."
+            )
+            return
+        self.path = answers[0][0]
+        self._state = None
+        rank_zero_info(f"TWA: the average is in {self.path}.")
+
+    def _target(self, trainer: Trainer, where: str | os.PathLike[str] | bool) -> Path | None:
+        if where is True:
+            directory = checkpoint_directory(trainer)
+            directory = gather_objects(directory)[0]  # its name may have a time in it
+            return None if directory is None else Path(directory) / f"{NAME}.ckpt"
+        return None if where is False else Path(where)
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take it from the checkpoint of a finished run.
+
+        Args:
+            checkpoint: Of the Trainer.
+        """
+        values = checkpoint["state_dict"].items()
+        self._state = {name: value for name, value in values if isinstance(value, Tensor)}
+
+    def state_dict(self, module: nn.Module | None = None) -> dict[str, Tensor]:
+        """Parameters and buffers on the CPU, of a sharded model this process's part.
+
+        Args:
+            module: Whose names they are to have, where they differ by what ``torch.compile`` or
+                data parallelism put into them; ``None``: those of the module that was trained.
+
+        Raises:
+            ValueError: When there is no finished average, or naming the tensor that it lacks.
+        """
+        state = self._state
+        if state is None and self.path is not None:
+            state = load_checkpoint(Path(self.path))["state_dict"]
+        if state is None:
+            raise ValueError(
+                "There is no finished average: the phase has not ended. Call this after fit(), or "
+                "after fit() with the checkpoint of a finished run."
+            )
+        values = {n: v.detach().clone() for n, v in state.items() if isinstance(v, Tensor)}
+        return values if module is None else _named_as(module, values)
+
+    def compare(self, module: LightningModule, doing: str) -> None:
+        """Warn, once, where a model does not hold the average.
+
+        Args:
+            module: The model.
+            doing: What is about to be done with it, for the warning.
+        """
+        if not self._digests or self._warned:
+            return
+        now = weights_and_buffers(module)
+        others = [n for n, d in self._digests.items() if n not in now or _digest(now[n]) != d]
+        if others:
+            self._warned = True
+            rank_zero_warn(
+                f"{doing} the model does not hold the average that TWACallback finished: "
+                f"{len(others)} of {len(self._digests)} tensors are others (the first is "
+                f"{others[0]!r}). Something has loaded or swapped other weights since (the best "
+                f"checkpoint, an average of another callback). The average is in "
+                f"{self.path or 'memory'}: load_state_dict(callback.average_state_dict())"
+                + ("." if self.path is None else ", or ckpt_path=callback.average_path.")
+            )
+
+    def tell_of_best(self, trainer: Trainer) -> None:
+        """Say where ``ckpt_path="best"`` means other weights; rank zero looks."""
+        if rank() != 0 or not self._digests:
+            return
+        for path in best_paths(trainer):
+            if path.is_file() and self._is_in(path) is False:
+                rank_zero_info(
+                    f"TWA: best_model_path ({path}) holds other weights than the average; "
+                    f"trainer.test() without a model, and ckpt_path='best', load them. The average "
+                    f"is in {self.path or 'the model alone: set save_average'}."
+                )
+
+    def _is_in(self, path: Path) -> bool | None:
+        """Whether a file holds the average; ``None`` where it is of another kind."""
+        try:
+            held = load_checkpoint(path)["state_dict"]
+            return all(_digest(held[n]) == d for n, d in self._digests.items() if n in held)
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def _publish(self, temporary: Path, target: Path, own: Path | None) -> Path:
+        """Give what was written its name: the own one of an earlier cycle, or one that is free, or
+        that of a file with the same average, as a run writes that is resumed and ends again.
+        """
+        path, k = own if own is not None and own.exists() else target, 0
+        while path != own and os.path.lexists(path) and not self._is_in(path):
+            k += 1
+            path = target.with_name(f"{target.stem}-v{k}{target.suffix}")
+        os.replace(temporary, path)
+        return path
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """Of dtype, shape and every bit."""
+    plain = tensor.detach().to("cpu").contiguous().reshape(-1)
+    found = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
+    if plain.numel() and plain.layout == torch.strided:
+        found.update(plain.view(torch.uint8).numpy().data)
+    return found.digest()
+
+
+def _named_as(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def plain(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+    by_plain = {plain(name): value for name, value in values.items()}
+    wanted = [n for n, v in module.state_dict().items() if isinstance(v, Tensor)]
+    missing = [name for name in wanted if plain(name) not in by_plain]
+    if missing:
+        raise ValueError(
+            f"The average has no tensor {missing[0]!r}, which this module has. Give the module "
+            f"that was trained, or None."
+        )
+    return {name: by_plain[plain(name)] for name in wanted}
