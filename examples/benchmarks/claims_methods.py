@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from claims_data import Data, soup_data
 from claims_runs import (
     BANK,
     EMA_DECAYS,
@@ -33,7 +34,7 @@ from claims_runs import (
     soup_runs,
     uniform,
 )
-from claims_tasks import TASKS, Data, Learner, Task, fit, soup_data
+from claims_tasks import TASKS, Learner, Task, fit
 from torch import Tensor
 
 from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback, average

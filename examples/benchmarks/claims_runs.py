@@ -19,17 +19,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from claims_tasks import (
-    TASKS,
-    Data,
-    Learner,
-    Recipe,
-    Task,
-    fit,
-    generator_of,
-    pretrained,
-    soup_data,
-)
+from claims_data import Data, generator_of, soup_data
+from claims_tasks import TASKS, Learner, Recipe, Task, fit, pretrained
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
