@@ -153,7 +153,7 @@ class Averaging:
         """Train as usual from the learned average on, and collect anew."""
         self.optimization.switch.leave(trainer)
         self.optimization.forget()
-        self.collector.begin_anew()
+        self.collector.begin_anew(trainer)
         # what was learned and validated belongs to other candidates
         self.learned, self.block_names, self.restored_names = None, [], []
         self.trajectory.clear()

@@ -52,6 +52,7 @@ class Collector:
         self._plans: list[CollectPlan] = []
         self._files: list[Path] = []
         self._names: list[str] = []  # of the candidates in them
+        self._followed = 0  # optimizer steps whose weights have been looked at
 
     @property
     def plan(self) -> CollectPlan:
@@ -97,8 +98,9 @@ class Collector:
         plans, window = self._plans[self.cycle :], len(self.store) - given
         check_data(self.settings, plans, trainer, loader, window, given)
 
-    def begin_anew(self) -> None:
+    def begin_anew(self, trainer: Trainer) -> None:
         """Forget the candidates, and collect anew in the next cycle."""
+        self._followed = trainer.global_step
         self.store.clear()
         self.store.max_candidates = self.settings.collect.max_candidates  # a resumed phase had none
         self.averages.clear()
@@ -114,6 +116,7 @@ class Collector:
         Raises:
             ValueError: Naming a file that does not hold weights of this module.
         """
+        self._followed = trainer.global_step
         if at_epoch_start(trainer):
             self.take_epoch_end(module, trainer.current_epoch - 1)
         for path, name in zip(self._files, self._names, strict=True):
@@ -123,15 +126,22 @@ class Collector:
                 read = read_candidate_from(path, expected, parameters)
                 self.store.give(module, name, read.parameters, read.buffers)
 
-    def follow_step(self, trainer: Trainer, module: LightningModule) -> None:
-        """Update running averages; take a candidate where one is due by steps."""
-        if not step_was_taken(trainer):
-            return
+    def follow_step(self, trainer: Trainer, module: LightningModule) -> bool:
+        """After an optimizer step, once: update running averages; take a candidate where one is due
+        by steps. A checkpoint may be saved before the callback's own hook comes.
+
+        Returns:
+            Whether there was a step.
+        """
         epoch, steps = trainer.current_epoch, trainer.global_step
+        if steps == self._followed or not step_was_taken(trainer):
+            return False
+        self._followed = steps
         if self.plan.collect_start <= epoch < self.plan.start_epoch:
             self.averages.update(module)
         if self.plan.takes_step(epoch, steps):
             self._take(module, f"step={steps}")
+        return True
 
     def take_epoch_end(self, module: LightningModule, epoch: int) -> None:
         """Take the weights at the end of an epoch where they are due."""

@@ -116,11 +116,16 @@ class Collecting(Stage):
     def checkpoint_written(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], key: str
     ) -> StageName:
-        """Give the checkpoint the average that was validated last."""
+        """Give the checkpoint the average that was validated last, and what is due at its step."""
         following = self._finish_if_due(trainer, module)
         if following is StageName.DONE:
             _bring_up_to_date(self.averaging, trainer, checkpoint, key)
             return following
+        averaging = self.averaging
+        if averaging.has_trained and averaging.collector.follow_step(trainer, module):
+            state = self.state_dict()
+            if state:
+                checkpoint["callbacks"][key] = state
         saved.complete(self.averaging, module, checkpoint["callbacks"].get(key, {}))
         _put_validated(self.averaging, trainer, checkpoint)
         return following

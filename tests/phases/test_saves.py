@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers.common import Regressor, loader, trainer
-from helpers.resume import equal, state
+from helpers.resume import equal, ordered, state
 from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
@@ -80,3 +80,43 @@ def test_the_last_of_these_files_holds_the_average(tmp_path: Path, kind: str) ->
     expected, *_ = outcome(tmp_path, kind, "on_train_epoch_end", False)
     saved = torch.load(tmp_path / "8.ckpt", weights_only=True)["state_dict"]
     assert equal(dict(saved), expected)
+
+
+COLLECTED: dict[str, dict[str, Any]] = {
+    "steps": {"collect": CollectConfig(start=1, every_n_train_steps=3)},
+    "averages": {"collect": CollectConfig(start=1, ema_decays=(0.5, 0.9))},
+    "uniform": {
+        "solver": SolverConfig(name="uniform"),
+        "collect": CollectConfig(start=1, every_n_train_steps=3, max_candidates=4),
+    },
+    "cycles": {
+        "start_epoch": 2,
+        "cycles": 2,
+        "collect": CollectConfig(start=0, every_n_train_steps=3, ema_decays=(0.5,)),
+    },
+}
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", COLLECTED)
+def test_a_checkpoint_has_what_is_due_at_its_step(
+    tmp_path: Path, kind: str, first: bool, hook: str
+) -> None:
+    """Also where it is saved before the callback's own hook comes. (From a checkpoint that was saved
+    in ``on_train_epoch_start`` Lightning itself goes on with an epoch less, without the callback.)
+    """
+
+    def go(folder: Path, ckpt_path: Path | None = None, *others: L.Callback) -> Any:
+        L.seed_everything(1, verbose=False)
+        module = Regressor()
+        twa = TWACallback(**{"start_epoch": 4, **COLLECTED[kind]})
+        callbacks = [*others, twa] if first else [twa, *others]
+        the_trainer = trainer(folder, callbacks=callbacks, max_epochs=8)
+        the_trainer.fit(module, ordered(), ordered(32, seed=1), ckpt_path=ckpt_path)
+        return state(module), twa.averaging_weights, twa.candidate_names
+
+    saver = Save(hook, tmp_path)
+    whole = go(tmp_path, None, saver)
+    for number in range(1, saver.count + 1, 4 if hook == "on_train_batch_end" else 2):
+        assert equal(go(tmp_path, tmp_path / f"{number}.ckpt"), whole), number
