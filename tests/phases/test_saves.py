@@ -103,8 +103,8 @@ COLLECTED: dict[str, dict[str, Any]] = {
 def test_a_checkpoint_has_what_is_due_at_its_step(
     tmp_path: Path, kind: str, first: bool, hook: str
 ) -> None:
-    """Also where it is saved before the callback's own hook comes. (From a checkpoint that was saved
-    in ``on_train_epoch_start`` Lightning itself goes on with an epoch less, without the callback.)
+    """Also where it is saved before the callback's own hook comes. From a checkpoint that was saved
+    in ``on_train_epoch_start`` Lightning goes on with an epoch less, without the callback too.
     """
 
     def go(folder: Path, ckpt_path: Path | None = None, *others: L.Callback) -> Any:
