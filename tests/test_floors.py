@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,3 +70,17 @@ def test_classes_that_call_each_other_share_no_name_of_a_method() -> None:
     for one, other in itertools.combinations(chain, 2):
         shared = {name for name in methods[one] & methods[other] if not name.startswith("__")}
         assert shared <= {"state_dict", "load_state_dict"}, (one, other)
+
+
+def test_the_documentation_has_every_arrow_between_rooms() -> None:
+    page = (ROOT / "docs" / "contributing" / "rooms.md").read_text()
+    table = page.split("| room | uses |\n|---|---|\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    package, used = ROOT / "lightning_twa", {}
+    for path in package.rglob("*.py"):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        others = set(re.findall(r"^from lightning_twa\.(\w+)", path.read_text(), re.MULTILINE))
+        used[room] = used.get(room, set()) | (others - {room})
+    assert {room.strip("`"): set(uses.split(", ")) for room, uses in rows} == {
+        room: others for room, others in used.items() if others
+    }
