@@ -89,7 +89,8 @@ class FinishedAverage:
             )
             return
         self.path = answers[0][0]
-        self._state = None
+        if self.path is not None and Path(self.path).is_file():  # no directory of shards, seen here
+            self._state = None
         rank_zero_info(f"TWA: the average is in {self.path}.")
 
     def _target(self, trainer: Trainer, where: str | os.PathLike[str] | bool) -> Path | None:

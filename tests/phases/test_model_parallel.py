@@ -272,8 +272,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, epoch, kind) -> Non
         assert equal(a["steps"][-len(b["steps"]) :], b["steps"])
         assert equal(a["state"], b["state"])
         assert equal(a["averaging_weights"], b["averaging_weights"])
+    assert (saved / "twa.ckpt").is_dir() is distributed
     if not distributed:
         last = torch.load(saved / "epoch=4.ckpt", weights_only=True)
+        average = torch.load(saved / "twa.ckpt", weights_only=True)
+        assert equal(dict(average["state_dict"]), dict(last["state_dict"]))
         plain = Sharded(batchnorm=True)
         plain.load_state_dict(last["state_dict"])
         assert equal(dict(plain.state_dict()), uninterrupted[0]["state"])
