@@ -92,3 +92,20 @@ def test_readme_is_short_and_has_the_two_commands() -> None:
     assert len(text.splitlines()) <= 150
     assert "make demo" in text
     assert "make test" in text
+
+
+GUIDES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "contributing").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda p: p.name)
+def test_files_and_names_that_contributors_are_led_to_exist(page: Path) -> None:
+    text, package = page.read_text(), ROOT / "lightning_twa"
+    folders = [ROOT / name for name in ("lightning_twa", "tests", "examples", "docs")]
+    files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in folder.rglob("*.*")]
+    for name in set(re.findall(r"`([\w/]+\.(?:py|md))`", text)):
+        found = (ROOT / name).is_file() or any(file.endswith(f"/{name}") for file in files)
+        assert found, f"{page.name} names {name}"
+    code = "\n".join(path.read_text() for path in package.rglob("*.py"))
+    for owner, name in set(re.findall(r"`([A-Z]\w+)\.(\w+)(?:\([^`]*\))?`", text)):
+        if re.search(rf"^class {owner}\b", code, re.MULTILINE):
+            assert re.search(rf"\b{name}\b", code), f"{page.name} names {owner}.{name}"
