@@ -33,7 +33,7 @@ FLOORS = [  # from the bottom
     "training",
     "",
 ]
-BESIDE = ("config", "distributed", "machine")
+BESIDE = ("config", "machine")
 
 
 def name_of(path: Path) -> str:
