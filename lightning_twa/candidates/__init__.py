@@ -22,6 +22,7 @@ from lightning_twa.candidates.readers import (
     read_candidate_from,
     read_file,
     unique_names,
+    without_wrappers,
 )
 from lightning_twa.candidates.reference import SUFFIX, Reference, resolve
 from lightning_twa.candidates.running_averages import RunningAverages, average_name
@@ -51,4 +52,5 @@ __all__ = [
     "unique_names",
     "varying",
     "weights_and_buffers",
+    "without_wrappers",
 ]

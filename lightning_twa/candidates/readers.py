@@ -20,7 +20,7 @@ from lightning_twa.candidates.frozen import FROZEN
 from lightning_twa.candidates.reference import SUFFIX
 from lightning_twa.subspace import check_finite
 
-__all__ = ["find_files", "read_candidate_from", "read_file", "unique_names"]
+__all__ = ["find_files", "read_candidate_from", "read_file", "unique_names", "without_wrappers"]
 
 _Item = str | os.PathLike[str]
 _Tensors = Mapping[str, Tensor]
@@ -331,7 +331,7 @@ def _resolve(path: Path, tensors: _Tensors, expected: _Tensors, needed: _Tensors
 def _views(stored: list[str], expected: list[str]) -> Iterator[_Names]:
     """Ways to read the file's names as the model's, the first with all names as they are."""
     changes = [("", ""), *((p, "") for p in _PREFIXES), *(("", p) for p in _PREFIXES)]
-    for clean in (str, _without_wrappers):
+    for clean in (str, without_wrappers):
         model = {clean(name): name for name in expected}
         if len(model) < len(expected):
             continue  # the model itself has parts of such names
@@ -344,7 +344,8 @@ def _views(stored: list[str], expected: list[str]) -> Iterator[_Names]:
             yield view
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
+    """A tensor's name without what ``torch.compile`` and data parallelism put into it."""
     *modules, last = name.split(".")
     return ".".join([*(part for part in modules if part not in _WRAPPERS), last])
 

@@ -15,14 +15,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_twa.candidates import load_checkpoint, weights_and_buffers
+from lightning_twa.candidates import load_checkpoint, weights_and_buffers, without_wrappers
 from lightning_twa.machine import gather_objects, rank
 from lightning_twa.trainer import best_paths, checkpoint_directory, write_weights
 
 __all__ = ["FinishedAverage"]
 
 NAME = "twa"
-WRAPPERS = ("_orig_mod", "module")  # what torch.compile and data parallelism put into names
 
 
 class FinishedAverage:
@@ -194,15 +193,12 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def _named_as(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    def plain(name: str) -> str:
-        return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-    by_plain = {plain(name): value for name, value in values.items()}
+    by_plain = {without_wrappers(name): value for name, value in values.items()}
     wanted = [n for n, v in module.state_dict().items() if isinstance(v, Tensor)]
-    missing = [name for name in wanted if plain(name) not in by_plain]
+    missing = [name for name in wanted if without_wrappers(name) not in by_plain]
     if missing:
         raise ValueError(
             f"The average has no tensor {missing[0]!r}, which this module has. Give the module "
             f"that was trained, or None."
         )
-    return {name: by_plain[plain(name)] for name in wanted}
+    return {name: by_plain[without_wrappers(name)] for name in wanted}
