@@ -118,6 +118,8 @@ class TWAHooks(RunResults, Hooks):
             self._run = self._run.of(trainer)
             self._fitting = not trainer.fast_dev_run  # type: ignore[attr-defined]
             self._tell(Event.FIT_BEGINS, trainer, pl_module)
+            if self._fitting:
+                self._run.watch_loading(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizer; prepare a phase that is resumed."""
@@ -126,6 +128,8 @@ class TWAHooks(RunResults, Hooks):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the settings against the data; re-establish a phase that is resumed."""
         self._tell(Event.TRAINING_BEGINS, trainer, pl_module)
+        if self._fitting:
+            self._run.surround_validations(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch into the phase where it is due."""
@@ -148,16 +152,21 @@ class TWAHooks(RunResults, Hooks):
         self._tell(Event.EPOCH_ENDED, trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish before the last validation; validate the uniform average if asked to."""
-        if not trainer.sanity_checking:
-            self._tell(Event.VALIDATION_BEGINS, trainer, pl_module)
+        """Warn where the model does not hold the average."""
         if not self._fitting:
             self._run.compare(pl_module, "In trainer.validate()")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the weights back."""
-        if not trainer.sanity_checking:
-            self._tell(Event.VALIDATION_ENDED, trainer, pl_module)
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Warn where other weights are validated than the average that is to be."""
+        if self._fitting and batch_idx == 0:
+            self._run.check_validated(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the Trainer back."""
@@ -170,13 +179,17 @@ class TWAHooks(RunResults, Hooks):
     ) -> None:
         """Give the Trainer back; keep what was learned."""
         self._tell(Event.RAISED, trainer, pl_module)
-        self._fitting = False
+        self._leave()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the Trainer back."""
         if stage == "fit":
             self._tell(Event.FIT_ENDED, trainer, pl_module)
-            self._fitting = False
+            self._leave()
+
+    def _leave(self) -> None:
+        self._fitting = False
+        self._run.let_go()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn where the model does not hold the average."""
@@ -219,7 +232,7 @@ class TWAHooks(RunResults, Hooks):
         """
         trainer, self._loading = self._loading, None
         if trainer is None or trainer.state.fn == "fit":
-            self._run.tell(Event.CHECKPOINT_LOADED, trainer, state_dict)
+            self._run.load(trainer, state_dict)
 
 
 class TWACallback(TWAHooks, Callback):

@@ -5,6 +5,7 @@ from lightning_twa.candidates.candidate import (
     check_complete,
     further_names,
     persistent_buffers,
+    same,
     varying,
 )
 from lightning_twa.candidates.encoding import decode
@@ -26,7 +27,7 @@ from lightning_twa.candidates.readers import (
 )
 from lightning_twa.candidates.reference import SUFFIX, Reference, resolve
 from lightning_twa.candidates.running_averages import RunningAverages, average_name
-from lightning_twa.candidates.store import Store
+from lightning_twa.candidates.store import Store, misfit_of, take_anew
 
 __all__ = [
     "SUFFIX",
@@ -43,12 +44,15 @@ __all__ = [
     "further_names",
     "load_checkpoint",
     "mean_buffers",
+    "misfit_of",
     "persistent_buffers",
     "put_average",
     "put_weighted",
     "read_candidate_from",
     "read_file",
     "resolve",
+    "same",
+    "take_anew",
     "unique_names",
     "varying",
     "weights_and_buffers",

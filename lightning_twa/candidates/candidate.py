@@ -17,6 +17,7 @@ __all__ = [
     "check_complete",
     "check_weights",
     "further_names",
+    "misfit",
     "persistent_buffers",
     "same",
     "take",
@@ -157,6 +158,29 @@ def same(old: Tensor, new: Tensor) -> bool:
     return (
         old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new.detach().cpu())
     )
+
+
+def misfit(candidate: Candidate, module: nn.Module, left_out: Collection[str] = ()) -> str | None:
+    """What a candidate lacks of the parameters of a module, in a sentence.
+
+    Args:
+        candidate: The candidate.
+        module: The model.
+        left_out: Names of parameters that are as in the module.
+    """
+    for name, parameter in module.named_parameters():
+        if name in left_out or not parameter.is_floating_point():
+            continue
+        held = candidate.parameters.get(name)
+        if held is None:
+            return f"Candidate {candidate.name!r} has no tensor {name!r}, which the model has."
+        shape = local_part(parameter).shape
+        if held.shape != shape:
+            return (
+                f"Candidate {candidate.name!r} has tensor {name!r} of shape {tuple(held.shape)}, "
+                f"but the model's has {tuple(shape)}."
+            )
+    return None
 
 
 def check_complete(candidates: Iterable[Candidate], module: nn.Module) -> None:

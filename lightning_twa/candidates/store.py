@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from lightning_twa.candidates.candidate import (
     Candidate,
     agreed_buffers,
     check_weights,
+    misfit,
+    persistent_buffers,
     take,
+    to_cpu,
 )
 from lightning_twa.candidates.disk import Disk
 from lightning_twa.candidates.files import CandidateFileError, Reference
@@ -28,7 +31,7 @@ from lightning_twa.candidates.frozen import (
 from lightning_twa.config import StorageConfig
 from lightning_twa.machine import all_ranks, free_bytes
 
-__all__ = ["Store"]
+__all__ = ["Store", "misfit_of", "take_anew"]
 
 SMALL = 0.25  # of free memory that candidates may take there
 
@@ -71,7 +74,7 @@ class Store:
     ) -> None:
         self.config = config or StorageConfig(kind="memory")
         self.max_candidates = max_candidates
-        self._shards = shards
+        self.shards = shards
         self._keep_named = keep_named
         self._shared = processes_on_host > 1 or shards
         self._device = device or torch.device("cpu")
@@ -240,7 +243,7 @@ class Store:
 
     def state_dict(self) -> dict[str, Any]:
         """The candidates, oldest first: names with tensors, or with the files that hold them."""
-        if self._shards and any(entry.files is None for entry in self._entries):
+        if self.shards and any(entry.files is None for entry in self._entries):
             # This process's part of it is all that there is here.
             missing = sum(entry.files is None for entry in self._entries)
             rank_zero_warn(
@@ -257,11 +260,11 @@ class Store:
         }
 
     def _states(self, entries: list[_Entry]) -> list[dict[str, Any]]:
-        return [_entry_state(e) for e in entries if e.files is not None or not self._shards]
+        return [_entry_state(e) for e in entries if e.files is not None or not self.shards]
 
     def leave_out_frozen(self, state: Mapping[str, Any], module: nn.Module) -> None:
         """See :func:`lightning_twa.candidates.frozen.leave_out_frozen`."""
-        if not self._shards:
+        if not self.shards:
             leave_out_frozen(state, module)
 
     def put_frozen_back(self, module: nn.Module) -> None:
@@ -293,6 +296,31 @@ class Store:
                 f"has StorageConfig(kind='memory'). Resume with kind='auto' or 'disk'."
             )
         return _Entry(_joined(self.disk.read(files), frozen), files)
+
+
+def misfit_of(store: Store, module: nn.Module) -> str | None:
+    """What the first candidate that is not of a module's form lacks, in a sentence."""
+    found = (misfit(e.candidate, module, e.as_in_module) for e in store._entries)
+    return next((text for text in found if text is not None), None)
+
+
+def take_anew(store: Store, module: nn.Module, load: Callable[[Candidate], None]) -> None:
+    """Replace every candidate by what a module holds once it has loaded it.
+
+    Args:
+        store: The candidates.
+        module: The model.
+        load: Puts a candidate into the module.
+    """
+    given, window = store._given, store._window
+    store._given, store._window, store._frozen = [], [], None
+    if store.disk is not None:
+        store.disk.begin_part()
+    for entries, kept in ((given, store._given), (window, store._window)):
+        for entry in entries:
+            load(entry.candidate)
+            buffers = {n: to_cpu(b) for n, b in persistent_buffers(module).items()}
+            kept.append(store._keep(module, entry.candidate.name, {}, buffers))
 
 
 def _joined(own: Candidate, frozen: dict[str, Tensor]) -> Candidate:

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_twa.candidates import load_checkpoint, weights_and_buffers, without_wrappers
+from lightning_twa.candidates import load_checkpoint, same, weights_and_buffers, without_wrappers
 from lightning_twa.machine import gather_objects, rank
 from lightning_twa.trainer import best_paths, checkpoint_directory, write_weights
 
@@ -34,7 +34,8 @@ class FinishedAverage:
     def __init__(self) -> None:
         self.path: str | None = None
         self._digests: dict[str, bytes] = {}  # by name, of this process's part
-        self._state: dict[str, Tensor] | None = None  # where there is no file
+        self._state: dict[str, Tensor] | None = None  # what the file, if there is one, lacks of it
+        self._in_file = False
         self._warned = False
 
     def take(self, module: LightningModule) -> None:
@@ -43,12 +44,11 @@ class FinishedAverage:
         Args:
             module: With the finished average in it.
         """
-        self._warned = False
+        self._warned = self._in_file = False
         self._digests = {n: _digest(t) for n, t in weights_and_buffers(module).items()}
         self._state = {
             name: value.detach().to("cpu", copy=True)
-            for name, value in module.state_dict().items()
-            if isinstance(value, Tensor)
+            for name, value in _tensors(module.state_dict()).items()
         }
 
     def write(
@@ -89,8 +89,14 @@ class FinishedAverage:
             return
         self.path = answers[0][0]
         if self.path is not None and Path(self.path).is_file():  # no directory of shards, seen here
-            self._state = None
+            self._leave_to_file(Path(self.path))
         rank_zero_info(f"TWA: the average is in {self.path}.")
+
+    def _leave_to_file(self, path: Path) -> None:
+        """Keep only what the file does not have as it is: ``on_save_checkpoint`` may filter it."""
+        held, own = _held_in(path), self._state or {}
+        self._state = {n: v for n, v in own.items() if not _is_whole_in(held.get(n), v)}
+        self._in_file = True
 
     def _target(self, trainer: Trainer, where: str | os.PathLike[str] | bool) -> Path | None:
         if where is True:
@@ -99,14 +105,17 @@ class FinishedAverage:
             return None if directory is None else Path(directory) / f"{NAME}.ckpt"
         return None if where is False else Path(where)
 
-    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+    def restore(self, checkpoint: Mapping[str, Any], module: nn.Module) -> None:
         """Take it from the checkpoint of a finished run.
 
         Args:
             checkpoint: Of the Trainer.
+            module: That has loaded it; has what the checkpoint leaves out.
         """
-        values = checkpoint["state_dict"].items()
-        self._state = {name: value for name, value in values if isinstance(value, Tensor)}
+        held = _tensors(checkpoint.get("state_dict", {}))  # a sharded one has it in files
+        own = _tensors(module.state_dict())
+        rest = {n: v.detach().to("cpu", copy=True) for n, v in own.items() if n not in held}
+        self._state, self._in_file = {**rest, **held}, False
 
     def state_dict(self, module: nn.Module | None = None) -> dict[str, Tensor]:
         """Parameters and buffers on the CPU, of a sharded model this process's part.
@@ -119,14 +128,14 @@ class FinishedAverage:
             ValueError: When there is no finished average, or naming the tensor that it lacks.
         """
         state = self._state
-        if state is None and self.path is not None:
-            state = load_checkpoint(Path(self.path))["state_dict"]
+        if state is not None and self._in_file:
+            state = {**_held_in(Path(str(self.path))), **state}
         if state is None:
             raise ValueError(
                 "There is no finished average: the phase has not ended. Call this after fit(), or "
                 "after fit() with the checkpoint of a finished run."
             )
-        values = {n: v.detach().clone() for n, v in state.items() if isinstance(v, Tensor)}
+        values = {n: v.detach().clone() for n, v in state.items()}
         return values if module is None else _named_as(module, values)
 
     def compare(self, module: LightningModule, doing: str) -> None:
@@ -181,6 +190,20 @@ class FinishedAverage:
             path = target.with_name(f"{target.stem}-v{k}{target.suffix}")
         os.replace(temporary, path)
         return path
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _held_in(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's ``state_dict``, mapped."""
+    return _tensors(load_checkpoint(path).get("state_dict", {}))
+
+
+def _is_whole_in(held: Tensor | None, own: Tensor) -> bool:
+    """Whether a file's tensor is ours, which may be this process's part of it."""
+    return held is not None and (type(own) is not Tensor or same(held, own))
 
 
 def _digest(tensor: Tensor) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,9 +14,9 @@ from lightning_twa.candidates import Store
 from lightning_twa.config import Settings
 from lightning_twa.phases import stages
 from lightning_twa.phases.averaging import Averaging
+from lightning_twa.phases.migrate import load_candidates, load_raw_weights
 from lightning_twa.phases.optimize import Optimization
 from lightning_twa.phases.saved import unfreeze_as_before
-from lightning_twa.phases.temporary import restore_raw_weights
 from lightning_twa.phases.transitions import (
     Event,
     Stage,
@@ -23,6 +24,7 @@ from lightning_twa.phases.transitions import (
     check_event,
     check_following,
 )
+from lightning_twa.trainer import AroundValidation, LoadHook
 
 __all__ = ["Run"]
 
@@ -53,6 +55,9 @@ class Run:
     def __init__(self, settings: Settings, state_key: str = "TWACallback") -> None:
         self.averaging = Averaging(settings, state_key)
         self.stage: Stage = stages.Collecting(self.averaging)
+        self._around = AroundValidation()
+        self._load_hook = LoadHook()
+        self._loaded: Mapping[str, Any] = {}  # state_dict of the checkpoint that is being loaded
 
     def of(self, trainer: Trainer) -> Run:
         """The run of a Trainer that begins to fit: this one where that Trainer goes on, else a new
@@ -94,14 +99,26 @@ class Run:
             checkpoint: Of the Trainer.
             state: Of the callback in it, which is loaded next; ``None`` or empty where it has none.
         """
-        restore_raw_weights(module, checkpoint)
+        load_raw_weights(module, checkpoint, self._load_hook)
+        self._loaded = self._load_hook.before or checkpoint.get("state_dict", {})
         if state:
             unfreeze_as_before(module, state)
             if state["phase"] == "done":
-                self.averaging.finished.restore(checkpoint)
+                self.averaging.finished.restore(checkpoint, module)
         elif checkpoint.get("global_step", 0) > 0:  # not the learning rate finder's own
             rank_zero_info("TWA: the checkpoint holds no candidates; collecting starts here.")
             self._begin_anew(trainer, module)
+
+    def load(self, trainer: Trainer | None, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Args:
+            trainer: ``None`` where no Trainer loads it.
+            state: From a checkpoint, which :meth:`meet_checkpoint` has seen.
+        """
+        self.tell(Event.CHECKPOINT_LOADED, trainer, state)
+        if trainer is not None:
+            load_candidates(self.store, trainer.lightning_module, self._loaded, self._load_hook)
 
     def _begin_anew(self, trainer: Trainer, module: LightningModule) -> None:
         """What an interrupted run of the same Trainer had is later than the checkpoint."""
@@ -116,6 +133,33 @@ class Run:
         """A checkpoint is about to be written; outside of a fit, too."""
         if self.stage.name is not StageName.COLLECTING or trainer.state.fn == "fit":
             self.tell(Event.CHECKPOINT_WRITTEN, trainer, module, checkpoint, key)
+
+    def watch_loading(self, module: LightningModule) -> None:
+        """See what the module's hook makes of a checkpoint."""
+        self._load_hook.watch(module)
+
+    def surround_validations(self, trainer: Trainer, module: LightningModule) -> None:
+        """Tell what happens around each validation, from the start of training on."""
+        self._forget_loading()
+        self._around.install(
+            trainer,
+            begins=lambda: self.tell(Event.VALIDATION_BEGINS, trainer, module),
+            ended=lambda: self.tell(Event.VALIDATION_ENDED, trainer, module),
+            validated=lambda: self.stage.validated_state(),
+        )
+
+    def let_go(self) -> None:
+        """Undo what the above changed. May be called again."""
+        self._around.remove()
+        self._forget_loading()
+
+    def _forget_loading(self) -> None:
+        self._load_hook.release()
+        self._loaded = {}
+
+    def check_validated(self, module: LightningModule) -> None:
+        """At the first batch of a validation: warn where it sees other weights than it should."""
+        self.averaging.temporary.check(module)
 
     def compare(self, module: LightningModule, doing: str) -> None:
         """Warn where a model does not hold the finished average; see

@@ -4,10 +4,12 @@ then; how it is done stands in what they call. See :mod:`lightning_twa.phases.tr
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_twa.checkpoint import RAW_WEIGHTS
 from lightning_twa.phases import saved
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.finish import (
@@ -20,6 +22,7 @@ from lightning_twa.phases.report import log_count
 from lightning_twa.phases.transitions import Stage, StageName
 from lightning_twa.trainer import (
     StopWatch,
+    as_saved,
     at_epoch_start,
     renew_patience,
     shards_parameters,
@@ -110,24 +113,32 @@ class Collecting(Stage):
 
     def validation_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Put the weights back."""
-        self.averaging.temporary.take_out(module)
+        shards = shards_parameters(trainer)
+        state = None if shards else partial(state_of_module, trainer)
+        self.averaging.temporary.take_out(module, state)
         return self.name
+
+    def validated_state(self) -> dict[str, Any] | None:
+        """The average that was validated last; while it is in the model, what is there."""
+        temporary = self.averaging.temporary
+        return None if temporary.in_place else temporary.validated
 
     def checkpoint_written(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], key: str
     ) -> StageName:
-        """Give the checkpoint the average that was validated last, and what is due at its step."""
+        """Give the checkpoint the weights to go on from, and what is due at its step."""
         following = self._finish_if_due(trainer, module)
         if following is StageName.DONE:
             _bring_up_to_date(self.averaging, trainer, checkpoint, key)
             return following
         averaging = self.averaging
-        if averaging.has_trained and averaging.collector.follow_step(trainer, module):
-            state = self.state_dict()
-            if state:
-                checkpoint["callbacks"][key] = state
-        saved.complete(self.averaging, module, checkpoint["callbacks"].get(key, {}))
-        _put_validated(self.averaging, trainer, checkpoint)
+        with averaging.temporary.weights_in_place(module):
+            if averaging.has_trained and averaging.collector.follow_step(trainer, module):
+                state = self.state_dict()
+                if state:
+                    checkpoint["callbacks"][key] = state
+            saved.complete(self.averaging, module, checkpoint["callbacks"].get(key, {}))
+        _put_validated(self.averaging, trainer, module, checkpoint)
         return following
 
     def training_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
@@ -141,6 +152,7 @@ class Collecting(Stage):
         averaging = self.averaging
         if not averaging.settings.uniform or not averaging.average_is_due(trainer):
             return self.name
+        averaging.temporary.take_out(module)
         averaging.collector.take_epoch_end(module, trainer.current_epoch)
         return self._complete(trainer, module)
 
@@ -284,7 +296,7 @@ class Suspended(Stage):
     ) -> StageName:
         """As before the interruption. Other ranks may not have had it: nothing is exchanged."""
         if self.phase == "collect":
-            _put_validated(self.averaging, trainer, checkpoint)
+            _put_validated(self.averaging, trainer, module, checkpoint)
         return super().checkpoint_written(trainer, module, checkpoint, key)
 
     def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
@@ -360,10 +372,22 @@ class Done(Stage):
         return self.name
 
 
-def _put_validated(averaging: Averaging, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Give a checkpoint the average that was validated last, beside the weights to go on from."""
-    if averaging.settings.validate_average and not shards_parameters(trainer):
-        averaging.temporary.put_into(checkpoint)
+def _put_validated(
+    averaging: Averaging, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
+) -> None:
+    """Give a checkpoint the average that was validated last, or is just being validated, beside the
+    weights to go on from. Parts of sharded ones fit into ``state_dict`` alone.
+    """
+    temporary = averaging.temporary
+    weights = temporary.weights_for(module, partial(state_of_module, trainer))
+    if weights is None:
+        return
+    if shards_parameters(trainer):
+        checkpoint["state_dict"] = weights
+        return
+    if temporary.validated is not None and not temporary.in_place:
+        checkpoint["state_dict"] = dict(temporary.validated)
+    checkpoint[RAW_WEIGHTS] = as_saved(trainer, checkpoint, weights)
 
 
 def _bring_up_to_date(

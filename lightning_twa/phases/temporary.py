@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningModule
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_twa.candidates import Store, copy_into, put_average, weights_and_buffers
-from lightning_twa.checkpoint import RAW_WEIGHTS
 
-__all__ = ["TemporaryAverage", "restore_raw_weights"]
+__all__ = ["TemporaryAverage", "copies_of"]
+
+FEW = 4  # entries of a tensor that are looked at
 
 
 class TemporaryAverage:
-    """Puts an average into a model and the weights back, and remembers the average."""
+    """Puts an average into a model and the weights back, and remembers the average.
+
+    Attributes:
+        validated: The state of the module, as checkpoints have it, with the average that was
+            validated last, on the CPU; ``None`` before the first.
+    """
 
     def __init__(self) -> None:
+        self.validated: dict[str, Any] | None = None
         self._raw: dict[str, Tensor] | None = None  # the weights, while the average is in place
-        self._average: dict[str, Tensor] = {}  # the last average that was validated, on the CPU
+        self._sample: Tensor | None = None  # of the average, until a validation has begun with it
+        self._warned = False
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the average is in the model."""
+        return self._raw is not None
 
     def put_in(self, module: nn.Module, store: Store, reestimate: Callable[[], object]) -> None:
         """Put the uniform average of the candidates in place; nothing without candidates.
@@ -31,37 +47,92 @@ class TemporaryAverage:
         """
         if len(store) == 0:
             return
-        state = weights_and_buffers(module)
-        self._raw = {name: tensor.detach().clone() for name, tensor in state.items()}
+        self._raw = _copies(module)
         put_average(module, store)
         reestimate()
+        self._sample = _few_of(module)
 
-    def take_out(self, module: nn.Module) -> None:
-        """Put the weights back; does nothing where they are in place."""
+    def check(self, module: nn.Module) -> None:
+        """Warn, once, where somebody has put other weights in the average's place."""
+        if self._sample is None or self._warned:
+            return
+        self._warned = not torch.equal(self._sample, _few_of(module))
+        self._sample = None
+        if self._warned:
+            rank_zero_warn(
+                "TWACallback(validate_average=True) has put the average into the model, but a hook "
+                "of the module or of another callback has put other weights there for the "
+                "validation (an EMA?): those are validated. The weights come back all the same. "
+                "Leave one of the two out."
+            )
+
+    def take_out(
+        self, module: nn.Module, state: Callable[[], Mapping[str, Any]] | None = None
+    ) -> None:
+        """Put the weights back; does nothing where they are in place.
+
+        Args:
+            module: The model.
+            state: Of the module as checkpoints have it, to be remembered; ``None`` where the
+                validation did not end.
+        """
         if self._raw is None:
             return
-        state = weights_and_buffers(module)
-        self._average = {name: t.detach().to("cpu", copy=True) for name, t in state.items()}
-        copy_into(state, self._raw)
-        self._raw = None
+        if state is not None:
+            self.validated = copies_of(state())
+        copy_into(weights_and_buffers(module), self._raw)
+        self._raw = self._sample = None
 
-    def put_into(self, checkpoint: dict[str, Any]) -> None:
-        """Give a checkpoint the average that was validated last, and the weights to go on from
-        under a key of their own; nothing where none was validated. What the average does not have
-        (extra state) is as in the weights.
-        """
-        if not self._average:
+    @contextmanager
+    def weights_in_place(self, module: nn.Module) -> Iterator[None]:
+        """Have the weights in the model for a moment; what is there comes back."""
+        if self._raw is None:
+            yield
             return
-        raw: dict[str, Tensor] = checkpoint["state_dict"]
-        checkpoint[RAW_WEIGHTS] = raw
-        checkpoint["state_dict"] = {n: self._average.get(n, value) for n, value in raw.items()}
+        now = _copies(module)
+        copy_into(weights_and_buffers(module), self._raw)
+        try:
+            yield
+        finally:
+            copy_into(weights_and_buffers(module), now)
+
+    def weights_for(
+        self, module: nn.Module, state: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """The weights to go on from, for a checkpoint whose state is what was or is validated;
+        ``None`` where nothing was.
+
+        Args:
+            module: The model.
+            state: Of the module as checkpoints have it.
+        """
+        if self.in_place:
+            with self.weights_in_place(module):
+                return copies_of(state())
+        return None if self.validated is None else state()
 
 
-def restore_raw_weights(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Load the weights to go on from where a checkpoint's ``state_dict`` is an average.
+def _copies(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in weights_and_buffers(module).items()}
 
-    Lightning's ``WeightAveraging`` uses the same key, beside ``averaging_state``; a run that goes
-    on with this callback instead starts from its average.
-    """
-    if RAW_WEIGHTS in checkpoint and "averaging_state" not in checkpoint:
-        module.load_state_dict(checkpoint[RAW_WEIGHTS], strict=module.strict_loading)
+
+def copies_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of what a state dict shares with its module, on the CPU; tied tensors stay tied."""
+    copies: dict[Any, Tensor] = {}
+    result: dict[str, Any] = {}
+    for name, value in state.items():
+        if type(value) not in (Tensor, nn.Parameter):  # extra state, or a part of a sharded tensor
+            result[name] = copy.deepcopy(value)
+            continue
+        place = (value.data_ptr(), value.shape, value.dtype, value.stride())
+        if place not in copies or not value.numel():
+            copies[place] = value.detach().to("cpu", copy=True)
+        result[name] = copies[place]
+    return result
+
+
+def _few_of(module: nn.Module) -> Tensor:
+    """The first entries of the trained parameters."""
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    held = weights_and_buffers(module)
+    return torch.cat([held[name].reshape(-1)[:FEW].float().cpu() for name in trained])

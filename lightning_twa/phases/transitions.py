@@ -183,11 +183,11 @@ class Stage(ABC):
         return self.name
 
     def validation_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """A validation begins."""
+        """A validation begins; none of its hooks has come."""
         return self.name
 
     def validation_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """A validation ended."""
+        """A validation ended, and all of its hooks."""
         return self.name
 
     def checkpoint_written(
@@ -203,6 +203,10 @@ class Stage(ABC):
         """
         saved.complete(self.averaging, module, checkpoint["callbacks"].get(key, {}))
         return self.name
+
+    def validated_state(self) -> dict[str, Any] | None:
+        """What checkpoints are to hold as the module's state; ``None`` for the module's own."""
+        return None
 
     def training_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
         """The last batch, epoch and validation are over."""

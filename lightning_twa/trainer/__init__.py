@@ -21,9 +21,9 @@ from lightning_twa.trainer.features import (
     restores_late,
     scales_loss,
     shards_parameters,
-    state_of_module,
     strategy_names,
 )
+from lightning_twa.trainer.module_hooks import LoadHook, as_saved
 from lightning_twa.trainer.position import (
     at_epoch_start,
     batches_seen,
@@ -38,11 +38,15 @@ from lightning_twa.trainer.progress_bar import show_progress
 from lightning_twa.trainer.replay import modules_in_training, training_steps
 from lightning_twa.trainer.stopping import StopWatch, renew_patience
 from lightning_twa.trainer.switch import TrainerSwitch
+from lightning_twa.trainer.validation import AroundValidation, state_of_module
 
 __all__ = [
+    "AroundValidation",
+    "LoadHook",
     "StopWatch",
     "TrainerSwitch",
     "accumulates_gradients",
+    "as_saved",
     "at_epoch_start",
     "batches_seen",
     "best_paths",

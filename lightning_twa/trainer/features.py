@@ -20,7 +20,6 @@ __all__ = [
     "restores_late",
     "scales_loss",
     "shards_parameters",
-    "state_of_module",
     "strategy_names",
 ]
 
@@ -79,12 +78,6 @@ def accumulates_gradients(trainer: Trainer) -> bool:
 def callbacks(trainer: Trainer) -> list[Callback]:
     """All callbacks."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def state_of_module(trainer: Trainer) -> dict[str, Any]:
-    """The module's weights and buffers, as a checkpoint holds them."""
-    state: dict[str, Any] = trainer.strategy.lightning_module_state_dict()
-    return state
 
 
 def is_ddp(trainer: Trainer) -> bool:

@@ -37,6 +37,7 @@ PRIVATE_NAMES = (
     "fit_loop.epoch_loop.batch_progress.is_last_batch",
     "fit_loop.epoch_loop.val_loop._data_source",
     "fit_loop.epoch_loop.val_loop._module_mode",
+    "fit_loop.epoch_loop.val_loop.run",
     "val_check_interval",
     "val_check_batch",
 )

@@ -237,7 +237,7 @@ def test_with_validate_average_checkpoints_hold_the_validated_average_and_raw_we
             if not trainer.sanity_checking:
                 seen[f"average {trainer.current_epoch}"] = state(pl_module)
 
-        def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
             seen[f"raw {trainer.current_epoch}"] = state(pl_module)
 
     def twa() -> TWACallback:
