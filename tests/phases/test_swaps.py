@@ -1,5 +1,5 @@
-"""While an average is in the model for a validation: what is saved, what others do with the weights,
-and what training goes on from.
+"""While an average is in the model for a validation: what is saved, what others do with the
+weights, and what training goes on from.
 """
 
 from __future__ import annotations
