@@ -17,7 +17,6 @@ from helpers.common import Regressor, trainer
 from helpers.resume import equal, ordered
 from lightning_twa import CollectConfig, SolverConfig, StorageConfig, TWACallback
 
-
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Be aware that when using `ckpt_path`", "ignore:Found keys that are in the model"
 )
