@@ -172,6 +172,7 @@ class TWAHooks(RunResults, Hooks):
         """Give the Trainer back."""
         self._tell(Event.TRAINING_ENDED, trainer, pl_module)
         if self._fitting:
+            self._run.bring_files_up_to_date(trainer, pl_module)
             log_figure(trainer, self)
 
     def on_exception(

@@ -228,15 +228,19 @@ class Averaging:
         self.epoch_batches = batches_seen(trainer)
         self.collector.take_epoch_end(module, trainer.current_epoch)
 
-    def average_is_due(self, trainer: Trainer) -> bool:
+    def average_is_due(self, trainer: Trainer, *, epoch_is_over: bool = False) -> bool:
         """Whether the batch just trained on is the last of the run or of a cycle. Asked wherever
         that can first be known, so that the last validation and the last checkpoint see the
         finished average.
+
+        Args:
+            trainer: The Trainer.
+            epoch_is_over: See :func:`lightning_twa.trainer.run_is_ending`.
         """
-        if not self.has_trained or run_is_ending(trainer):
+        if not self.has_trained or run_is_ending(trainer, epoch_is_over=epoch_is_over):
             return self.has_trained
         last = self.plan.end is not None and trainer.current_epoch + 1 >= self.plan.end
-        return last and epoch_is_ending(trainer)
+        return last and (epoch_is_over or epoch_is_ending(trainer))
 
     def reestimate_batchnorm(self, trainer: Trainer, module: LightningModule) -> int | None:
         """Returns the number of batches; ``None`` when there was nothing to do, or no way to."""

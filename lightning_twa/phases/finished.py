@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_twa.candidates import load_checkpoint, same, weights_and_buffers, without_wrappers
 from lightning_twa.machine import gather_objects, rank
-from lightning_twa.trainer import best_paths, checkpoint_directory, write_weights
+from lightning_twa.trainer import best_paths, checkpoint_directory, last_files, write_weights
 
 __all__ = ["FinishedAverage"]
 
@@ -66,7 +66,9 @@ class FinishedAverage:
             return
         path, problem = None, None
         own = None if self.path is None else Path(self.path)  # of an earlier cycle
-        temporary = target.with_name(f".{target.name}.{gather_objects(os.getpid())[0]}.tmp")
+        temporary = target.with_name(
+            f".{target.stem}.{gather_objects(os.getpid())[0]}.tmp{target.suffix}"
+        )
         try:
             if rank() == 0:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -147,8 +149,7 @@ class FinishedAverage:
         """
         if not self._digests or self._warned:
             return
-        now = weights_and_buffers(module)
-        others = [n for n, d in self._digests.items() if n not in now or _digest(now[n]) != d]
+        others = self._others_in(module)
         if others:
             self._warned = True
             rank_zero_warn(
@@ -160,32 +161,74 @@ class FinishedAverage:
                 + ("." if self.path is None else ", or ckpt_path=callback.average_path.")
             )
 
-    def tell_of_best(self, trainer: Trainer) -> None:
-        """Say where ``ckpt_path="best"`` means other weights; rank zero looks."""
-        if rank() != 0 or not self._digests:
+    def _others_in(self, module: LightningModule) -> list[str]:
+        """Names of the tensors that are others than the average's."""
+        now = weights_and_buffers(module)
+        return [n for n, d in self._digests.items() if n not in now or _digest(now[n]) != d]
+
+    def bring_files_up_to_date(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write the last checkpoint again where it was written at the last step of the run, before
+        the average was complete; every process calls it. A failure is a warning.
+
+        Args:
+            trainer: At the end of training.
+            module: Nothing is written where it does not hold the average any more.
+        """
+        if not all(gather_objects(bool(self._digests) and not self._others_in(module))):
             return
-        for path in best_paths(trainer):
-            if path.is_file() and self._is_in(path) is False:
-                rank_zero_info(
-                    f"TWA: best_model_path ({path}) holds other weights than the average; "
-                    f"trainer.test() without a model, and ckpt_path='best', load them. The average "
-                    f"is in {self.path or 'the model alone: set save_average'}."
+        for path, weights_only in last_files(trainer):
+            stale = rank() == 0 and os.path.isfile(path) and self._is_in(Path(path)) is False
+            if not gather_objects(stale)[0]:
+                continue
+            try:
+                trainer.save_checkpoint(path, weights_only)
+            except Exception as error:  # of any kind: a run must not end with an error for its file
+                rank_zero_warn(
+                    f"The checkpoint {path} was written before the average was complete, and "
+                    f"could not be written again ({type(error).__name__}: {error}). The average "
+                    f"is in {self.path or 'the model'}."
                 )
 
-    def _is_in(self, path: Path) -> bool | None:
-        """Whether a file holds the average; ``None`` where it is of another kind."""
+    def tell_of_best(self, trainer: Trainer) -> None:
+        """Say where ``ckpt_path="best"`` and ``"last"`` mean other weights; rank zero looks."""
+        if rank() != 0 or not self._digests:
+            return
+        told: set[Path] = set()
+        for name, path in best_paths(trainer):
+            if path.is_file() and path not in told and self._is_in(path) is False:
+                told.add(path)
+                loaders = "trainer.test() without a model, and ckpt_path='best', load them"
+                if name != "best_model_path":
+                    loaders = "ckpt_path='last' loads them"
+                rank_zero_info(
+                    f"TWA: {name} ({path}) holds other weights than the average; {loaders}. The "
+                    f"average is in {self.path or 'the model alone: set save_average'}."
+                )
+
+    def _is_in(self, path: Path, like: Path | None = None) -> bool | None:
+        """Whether a file holds the average, in the form that the module's hooks give to what is
+        saved; ``None`` where it is of another kind.
+
+        Args:
+            path: The file.
+            like: One that does.
+        """
+        if like is None and self._in_file:
+            like = Path(str(self.path))
         try:
-            held = load_checkpoint(path)["state_dict"]
-            return all(_digest(held[n]) == d for n, d in self._digests.items() if n in held)
-        except (ValueError, KeyError, TypeError):
+            held = _held_in(path)
+            own = self._state or {} if like is None else _held_in(like)
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
+        both = own.keys() & held.keys()
+        return bool(both) and all(_digest(own[n]) == _digest(held[n]) for n in both)
 
     def _publish(self, temporary: Path, target: Path, own: Path | None) -> Path:
         """Give what was written its name: the own one of an earlier cycle, or one that is free, or
         that of a file with the same average, as a run writes that is resumed and ends again.
         """
         path, k = own if own is not None and own.exists() else target, 0
-        while path != own and os.path.lexists(path) and not self._is_in(path):
+        while path != own and os.path.lexists(path) and not self._is_in(path, temporary):
             k += 1
             path = target.with_name(f"{target.stem}-v{k}{target.suffix}")
         os.replace(temporary, path)

@@ -168,6 +168,11 @@ class Run:
         if self.stage.name is StageName.DONE:
             self.averaging.finished.compare(module, doing)
 
+    def bring_files_up_to_date(self, trainer: Trainer, module: LightningModule) -> None:
+        """At the end of training; see :class:`~lightning_twa.phases.finished.FinishedAverage`."""
+        if self.stage.name is StageName.DONE:
+            self.averaging.finished.bring_files_up_to_date(trainer, module)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on with; safe for ``torch.load(weights_only=True)``."""
         return self.stage.state_dict()

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_twa.checkpoint import RAW_WEIGHTS
 from lightning_twa.phases import saved
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.finish import (
@@ -18,11 +17,11 @@ from lightning_twa.phases.finish import (
     warn_of_no_average,
     warn_of_too_few,
 )
+from lightning_twa.phases.into_checkpoint import bring_up_to_date, put_validated
 from lightning_twa.phases.report import log_count
 from lightning_twa.phases.transitions import Stage, StageName
 from lightning_twa.trainer import (
     StopWatch,
-    as_saved,
     at_epoch_start,
     renew_patience,
     shards_parameters,
@@ -100,7 +99,7 @@ class Collecting(Stage):
     def epoch_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Take a candidate."""
         self.averaging.keep_epoch_end(trainer, module)
-        following = self._finish_if_due(trainer, module)
+        following = self._finish_if_due(trainer, module, epoch_is_over=True)
         log_count(module, self.averaging.candidate_names)
         return following
 
@@ -129,7 +128,7 @@ class Collecting(Stage):
         """Give the checkpoint the weights to go on from, and what is due at its step."""
         following = self._finish_if_due(trainer, module)
         if following is StageName.DONE:
-            _bring_up_to_date(self.averaging, trainer, checkpoint, key)
+            bring_up_to_date(self.averaging, trainer, checkpoint, key)
             return following
         averaging = self.averaging
         with averaging.temporary.weights_in_place(module):
@@ -138,7 +137,7 @@ class Collecting(Stage):
                 if state:
                     checkpoint["callbacks"][key] = state
             saved.complete(self.averaging, module, checkpoint["callbacks"].get(key, {}))
-        _put_validated(self.averaging, trainer, module, checkpoint)
+        put_validated(self.averaging, trainer, module, checkpoint)
         return following
 
     def training_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
@@ -148,9 +147,12 @@ class Collecting(Stage):
         warn_of_no_average(self.averaging, trainer, self._had_too_few)
         return self.name
 
-    def _finish_if_due(self, trainer: Trainer, module: LightningModule) -> StageName:
+    def _finish_if_due(
+        self, trainer: Trainer, module: LightningModule, *, epoch_is_over: bool = False
+    ) -> StageName:
         averaging = self.averaging
-        if not averaging.settings.uniform or not averaging.average_is_due(trainer):
+        due = averaging.average_is_due(trainer, epoch_is_over=epoch_is_over)
+        if not averaging.settings.uniform or not due:
             return self.name
         averaging.temporary.take_out(module)
         averaging.collector.take_epoch_end(module, trainer.current_epoch)
@@ -224,8 +226,8 @@ class Optimizing(Stage):
         return self._finish_if_due(trainer, module)
 
     def epoch_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Finish where something has stopped the run."""
-        following = self._finish_if_due(trainer, module)
+        """Finish where something has stopped the run, or data were shorter than they said."""
+        following = self._finish_if_due(trainer, module, epoch_is_over=True)
         log_count(module, self.averaging.candidate_names)
         return following
 
@@ -242,7 +244,7 @@ class Optimizing(Stage):
         """Finish a run that was stopped (EarlyStopping) after the last event."""
         following = self._finish_if_due(trainer, module)
         if following is StageName.DONE:
-            _bring_up_to_date(self.averaging, trainer, checkpoint, key)
+            bring_up_to_date(self.averaging, trainer, checkpoint, key)
             return following
         if self.averaging.optimization.average_buffers(module):
             checkpoint["state_dict"] = state_of_module(trainer)
@@ -254,8 +256,10 @@ class Optimizing(Stage):
         self.averaging.release()
         return StageName.DONE
 
-    def _finish_if_due(self, trainer: Trainer, module: LightningModule) -> StageName:
-        if not self.averaging.average_is_due(trainer):
+    def _finish_if_due(
+        self, trainer: Trainer, module: LightningModule, *, epoch_is_over: bool = False
+    ) -> StageName:
+        if not self.averaging.average_is_due(trainer, epoch_is_over=epoch_is_over):
             return self.name
         complete_phase(self.averaging, trainer, module)
         return StageName.DONE
@@ -296,7 +300,7 @@ class Suspended(Stage):
     ) -> StageName:
         """As before the interruption. Other ranks may not have had it: nothing is exchanged."""
         if self.phase == "collect":
-            _put_validated(self.averaging, trainer, module, checkpoint)
+            put_validated(self.averaging, trainer, module, checkpoint)
         return super().checkpoint_written(trainer, module, checkpoint, key)
 
     def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
@@ -370,29 +374,3 @@ class Done(Stage):
         """Give the Trainer back."""
         self.averaging.release()
         return self.name
-
-
-def _put_validated(
-    averaging: Averaging, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
-) -> None:
-    """Give a checkpoint the average that was validated last, or is just being validated, beside the
-    weights to go on from. Parts of sharded ones fit into ``state_dict`` alone.
-    """
-    temporary = averaging.temporary
-    weights = temporary.weights_for(module, partial(state_of_module, trainer))
-    if weights is None:
-        return
-    if shards_parameters(trainer):
-        checkpoint["state_dict"] = weights
-        return
-    if temporary.validated is not None and not temporary.in_place:
-        checkpoint["state_dict"] = dict(temporary.validated)
-    checkpoint[RAW_WEIGHTS] = as_saved(trainer, checkpoint, weights)
-
-
-def _bring_up_to_date(
-    averaging: Averaging, trainer: Trainer, checkpoint: dict[str, Any], key: str
-) -> None:
-    """Give a checkpoint that is being written what has been finished meanwhile."""
-    checkpoint["state_dict"] = state_of_module(trainer)
-    checkpoint["callbacks"][key] = saved.dump(averaging, "done")

@@ -1,6 +1,11 @@
 """Everything that reads or changes a Trainer, its private names included."""
 
-from lightning_twa.trainer.checkpoint_file import best_paths, checkpoint_directory, write_weights
+from lightning_twa.trainer.checkpoint_file import (
+    best_paths,
+    checkpoint_directory,
+    last_files,
+    write_weights,
+)
 from lightning_twa.trainer.data import (
     has_length,
     hook_loader,
@@ -59,6 +64,7 @@ __all__ = [
     "hook_loader",
     "is_ddp",
     "keeps_older_checkpoints",
+    "last_files",
     "loader_batches",
     "max_epochs",
     "modules_in_training",

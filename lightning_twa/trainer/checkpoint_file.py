@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-__all__ = ["best_paths", "checkpoint_directory", "write_weights"]
+__all__ = ["best_paths", "checkpoint_directory", "last_files", "write_weights"]
 
 
 def checkpoint_directory(trainer: Trainer) -> Path | None:
@@ -23,10 +23,25 @@ def checkpoint_directory(trainer: Trainer) -> Path | None:
     return Path(dirpath or trainer.default_root_dir)
 
 
-def best_paths(trainer: Trainer) -> list[Path]:
-    """What ``ckpt_path="best"`` may mean."""
-    found = (getattr(c, "best_model_path", None) for c in trainer.checkpoint_callbacks)
-    return [Path(path) for path in found if path]
+def best_paths(trainer: Trainer) -> list[tuple[str, Path]]:
+    """What ``ckpt_path="best"`` and ``"last"`` may mean."""
+    names = ("best_model_path", "last_model_path")
+    found = [(n, getattr(c, n, None)) for c in trainer.checkpoint_callbacks for n in names]
+    return [(name, Path(path)) for name, path in found if path]
+
+
+def last_files(trainer: Trainer) -> list[tuple[str, bool]]:
+    """The last checkpoints (``save_last``) that were written at this optimizer step, each with
+    whether it is of weights alone.
+    """
+    callbacks: list[Any] = list(trainer.checkpoint_callbacks)
+    return [
+        (str(c.last_model_path), bool(c.save_weights_only))
+        for c in callbacks
+        if getattr(c, "last_model_path", "")
+        and getattr(c, "_last_global_step_saved", None) == trainer.global_step
+        and not os.path.islink(c.last_model_path)
+    ]
 
 
 def write_weights(

@@ -65,8 +65,13 @@ def _was_trained(trainer: Trainer) -> bool:
     return bool(epoch.started >= epoch.ready and batch.processed >= batch.ready)
 
 
-def run_is_ending(trainer: Trainer) -> bool:
-    """Whether a batch was just trained on, and is the last of the run."""
+def run_is_ending(trainer: Trainer, *, epoch_is_over: bool = False) -> bool:
+    """Whether a batch was just trained on, and is the last of the run.
+
+    Args:
+        trainer: The Trainer.
+        epoch_is_over: Whether it was the last of its epoch, also where data has promised more.
+    """
     loop = trainer.fit_loop
     if not _was_trained(trainer):
         return False
@@ -75,7 +80,8 @@ def run_is_ending(trainer: Trainer) -> bool:
     if trainer.should_stop and loop._can_stop_early:
         return True
     limit = max_epochs(trainer)
-    return limit is not None and epoch_is_ending(trainer) and trainer.current_epoch + 1 >= limit
+    ending = epoch_is_over or epoch_is_ending(trainer)
+    return limit is not None and ending and trainer.current_epoch + 1 >= limit
 
 
 def epoch_is_ending(trainer: Trainer) -> bool:
