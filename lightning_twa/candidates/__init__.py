@@ -17,6 +17,7 @@ from lightning_twa.candidates.into_model import (
     put_weighted,
     weights_and_buffers,
 )
+from lightning_twa.candidates.keep import keep_in_files
 from lightning_twa.candidates.readers import (
     find_files,
     load_checkpoint,
@@ -42,6 +43,7 @@ __all__ = [
     "decode",
     "find_files",
     "further_names",
+    "keep_in_files",
     "load_checkpoint",
     "mean_buffers",
     "misfit_of",

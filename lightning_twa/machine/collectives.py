@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -10,11 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "CommonError",
     "all_ranks",
     "from_rank_zero",
     "from_rank_zero_",
     "gather_columns",
     "gather_objects",
+    "in_common",
     "mean_over_ranks_",
     "rank",
     "reduce_scatter_mean",
@@ -24,6 +27,10 @@ __all__ = [
 
 
 T = TypeVar("T")
+
+
+class CommonError(RuntimeError):
+    """An error of one rank that every rank raises."""
 
 
 def world_size() -> int:
@@ -143,3 +150,24 @@ def all_ranks(value: bool, device: torch.device) -> bool:
     flag = torch.tensor(int(value), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
+
+
+@contextmanager
+def in_common(kind: type[Exception] = CommonError) -> Iterator[None]:
+    """Let what one rank raises in the body, which has no collectives, be raised on every rank: none
+    waits for one that has failed. One process alone raises what it raised.
+
+    Args:
+        kind: Of the error of several ranks, which says what the first of them raised.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        problem = error
+    said = None if problem is None else f"{type(problem).__name__}: {problem}"
+    for found in gather_objects(said):
+        if found is not None:
+            raise kind(found) from problem

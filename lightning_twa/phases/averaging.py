@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -247,6 +248,13 @@ class Averaging:
         limit = max(self.epoch_batches or 0, batches_seen(trainer))
         loader = self.optimization.switch.training_data
         return reestimate_batchnorm(trainer, module, lambda: loader(trainer), limit)
+
+    def keep_uniform(self) -> None:
+        """The averaging weights are those of the uniform average, which the model holds."""
+        n = len(self.store)
+        self.learned = torch.full((n, 1), 1 / n, dtype=torch.float64)
+        self.block_names = ["global"]
+        self.trajectory.clear()
 
     # --- validation of the uniform average while collecting
 

@@ -106,14 +106,14 @@ def reestimate_batchnorm(
     layers = tracked_batch_norms(module, training)
     if not layers:
         return None
-    loader = get_loader()
-    limit = loader_batches(loader)
     problem: Exception | None = None
 
     def forward() -> int:
         nonlocal problem
         batches = 0
         try:
+            loader = get_loader()
+            limit = loader_batches(loader)
             batches = training_steps(
                 trainer, module, loader, training, seen if limit is None else limit
             )

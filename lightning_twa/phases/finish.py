@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -17,8 +16,13 @@ __all__ = ["complete_phase", "complete_uniform", "warn_of_no_average", "warn_of_
 
 
 def complete_phase(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
-    """Put the learned average in place, with BatchNorm statistics of its own."""
+    """Put the learned average in place, with BatchNorm statistics of its own; of a phase that has
+    failed, the uniform one.
+    """
     phase = averaging.optimization
+    if phase.failed:
+        _put_uniform(averaging, trainer, module)
+        return
     phase.average_buffers(module)
     weights = phase.put_result(module, averaging.store)
     batches = averaging.reestimate_batchnorm(trainer, module)
@@ -48,14 +52,18 @@ def complete_uniform(averaging: Averaging, trainer: Trainer, module: LightningMo
         "epoch_batches": averaging.epoch_batches,
         "validates_each_epoch": False,
     }
-    check_complete(store, module)
-    put_average(module, store)
-    batches = averaging.reestimate_batchnorm(trainer, module)
-    averaging.block_names = ["global"]
-    rank_zero_info(uniform_report(store.names, batches))
-    weights = torch.full((n, 1), 1 / n, dtype=torch.float64)
-    _keep_result(averaging, trainer, module, weights)
+    _put_uniform(averaging, trainer, module)
     return True
+
+
+def _put_uniform(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
+    check_complete(averaging.store, module)
+    put_average(module, averaging.store)
+    batches = averaging.reestimate_batchnorm(trainer, module)
+    averaging.keep_uniform()
+    rank_zero_info(uniform_report(averaging.store.names, batches))
+    assert averaging.learned is not None
+    _keep_result(averaging, trainer, module, averaging.learned)
 
 
 def _keep_result(

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lightning_twa.candidates import Store, persistent_buffers, put_weighted
 from lightning_twa.config import DATA, Settings
-from lightning_twa.machine import mean_over_ranks_
+from lightning_twa.machine import in_common, mean_over_ranks_
 from lightning_twa.phases import report, span
 from lightning_twa.phases.candidate_groups import CandidateGroups
+from lightning_twa.phases.guard import guard_step, raise_what_failed
 from lightning_twa.phases.start import Switch
 from lightning_twa.subspace import Subspace, SubspaceOptimizer
 from lightning_twa.trainer import shards_parameters
@@ -35,6 +36,8 @@ class Optimization:
         started: Epoch and optimizer step of the switch, and what its data needs.
         end: Epoch at which the phase ends; ``None`` where only the Trainer ends it.
         losses: Of the phase.
+        failed: Whether the phase could not begin, or go on: the model has the uniform average, and
+            steps change nothing.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -45,6 +48,7 @@ class Optimization:
         self.started: dict[str, Any] = {}
         self.end: int | None = None
         self.losses = report.LossRecord()
+        self.failed = False
         self._groups: CandidateGroups | None = None
         self._choice: span.Choice | None = None
         self._steps_before = 0  # of the groups before the current one
@@ -84,6 +88,7 @@ class Optimization:
         self.optimizer = self._make_optimizer(module, subspace)
         if kept is not None:
             self.optimizer.load_state_dict(kept["optimizer"])
+        guard_step(self.optimizer)
         self.switch.step_with(self.optimizer, gradients_stay=choice.share.gradients_stay)
         self._local_buffers = choice.share.gradients_stay or shards_parameters(trainer)
         self._tell_what_begins(store)
@@ -125,7 +130,12 @@ class Optimization:
     # --- steps
 
     def follow_batch(self, trainer: Trainer, module: LightningModule, store: Store) -> None:
-        """After a batch: go on with the next group of candidates where one is due."""
+        """After a batch: go on with the next group of candidates where one is due.
+
+        Raises:
+            Exception: What the optimizer's own work has failed with.
+        """
+        raise_what_failed(self.optimizer)
         doubtful, self._doubtful = self._doubtful, []
         _warn_of_missing_gradients(doubtful, module)
         optimizer, groups = self.optimizer, self._groups
@@ -142,6 +152,7 @@ class Optimization:
         self._steps_before += optimizer.steps
         self._skipped_before += optimizer.skipped_steps
         self.optimizer = self._make_optimizer(module, subspace)
+        guard_step(self.optimizer)
         self.switch.step_next(self.optimizer)
 
     @property
@@ -179,7 +190,19 @@ class Optimization:
             weights = self._groups.result(weights)
         if self._groups is not None or optimizer.parametrization.samples:
             # of the candidates themselves, without the rounding of the basis
-            put_weighted(module, store, optimizer.subspace.layout.specs, weights)
+            try:
+                with in_common():
+                    put_weighted(module, store, optimizer.subspace.layout.specs, weights)
+            except Exception as error:  # a file that has gone meanwhile, say
+                optimizer.write_parameters()
+                now = self.averaging_weights
+                assert now is not None
+                weights = now
+                rank_zero_warn(
+                    f"The average that was learned could not be put together from the candidates "
+                    f"({type(error).__name__}: {error}). The model has what the phase ended with"
+                    + (", its last group's." if self._groups is not None else ".")
+                )
         return weights
 
     def tell_what_was_done(self, averaging_weights: Tensor, batchnorm_batches: int | None) -> None:
@@ -197,8 +220,15 @@ class Optimization:
         for line in lines:
             rank_zero_info(line)
 
+    def stand_still(self, trainer: Trainer, module: LightningModule) -> None:
+        """Free the basis; the model keeps the weights that it has until the run ends."""
+        self.forget()
+        self.failed = True
+        self.switch.step_nothing(trainer, module.parameters())
+
     def forget(self) -> None:
         """Free the basis."""
+        self.failed = False
         self.optimizer = self._groups = self._choice = None
         self._steps_before = self._skipped_before = 0
 

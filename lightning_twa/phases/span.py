@@ -20,9 +20,16 @@ from lightning_twa.candidates import (
     varying,
 )
 from lightning_twa.config import Settings, SolverConfig
+from lightning_twa.machine import in_common
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.phases.ranks import Sharing, decide
-from lightning_twa.subspace import Subspace, build_subspace, local_part, to_shards
+from lightning_twa.subspace import (
+    Subspace,
+    build_subspace,
+    kept_by_mask,
+    local_part,
+    to_shards,
+)
 from lightning_twa.trainer import max_epochs, show_progress, steps_for, steps_per_epoch
 
 __all__ = ["Choice", "build", "choose", "prepare_model", "steps_of_phase"]
@@ -68,10 +75,14 @@ def choose(
         end: Epoch at which the phase ends; ``None`` where only the Trainer ends it.
 
     Raises:
-        ValueError: Naming the candidate and the tensor that it lacks.
+        ValueError: Naming the candidate and the tensor that it lacks; or when a mask would keep all
+            of them.
     """
     to_shards(module)
-    check_complete(store, module)
+    with in_common():
+        check_complete(store, module)
+        if settings.subspace.parametrization == "mask":
+            kept_by_mask(settings.subspace, len(store))
     named = dict(module.named_parameters())
     held_by_user = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
     optimized = {name: p for name, p in named.items() if id(p) in held_by_user}
@@ -127,11 +138,12 @@ def prepare_model(module: LightningModule, store: Store, spanned: set[str]) -> N
     are the same in all candidates, since those from files may be others than the module's, which
     nobody will train.
     """
-    copy_into(persistent_buffers(module), mean_buffers(store))
-    named: dict[str, nn.Parameter] = dict(module.named_parameters())
-    *_, newest = store
-    values = {k: v for k, v in newest.parameters.items() if k not in spanned}
-    copy_into({name: local_part(named[name]) for name in values}, values)
+    with in_common():
+        copy_into(persistent_buffers(module), mean_buffers(store))
+        named: dict[str, nn.Parameter] = dict(module.named_parameters())
+        *_, newest = store
+        values = {k: v for k, v in newest.parameters.items() if k not in spanned}
+        copy_into({name: local_part(named[name]) for name in values}, values)
 
 
 def build(
@@ -156,7 +168,8 @@ def build(
     """
     members, start = list(store), None
     if groups is not None:
-        put_weighted(module, store, share.columns.whole.specs, groups.start)
+        with in_common():
+            put_weighted(module, store, share.columns.whole.specs, groups.start)
         members = [members[i] for i in groups.members]
         start = {name: local_part(p) for name, p in module.named_parameters()}
     passes = 3 if mixing is None else 2

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_twa.phases import saved
+from lightning_twa.phases import fallback, saved
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.finish import (
     complete_phase,
@@ -80,7 +80,7 @@ class Collecting(Stage):
         self._stop_watching()
         if averaging.early_stopped:
             renew_patience(trainer)
-        averaging.begin_phase(trainer, module)
+        fallback.begin_phase(averaging, trainer, module)
         return StageName.OPTIMIZING
 
     def _wants_to_stop(self) -> bool:
@@ -222,7 +222,7 @@ class Optimizing(Stage):
 
     def batch_ended(self, trainer: Trainer, module: LightningModule, outputs: Any) -> StageName:
         """Log and record the step."""
-        self.averaging.follow_phase(trainer, module, outputs)
+        fallback.follow_phase(self.averaging, trainer, module, outputs)
         return self._finish_if_due(trainer, module)
 
     def epoch_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
@@ -265,10 +265,18 @@ class Optimizing(Stage):
         return StageName.DONE
 
     def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Keep what was learned, and free the device."""
-        self.averaging.keep_phase(saved.phase_to_keep(self.averaging))
+        """Keep what was learned, and free the device; a phase that has failed begins anew."""
+        if self.averaging.optimization.failed:
+            self.averaging.learned, self.averaging.block_names = None, []
+        else:
+            self.averaging.keep_phase(saved.phase_to_keep(self.averaging))
         self.averaging.release()
         return StageName.SUSPENDED
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the phase goes on from; of one that has failed, the candidates."""
+        failed = self.averaging.optimization.failed
+        return saved.dump(self.averaging, "collect" if failed else self.phase)
 
 
 class Suspended(Stage):

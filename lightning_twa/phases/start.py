@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_twa.config import Settings
 from lightning_twa.phases.checks import request_loader
-from lightning_twa.trainer import TrainerSwitch, prepare_data
+from lightning_twa.trainer import IdleOptimizer, TrainerSwitch, prepare_data
 
 __all__ = ["Switch"]
 
@@ -97,6 +98,20 @@ class Switch:
         """Let the Trainer step another optimizer of the same phase."""
         assert self._changes is not None
         self._changes.replace_optimizer(optimizer)
+
+    def step_nothing(self, trainer: Trainer, params: Iterable[Tensor]) -> None:
+        """Let the Trainer's steps change nothing, whether it is borrowed or not.
+
+        Args:
+            trainer: The Trainer.
+            params: Of the model.
+        """
+        idle = IdleOptimizer(params)
+        if self._changes is not None:
+            self._changes.replace_optimizer(idle)
+            return
+        self._changes = TrainerSwitch(trainer)
+        self._changes.install_optimizer(idle)
 
     def training_data(self, trainer: Trainer) -> Any:
         """The user's prepared training data, whatever is installed now."""

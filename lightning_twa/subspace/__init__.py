@@ -16,6 +16,7 @@ from lightning_twa.subspace.training import (
     Replicate,
     Shard,
     SubspaceOptimizer,
+    kept_by_mask,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "cut_evenly",
     "held_everywhere",
     "held_locally",
+    "kept_by_mask",
     "local_part",
     "stored_bytes",
     "to_shards",

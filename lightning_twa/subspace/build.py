@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from lightning_twa.config import SubspaceConfig
-from lightning_twa.machine import all_ranks, from_rank_zero, sum_over_ranks
+from lightning_twa.machine import all_ranks, from_rank_zero, in_common, sum_over_ranks
 from lightning_twa.subspace.bases import mix
 from lightning_twa.subspace.columns import Columns
 from lightning_twa.subspace.directions import DenseDirections, Directions, PackedDirections
@@ -75,15 +76,17 @@ def build_subspace(
     else:
         layout = columns.whole
     held = layout if columns is None or columns.pieces is not None else columns.local
-    _check(config, held, members, start)
+    together = nullcontext if columns is None else in_common
     carrier = torch.device(device or "cpu")
     target = torch.device(config.device) if config.device is not None else carrier
     tiles = _CandidateTiles(layout, members, columns, tick)
 
     origin = tiles if start is None else _CandidateTiles(layout, [start], columns, tick)
-    center = torch.empty(tiles.layout.numel, dtype=layout.dtype)
-    for part, _, rows in origin.tiles():
-        center[part] = rows.mean(dim=0).to(layout.dtype)
+    with together():
+        _check(config, held, members, start)
+        center = torch.empty(tiles.layout.numel, dtype=layout.dtype)
+        for part, _, rows in origin.tiles():
+            center[part] = rows.mean(dim=0).to(layout.dtype)
     if mixing is None:
         mixing = _mixing(config, tiles, center, carrier)
     elif mixing.shape[0] != layout.num_blocks or mixing.shape[2] != len(members):
@@ -98,9 +101,12 @@ def build_subspace(
             f"average. Were they copied (p.detach().clone()), and was there training in between?",
             stacklevel=2,
         )
-    stored = _store(config, tiles, mixing, target, carrier)
+    with together():  # memory may be short on one rank only
+        center = center.to(target)
+        stored = _empty_directions(config, tiles.layout, mixing.shape[1], target)
+    _fill(stored, config, tiles, mixing, carrier)
     at_mean = start is None
-    return Subspace(config, layout, center.to(target), stored, mixing, tiles.layout, at_mean)
+    return Subspace(config, layout, center, stored, mixing, tiles.layout, at_mean)
 
 
 def _choose(first: Mapping[str, Tensor], names: Iterable[str] | None) -> dict[str, Tensor]:
@@ -205,15 +211,14 @@ def _mixing(
     return result
 
 
-def _store(
+def _fill(
+    stored: Directions,
     config: SubspaceConfig,
     tiles: _CandidateTiles,
     mixing: Tensor,
-    device: torch.device,
     carrier: torch.device,
-) -> Directions:
-    """The directions, as the configuration wants them kept."""
-    stored = _empty_directions(config, tiles.layout, mixing.shape[1], device)
+) -> None:
+    """Write the directions."""
     for part, spec, rows in tiles.tiles(centered=config.basis != "orthonormal"):
         stored.write(part, mixing[spec.block] @ rows)
     if tiles.columns is None:
@@ -221,7 +226,6 @@ def _store(
     else:
         stored.close(lambda squares: sum_over_ranks(squares, carrier))
         stored.prepare(lambda compiled: all_ranks(compiled, carrier))
-    return stored
 
 
 def _empty_directions(

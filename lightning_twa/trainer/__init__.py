@@ -42,11 +42,12 @@ from lightning_twa.trainer.position import (
 from lightning_twa.trainer.progress_bar import show_progress
 from lightning_twa.trainer.replay import modules_in_training, training_steps
 from lightning_twa.trainer.stopping import StopWatch, renew_patience
-from lightning_twa.trainer.switch import TrainerSwitch
+from lightning_twa.trainer.switch import IdleOptimizer, TrainerSwitch
 from lightning_twa.trainer.validation import AroundValidation, state_of_module
 
 __all__ = [
     "AroundValidation",
+    "IdleOptimizer",
     "LoadHook",
     "StopWatch",
     "TrainerSwitch",

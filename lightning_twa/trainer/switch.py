@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_twa.trainer.data import set_epoch, tear_down_fetcher
 
-__all__ = ["TrainerSwitch"]
+__all__ = ["IdleOptimizer", "TrainerSwitch"]
+
+
+class IdleOptimizer(Optimizer):
+    """Runs a training step and changes nothing.
+
+    Args:
+        params: Parameters, for those who look at them.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(list(params), {"lr": 0.0})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Call ``closure``, as the Trainer expects."""
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
 
 
 class TrainerSwitch:

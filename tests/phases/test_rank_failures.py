@@ -14,6 +14,8 @@ from helpers.common import Regressor
 from helpers.ddp import Wide, fit
 from helpers.resume import equal, twa
 from lightning_twa import CollectConfig
+from lightning_twa.machine import rank
+from lightning_twa.subspace import Subspace, build
 
 pytestmark = [
     pytest.mark.slow,
@@ -94,3 +96,44 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(tmp_path, distribute) -> 
     phase = [weights for name, weights in two[0]["steps"] if name != "collect"]
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(phase)]
     assert moved == [False, True, True, True, True, True, True]
+
+
+def on_one_rank(monkeypatch: Any, target: Any, name: str, failing: int, at: int) -> None:
+    """Let a function fail in one process, from a call on."""
+    original, calls = getattr(target, name), [0]
+
+    def act(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if rank() == failing and calls[0] >= at:
+            raise RuntimeError("planned, here")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, act)
+
+
+@pytest.mark.filterwarnings("ignore:The TWA phase")
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(
+    ("target", "name", "at", "steps"),
+    [
+        (build, "_empty_directions", 1, 1),
+        (build, "_check", 1, 1),
+        (Subspace, "project", 2, 2),
+    ],
+)
+@pytest.mark.parametrize("distribute", ["replicate", pytest.param("shard", marks=pytest.mark.long)])
+def test_a_phase_that_fails_on_one_rank_falls_back_on_all(
+    tmp_path, monkeypatch, distribute, target, name, at, steps, failing
+) -> None:
+    on_one_rank(monkeypatch, target, name, failing, at)
+    callback = twa(start_epoch=3, distribute=distribute)
+    two = fit(tmp_path, callback, Wide())
+    for report in two:
+        assert report["phase"] == "done"
+        assert torch.equal(report["averaging_weights"].flatten(), torch.ones(2).double() / 2)
+    assert equal(two[0]["state"], two[1]["state"])
+    mean = sum(c["net.0.weight"].double() for c in two[0]["candidates"]) / 2
+    assert torch.equal(two[0]["state"]["net.0.weight"], mean.float())
+    assert len(two[0]["steps"]) == 3 * 4 + steps
+    (folder,) = (tmp_path / "twa_candidates").glob("version_*")
+    assert len(list(folder.glob("*.safetensors"))) == 2

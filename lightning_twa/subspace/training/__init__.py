@@ -10,6 +10,7 @@ from lightning_twa.subspace.training.exchange import (
     Shard,
 )
 from lightning_twa.subspace.training.optimizer import SubspaceOptimizer
+from lightning_twa.subspace.training.parametrizations import kept_by_mask
 from lightning_twa.subspace.training.solvers import FullMatrixAdam
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "Replicate",
     "Shard",
     "SubspaceOptimizer",
+    "kept_by_mask",
 ]

@@ -11,8 +11,9 @@ In all of them every process ends with the same coefficients and the same weight
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_twa.machine import (
+    CommonError,
     gather_columns,
     rank,
     reduce_scatter_mean,
@@ -84,8 +86,9 @@ class Replicate(OneProcess):
 
     def project(self, subspace: Subspace, parameters: Sequence[Tensor]) -> Tensor | None:
         """See :meth:`Exchange.project`."""
-        found = super().project(subspace, parameters)
-        total = _sum(found, found is not None, subspace, self.device)
+        some = any(parameter.grad is not None for parameter in parameters)
+        own = super().project
+        total = _sum(lambda: own(subspace, parameters), some, subspace, self.device)
         return None if total is None else total / world_size()
 
 
@@ -135,7 +138,7 @@ class Shard:
             ]
         else:
             own = [*self._split(self._average(gradients, subspace.layout.dtype))]
-        return _sum(subspace.project(own), some, subspace, self.device)
+        return _sum(lambda: subspace.project(own), some, subspace, self.device)
 
     @torch.no_grad()
     def _average(self, gradients: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
@@ -208,7 +211,7 @@ class LocalShards:
             for parameter, counted in zip(parameters, self.columns.counted, strict=True)
         ]
         some = any(parameter.grad is not None for parameter in parameters)
-        return _sum(subspace.project(own), some, subspace, self.device)
+        return _sum(lambda: subspace.project(own), some, subspace, self.device)
 
     @torch.no_grad()
     def expand(
@@ -256,13 +259,26 @@ def _row(rank: int, columns: Columns, start: int, stop: int) -> Iterator[_Span]:
 
 
 def _sum(
-    found: Tensor | None, some: bool, subspace: Subspace, device: torch.device
+    project: Callable[[], Tensor | None], some: bool, subspace: Subspace, device: torch.device
 ) -> Tensor | None:
-    """The sum of coefficient gradients over processes; ``None`` when none of them had ``some``."""
+    """The sum of what ``project`` gives over processes; ``None`` when none of them had ``some``.
+
+    Raises:
+        CommonError: On every process, when ``project`` has raised on one.
+    """
+    found: Tensor | None = None
+    problem: Exception | None = None
+    try:
+        found = project()
+    except Exception as error:
+        problem = error
     shape = (subspace.num_directions, subspace.num_blocks)
     message = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.float64)
     if found is not None:
         message[:-1] = found.reshape(-1)
-    message[-1] = float(some)
+    message[-1] = float(some) if problem is None else math.nan
     message = sum_over_ranks(message, device)
+    if math.isnan(float(message[-1])):
+        what = "another process" if problem is None else f"{type(problem).__name__}: {problem}"
+        raise CommonError(f"The gradient could not be projected ({what}).") from problem
     return message[:-1].view(shape) if message[-1] > 0 else None

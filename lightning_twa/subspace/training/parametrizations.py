@@ -13,9 +13,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_twa.config import SubspaceConfig
 from lightning_twa.subspace.subspace import Subspace
 
-__all__ = ["Free", "Mask", "Parametrization", "Simplex", "make_parametrization", "pull_back"]
+__all__ = [
+    "Free",
+    "Mask",
+    "Parametrization",
+    "Simplex",
+    "kept_by_mask",
+    "make_parametrization",
+    "pull_back",
+]
 
 HOT, COLD = 1.0, 0.1  # temperatures of the relaxed mask at the start and at the end
 SEED = 20502  # of the mask's noise, which is the same on all processes and in a resumed run
@@ -167,13 +176,22 @@ def make_parametrization(subspace: Subspace) -> Parametrization:
         return Free(subspace)
     if config.parametrization == "simplex":
         return Simplex(subspace)
+    return Mask(subspace, kept_by_mask(config, n))
+
+
+def kept_by_mask(config: SubspaceConfig, n: int) -> int:
+    """How many of ``n`` candidates a mask keeps.
+
+    Raises:
+        ValueError: When that is every candidate.
+    """
     size = -(-n // 2) if config.mask_size is None else config.mask_size
     if size >= n:
         raise ValueError(
             f"SubspaceConfig.mask_size={config.mask_size} keeps {size} of {n} candidates, which "
             f"leaves nothing to learn. Use a smaller mask_size, or more candidates."
         )
-    return Mask(subspace, size)
+    return size
 
 
 def pull_back(
