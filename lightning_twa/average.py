@@ -146,8 +146,9 @@ def _members(candidates: Any) -> list[_Member]:
         ]
         if not members:
             raise ValueError(
-                "The callback has no candidates: it has not run, or it was restored after its end, "
-                "when a checkpoint does not hold them any more. Average files instead."
+                "The callback has no candidates: it has not run, or it was restored or copied "
+                "after its end, when checkpoints and copies do not hold them any more. Average "
+                "files instead."
             )
         return members
     several = isinstance(candidates, Sequence) and not isinstance(candidates, str)

@@ -105,6 +105,14 @@ class TWAHooks(RunResults, Hooks):
         self._fitting = False  # in a fit that concerns us; other functions of a Trainer do not
         self._loading: Trainer | None = None  # between on_load_checkpoint and load_state_dict
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy tells what this one does, and begins anew in a Trainer. Of a finished run it has
+        no candidates.
+        """
+        of_module = {"log", "log_dict"}  # the module's methods, which Lightning puts here
+        own = {name: value for name, value in vars(self).items() if name not in of_module}
+        return {**own, "_fitting": False, "_loading": None}
+
     def _tell(self, event: Event, *arguments: Any) -> None:
         if self._fitting:
             self._run.tell(event, *arguments)

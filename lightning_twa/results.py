@@ -60,7 +60,8 @@ class RunResults:
     def candidates(self) -> list[Candidate]:
         """The candidates that this process holds, in the order of :attr:`candidate_names`. Each has
         a ``name``, and ``parameters`` and ``buffers`` by name, on the CPU. A checkpoint of a
-        finished run holds none.
+        finished run holds none, nor does a copy (``deepcopy``, ``pickle``) of a callback that has
+        finished.
         """
         return list(self._run.store)
 

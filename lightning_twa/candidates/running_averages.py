@@ -34,6 +34,10 @@ class RunningAverages:
         self.updates = 0
         self._averages: dict[str, list[Tensor]] = {}  # by parameter, one tensor for each decay
 
+    def __getstate__(self) -> dict[str, Any]:
+        averages = {n: [t.to("cpu") for t in tensors] for n, tensors in self._averages.items()}
+        return {**vars(self), "_averages": averages}  # a copy may have no such device
+
     @property
     def names(self) -> list[str]:
         """Names of the candidates that they give; empty before the first update."""

@@ -69,7 +69,7 @@ def plot_subspace(
         raise ValueError(
             f"plot_subspace() needs a callback after its phase, with three candidates or more; "
             f"this one has {len(candidates)} and is in phase {callback.phase!r}. A finished run "
-            f"that was restored from a checkpoint has none."
+            f"that was restored from a checkpoint, or copied, has none."
         )
     check_module(module, candidates[0])
     figure, axes = canvas(ax, 6.8, 5.2)  # before the loss is evaluated: it may be slow

@@ -14,6 +14,7 @@ from lightning_twa.candidates import Store
 from lightning_twa.config import Settings
 from lightning_twa.phases import stages
 from lightning_twa.phases.averaging import Averaging
+from lightning_twa.phases.copies import copied
 from lightning_twa.phases.migrate import load_candidates, load_raw_weights
 from lightning_twa.phases.optimize import Optimization
 from lightning_twa.phases.saved import unfreeze_as_before
@@ -65,6 +66,11 @@ class Run:
         """
         now = self.averaging
         return self if trainer.global_step > 0 else Run(now.settings, now.state_key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """See :func:`lightning_twa.phases.copies.copied`."""
+        stage = copied(self.stage)
+        return {"averaging": stage.averaging, "stage": stage}
 
     def tell(self, event: Event, *arguments: Any) -> None:
         """Let the stage answer an event, and go to the stage that follows.

@@ -68,7 +68,7 @@ class Collecting(Stage):
 
     def _begin_phase_if_due(self, trainer: Trainer, module: LightningModule) -> StageName:
         averaging = self.averaging
-        averaging.early_stopped = self._wants_to_stop()
+        averaging.early_stopped = self.wants_to_stop()
         due = trainer.current_epoch >= averaging.plan.start_epoch
         if not (due or averaging.early_stopped):
             return self.name
@@ -83,7 +83,8 @@ class Collecting(Stage):
         fallback.begin_phase(averaging, trainer, module)
         return StageName.OPTIMIZING
 
-    def _wants_to_stop(self) -> bool:
+    def wants_to_stop(self) -> bool:
+        """Whether ``EarlyStopping`` does."""
         return self.averaging.early_stopped or (self._watch is not None and self._watch.stopped)
 
     def _stop_watching(self) -> None:
@@ -164,7 +165,7 @@ class Collecting(Stage):
 
     def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Put the weights back; keep the candidates, off the device."""
-        self.averaging.early_stopped = self._wants_to_stop()
+        self.averaging.early_stopped = self.wants_to_stop()
         self._stop_watching()
         self.averaging.temporary.take_out(module)
         self.averaging.release()
@@ -173,7 +174,7 @@ class Collecting(Stage):
 
     def state_dict(self) -> dict[str, Any]:
         """The candidates."""
-        return saved.dump(self.averaging, self.phase, stopped=self._wants_to_stop())
+        return saved.dump(self.averaging, self.phase, stopped=self.wants_to_stop())
 
 
 class Resuming(Stage):

@@ -37,6 +37,9 @@ class TemporaryAverage:
         """Whether the average is in the model."""
         return self._raw is not None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_raw": None}  # a copy is in no model
+
     def put_in(self, module: nn.Module, store: Store, reestimate: Callable[[], object]) -> None:
         """Put the uniform average of the candidates in place; nothing without candidates.
 
