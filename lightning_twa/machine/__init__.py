@@ -1,4 +1,4 @@
-"""What the machine offers: messages between processes, memory."""
+"""What the machine offers: messages between processes, memory, files."""
 
 from lightning_twa.machine.collectives import (
     CommonError,
@@ -14,7 +14,8 @@ from lightning_twa.machine.collectives import (
     sum_over_ranks,
     world_size,
 )
-from lightning_twa.machine.memory import free_bytes
+from lightning_twa.machine.files import why_not_writable
+from lightning_twa.machine.memory import free_bytes, total_bytes
 
 __all__ = [
     "CommonError",
@@ -29,5 +30,7 @@ __all__ = [
     "rank",
     "reduce_scatter_mean",
     "sum_over_ranks",
+    "total_bytes",
+    "why_not_writable",
     "world_size",
 ]

@@ -1,14 +1,14 @@
-"""How much memory is free."""
+"""How much memory there is, and how much of it is free."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-__all__ = ["free_bytes"]
+__all__ = ["free_bytes", "total_bytes"]
 
 # Of a memory cgroup: its limit, what it uses, and what of that is a cache that gives way
 VERSIONS = {
@@ -31,28 +31,51 @@ def free_bytes(device: torch.device, processes: int = 1, root: Path = Path("/"))
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    free = [*_free_in_cgroups(root)]
-    main = _free_on_host(root)
+    free = [*_in_cgroups(root, _left)]
+    main = _on_host(root, "MemAvailable", "SC_AVPHYS_PAGES")
     if main is not None:
         free.append(main)
     return max(min(free), 0) // processes if free else None
 
 
-def _free_on_host(root: Path) -> int | None:
+def total_bytes(device: torch.device, processes: int = 1, root: Path = Path("/")) -> int | None:
+    """Memory that a device has, whoever uses it; swap space counts as main memory. A container has
+    what its limit says.
+
+    Args:
+        device: A CUDA device, or another, for which main memory counts.
+        processes: Number of processes that share main memory.
+        root: Where ``proc`` and ``sys`` are.
+
+    Returns:
+        Bytes, ``None`` where the system does not say.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    totals = [*_in_cgroups(root, _limit)]
+    main = _on_host(root, "MemTotal", "SC_PHYS_PAGES")
+    if main is not None:
+        totals.append(main)
+    swap = _on_host(root, "SwapTotal", "")
+    return (min(totals) + (swap or 0)) // processes if totals else None
+
+
+def _on_host(root: Path, field: str, pages: str) -> int | None:
+    """Bytes by a field of ``meminfo``, or by a number of pages that other systems tell."""
     try:
         with open(root / "proc" / "meminfo", encoding="ascii") as file:
             lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        return int(lines[field].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         pass
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
 
 
-def _free_in_cgroups(root: Path) -> Iterator[int]:
-    """What is left of the limit of each memory cgroup that this process is in, or below."""
+def _in_cgroups(root: Path, read: Callable[[Path, int], int | None]) -> Iterator[int]:
+    """A value of each memory cgroup that this process is in, or below, where it has one."""
     try:
         lines = (root / "proc" / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -69,12 +92,20 @@ def _free_in_cgroups(root: Path) -> Iterator[int]:
         # In a container the path may be the host's, and what it sees at the base is its own
         for folder in (inner, *inner.parents):
             if folder.is_relative_to(base):
-                left = _left(folder, version)
-                if left is not None:
-                    yield left
+                found = read(folder, version)
+                if found is not None:
+                    yield found
+
+
+def _limit(folder: Path, version: int) -> int | None:
+    try:
+        return int((folder / VERSIONS[version][0]).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _left(folder: Path, version: int) -> int | None:
+    """Of the limit."""
     limit, usage, cache = VERSIONS[version]
     try:
         highest = int((folder / limit).read_text())  # "max" where there is none

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_twa.config import Settings
-from lightning_twa.phases.plan import CollectPlan, check_enough_candidates, resolve_plans
+from lightning_twa.config import DATA, Settings
+from lightning_twa.phases.plan import (
+    CollectPlan,
+    check_enough_candidates,
+    check_something,
+    resolve_plans,
+)
 from lightning_twa.trainer import (
     accumulates_gradients,
     callback_names,
     has_length,
     has_validation_data,
     hook_loader,
+    is_empty,
     max_epochs,
     package_of,
     scales_loss,
@@ -26,6 +33,7 @@ from lightning_twa.trainer import (
     strategy_names,
     validation_loader,
 )
+from lightning_twa.words import count
 
 __all__ = [
     "check_data",
@@ -107,7 +115,7 @@ def _check_devices(settings: Settings) -> None:
     }
     for name, device in devices.items():
         try:
-            torch.empty(0, device=device)
+            torch.empty(1, device=device).tolist()  # "meta" has no values
         except Exception as error:  # torch raises many types
             raise ValueError(
                 f"{name}={device!r} cannot be used on this machine ({error}). Name a device that "
@@ -192,10 +200,10 @@ def check_optimizers(trainer: Trainer) -> None:
         ValueError: When there is another number of them.
     """
     # For configure_optimizers() that returns None Lightning makes an optimizer without groups.
-    count = sum(bool(optimizer.param_groups) for optimizer in trainer.optimizers)
-    if count != 1:
+    found = sum(bool(optimizer.param_groups) for optimizer in trainer.optimizers)
+    if found != 1:
         raise ValueError(
-            f"TWACallback needs exactly one optimizer, but configure_optimizers() gave {count}."
+            f"TWACallback needs exactly one optimizer, but configure_optimizers() gave {found}."
         )
 
 
@@ -233,6 +241,12 @@ def request_loader(settings: Settings, trainer: Trainer) -> Any:
                     f"data='twa'."
                 )
             loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
+        if loader is None:
+            raise ValueError(
+                "TWACallback(data='val') trains the coefficients on the validation data, but "
+                "val_dataloader() returned None. Return a dataloader, or use data='train'."
+            )
+        _check_not_empty(settings, loader)
         return shuffled(loader)
     if settings.data == "twa":
         loader = hook_loader(trainer, "twa_dataloader")
@@ -242,8 +256,18 @@ def request_loader(settings: Settings, trainer: Trainer) -> Any:
                 "LightningDataModule, but neither has one or it returned None. Define it, or use "
                 "data='train' or data='val'."
             )
+        _check_not_empty(settings, loader)
         return loader
     return None
+
+
+def _check_not_empty(settings: Settings, loader: Any) -> None:
+    if is_empty(loader):
+        raise ValueError(
+            f"TWACallback(data={settings.data!r}) trains the coefficients on {DATA[settings.data]},"
+            f" but that dataloader has no batch. Give it data, or a smaller batch_size where "
+            f"drop_last=True, or use data='train'."
+        )
 
 
 def check_data(
@@ -253,7 +277,7 @@ def check_data(
     loader: Any,
     candidates: int,
     files: int,
-) -> None:
+) -> int | None:
     """What can be said once the data is there and before training starts.
 
     Args:
@@ -264,21 +288,38 @@ def check_data(
         candidates: Number of snapshots a resumed run has already.
         files: Number of candidates from files.
 
+    Returns:
+        The number of snapshots that the largest average of the run, which is reached, will have at
+        least; ``None`` where that is not known.
+
     Raises:
         ValueError: When there will be too few candidates, or the schedule's length is unknown.
     """
-    if settings.uniform:
-        return
     per_epoch = steps_per_epoch(trainer)
     epoch, steps = trainer.current_epoch, trainer.global_step
     averages = len(settings.collect.ema_decays)
+    last = _last_epoch(trainer, per_epoch)
+    most: int | None = None
     for plan in plans:
+        reached = (
+            last is None or (plan.collect_start if settings.uniform else plan.start_epoch) <= last
+        )
+        if settings.uniform and last is not None:
+            plan = replace(plan, start_epoch=min(plan.start_epoch, last + 1))
         ahead = plan.count_ahead(epoch, steps, per_epoch)
         expected = None if ahead is None else ahead + candidates
-        check_enough_candidates(plan, expected, averages + files, settings.subspace.mask_size)
+        if not settings.uniform:
+            check_enough_candidates(plan, expected, averages + files, settings.subspace.mask_size)
+        elif reached:
+            check_something(plan, expected, averages)
+        if reached and expected is not None:
+            most = max(most or 0, min(expected, plan.max_candidates or expected))
         if plan.end is not None:  # the next cycle starts there, with no candidate
             epoch, steps, candidates = plan.end, plan.end * (per_epoch or 0), 0
-    _warn_of_max_steps(plans[0], trainer, per_epoch)
+    _warn_of_max_steps(settings, plans[0], trainer, last)
+    if settings.uniform:
+        return most
+    _warn_of_rank(settings, most, averages + files)
     solver = settings.solver
     known = solver.lr is not None and solver.schedule == "constant"
     sized = settings.data == "train" or has_length(loader)
@@ -298,16 +339,44 @@ def check_data(
             f"SubspaceConfig.group_size={settings.subspace.group_size} shares it out among the "
             f"groups. Set {remedy}, or leave group_size out."
         )
+    return most
 
 
-def _warn_of_max_steps(plan: CollectPlan, trainer: Trainer, per_epoch: int | None) -> None:
+def _last_epoch(trainer: Trainer, per_epoch: int | None) -> int | None:
+    """The epoch in which ``max_steps`` are used up; ``None`` where that is not known."""
+    if trainer.max_steps == -1 or not per_epoch:
+        return None
+    return -(-trainer.max_steps // per_epoch) - 1
+
+
+def _warn_of_max_steps(
+    settings: Settings, plan: CollectPlan, trainer: Trainer, last: int | None
+) -> None:
     """Say at the start, and not only at the end, that the phase will not be reached."""
-    if trainer.max_steps == -1 or per_epoch is None:
+    if last is None:
         return
-    last = -(-trainer.max_steps // per_epoch) - 1  # the epoch in which the steps are used up
-    if plan.start_epoch > last:
+    if settings.uniform and plan.collect_start > last:
+        rank_zero_warn(
+            f"There will be nothing to average: max_steps={trainer.max_steps} ends the run in "
+            f"epoch {last}, before epoch {plan.collect_start}, where collecting starts. Lower "
+            f"CollectConfig.start (or start_epoch) to {last} or less, or raise max_steps."
+        )
+    if not settings.uniform and plan.start_epoch > last:
         rank_zero_warn(
             f"TWA will not run: max_steps={trainer.max_steps} ends the run in epoch {last}, before "
             f"start_epoch={plan.start_epoch} begins the phase. Lower start_epoch to {last} or "
             f"less, or raise max_steps."
+        )
+
+
+def _warn_of_rank(settings: Settings, snapshots: int | None, others: int) -> None:
+    """An option without effect."""
+    rank, size = settings.subspace.rank, settings.subspace.group_size
+    if rank is None or snapshots is None:
+        return
+    n = min(snapshots + others, size or snapshots + others)
+    if rank >= n:
+        rank_zero_warn(
+            f"SubspaceConfig.rank={rank} keeps all directions: {count(n, 'candidate')} "
+            f"{'in a group ' if size is not None else ''}have {n - 1} at most."
         )

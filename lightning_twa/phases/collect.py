@@ -21,6 +21,7 @@ from lightning_twa.candidates import (
 from lightning_twa.config import Settings
 from lightning_twa.phases.checks import check_data, check_trainer
 from lightning_twa.phases.plan import CollectPlan
+from lightning_twa.phases.room import check_directories, check_memory
 from lightning_twa.trainer import (
     at_epoch_start,
     keeps_older_checkpoints,
@@ -82,10 +83,12 @@ class Collector:
         if len(self.store) > 0:
             return
         storage = self.settings.storage
+        root = Path(storage.dirpath or Path(trainer.default_root_dir, "twa_candidates"))
+        check_directories(self.settings, trainer, root)
         self.store = Store(
             storage,
             collect.max_candidates,
-            root=Path(storage.dirpath or Path(trainer.default_root_dir, "twa_candidates")),
+            root=root,
             processes_on_host=trainer.num_devices,
             shards=shards_parameters(trainer),
             keep_named=keeps_older_checkpoints(trainer),
@@ -93,10 +96,15 @@ class Collector:
         )
 
     def check_length(self, trainer: Trainer, loader: Any) -> None:
-        """See :func:`lightning_twa.phases.checks.check_data`."""
+        """See :func:`lightning_twa.phases.checks.check_data` and
+        :func:`lightning_twa.phases.room.check_memory`.
+        """
         given = len(self.store.given_names)
         plans, window = self._plans[self.cycle :], len(self.store) - given
-        check_data(self.settings, plans, trainer, loader, window, given)
+        most = check_data(self.settings, plans, trainer, loader, window, given)
+        if most is not None and not self.settings.start_on_early_stopping:  # fewer may be enough
+            others = given + len(self.settings.collect.ema_decays)
+            check_memory(self.settings, trainer, trainer.lightning_module, most, others)
 
     def begin_anew(self, trainer: Trainer) -> None:
         """Forget the candidates, and collect anew in the next cycle."""

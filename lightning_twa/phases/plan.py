@@ -82,11 +82,15 @@ class CollectPlan:
             steps_per_epoch: Optimizer steps per epoch, ``None`` when unknown.
 
         Returns:
-            The number of candidates, or ``None`` when it depends on an unknown number of steps.
+            The number of candidates, or ``None`` when it depends on an unknown number of steps or
+            epochs.
         """
         if self.every_n_train_steps is None:
-            return sum(self.takes_epoch_end(e) for e in range(epoch, self.start_epoch))
-        if steps_per_epoch is None:
+            if self.start_epoch == NEVER:
+                return None
+            n, first = self.every_n_epochs, max(epoch, self.collect_start)
+            return max(self.start_epoch // n - first // n, 0)
+        if steps_per_epoch is None or self.start_epoch == NEVER:
             return None
         first = steps_taken + max(self.collect_start - epoch, 0) * steps_per_epoch
         last = steps_taken + max(self.start_epoch - epoch, 0) * steps_per_epoch
@@ -227,6 +231,25 @@ def _plan_to_the_end(
             f"candidate. Lower {name}, or every_n_epochs."
         )
     return plan
+
+
+def check_something(plan: CollectPlan, expected: int | None, averages: int) -> None:
+    """Without a phase, one candidate is enough.
+
+    Args:
+        plan: The schedule, for the message.
+        expected: Number of snapshots there will be; ``None`` when it cannot be known.
+        averages: Number of running averages.
+
+    Raises:
+        ValueError: When there will be none.
+    """
+    if expected == 0 and averages == 0:
+        raise ValueError(
+            f"There will be nothing to average: collecting {plan.describe()} gives no candidate. "
+            f"Start collecting earlier (CollectConfig.start), or collect more often "
+            f"(every_n_epochs, every_n_train_steps)."
+        )
 
 
 def check_enough_candidates(

@@ -57,6 +57,8 @@ class Switch:
         if stops_at is not None:
             started["stops_at"] = stops_at
             self._changes.limit_epochs(stops_at)
+        if self._loader is None:
+            self.request_data(trainer)  # of another cycle than the first
         if self._loader is not None:
             self._changes.install_loader(self._loader, set_up=True)
         started["validates_each_epoch"] = self._changes.validates_each_epoch
@@ -130,4 +132,3 @@ class Switch:
         self.give_back()
         if loader is not None:
             prepare_data(trainer)
-        self.request_data(trainer)

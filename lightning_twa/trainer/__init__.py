@@ -9,6 +9,7 @@ from lightning_twa.trainer.checkpoint_file import (
 from lightning_twa.trainer.data import (
     has_length,
     hook_loader,
+    is_empty,
     loader_batches,
     prepare_data,
     shuffled,
@@ -64,6 +65,7 @@ __all__ = [
     "has_validation_data",
     "hook_loader",
     "is_ddp",
+    "is_empty",
     "keeps_older_checkpoints",
     "last_files",
     "loader_batches",

@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 __all__ = [
     "has_length",
     "hook_loader",
+    "is_empty",
     "loader_batches",
     "prepare_data",
     "set_epoch",
@@ -30,6 +31,14 @@ def validation_loader(trainer: Trainer) -> Any:
 def has_length(loader: Any) -> bool:
     """Whether a loader knows its number of batches."""
     return sized_len(loader) is not None
+
+
+def is_empty(loader: Any) -> bool:
+    """Whether a loader is known to have no batch."""
+    try:
+        return sized_len(loader) == 0
+    except RuntimeError:  # a CombinedLoader that has not been iterated
+        return False
 
 
 def hook_loader(trainer: Trainer, name: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_twa.machine import free_bytes
+from lightning_twa.machine import free_bytes, total_bytes
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -17,7 +17,7 @@ def system(root: Path, cgroup: str, files: dict[str, str], available: int = 100 
     """A file system with 100 GiB available on the host."""
     (root / "proc" / "self").mkdir(parents=True)
     (root / "proc" / "meminfo").write_text(
-        f"MemTotal: 1 kB\nMemAvailable: {available // 1024} kB\n"
+        f"MemTotal: {120 * GIB // 1024} kB\nMemAvailable: {available // 1024} kB\n"
     )
     (root / "proc" / "self" / "cgroup").write_text(cgroup)
     for name, text in files.items():
@@ -68,6 +68,27 @@ def test_the_limit_of_a_container_counts(tmp_path, cgroup, files, expected) -> N
     root = system(tmp_path, cgroup, files)
     assert free_bytes(CPU, root=root) == expected
     assert free_bytes(CPU, processes=4, root=root) == expected // 4
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "expected"),
+    [
+        (V2, version_2("a/b/", f"{8 * GIB}", 3 * GIB), 8 * GIB),
+        (V2, version_2("a/b/", "max", 1) | version_2("a/", f"{9 * GIB}", GIB), 9 * GIB),
+        (V2, {"a/b/memory.max": f"{7 * GIB}"}, 7 * GIB),
+        (V2, version_2("a/b/", "max", 1), 120 * GIB),
+        (V1, version_1("a/b/", 8 * GIB, 3 * GIB, 2 * GIB), 8 * GIB),
+        (V1, version_1("a/b/", 2**63 - 4096, 3 * GIB), 120 * GIB),
+    ],
+)
+def test_what_there_is_in_all(tmp_path, cgroup, files, expected) -> None:
+    root = system(tmp_path, cgroup, files)
+    assert total_bytes(CPU, root=root) == expected
+    assert total_bytes(CPU, processes=4, root=root) == expected // 4
+    with open(root / "proc" / "meminfo", "a") as file:
+        file.write(f"SwapTotal: {GIB // 1024} kB\n")
+    assert total_bytes(CPU, root=root) == expected + GIB
+    assert free_bytes(CPU) <= total_bytes(CPU)
 
 
 def test_without_cgroups_the_host_counts(tmp_path) -> None:

@@ -162,12 +162,15 @@ def test_the_file_of_another_run_is_not_replaced(tmp_path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_a_warning(tmp_path) -> None:
-    (tmp_path / "file").write_text("no directory")
+    class Later(L.Callback):
+        def on_train_start(self, *args: Any) -> None:
+            (tmp_path / "file").write_text("no directory")
+
     callback = twa(save_average=tmp_path / "file" / "twa.ckpt")
     with pytest.warns(
         UserWarning, match=r"^The average could not be written to .*Error: .*save_average"
     ):
-        module, _ = run(tmp_path, callback)
+        module, _ = run(tmp_path, callback, Later())
     assert callback.phase == "done"
     assert callback.average_path is None
     assert equal(callback.average_state_dict(), state(module))

@@ -143,6 +143,35 @@ def test_a_uniform_run_that_collects_nothing(tmp_path) -> None:
             tmp_path, callbacks=[TWACallback(collect=CollectConfig(start=9), solver=UNIFORM)]
         ).fit(Regressor(), loader())
     twa = TWACallback(5, solver=UNIFORM)
-    with pytest.warns(UserWarning, match="There is nothing to average"):
+    with pytest.warns(UserWarning, match="nothing to average") as caught:
         trainer(tmp_path, callbacks=[twa], max_steps=8).fit(Regressor(), loader())
     assert twa.phase == "collect"
+    texts = [str(w.message) for w in caught if "nothing to average" in str(w.message)]
+    assert texts[-1].startswith("There is nothing to average"), "at the start, and at the end"
+    assert texts[0].startswith(
+        "There will be nothing to average: max_steps=8 ends the run in epoch 1, before epoch 5,"
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"max_steps": 20}, {"limit_train_batches": 2}])
+def test_steps_that_are_too_far_apart_for_a_uniform_run(tmp_path, options) -> None:
+    collect = CollectConfig(start=0, every_n_train_steps=25)
+    the_trainer = trainer(
+        tmp_path, callbacks=[TWACallback(collect=collect, solver=UNIFORM)], **options
+    )
+    with pytest.raises(ValueError, match=r"nothing to average: collecting every 25 optimizer step"):
+        the_trainer.fit(Regressor(), loader())
+    assert the_trainer.global_step == 0
+
+
+def test_a_uniform_run_without_an_end_is_not_counted(tmp_path) -> None:
+    """Epochs without number."""
+
+    class Stop(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 3
+
+    for collect in (CollectConfig(start=1), CollectConfig(start=1, every_n_train_steps=3)):
+        twa = TWACallback(collect=collect, solver=UNIFORM)
+        trainer(tmp_path, callbacks=[twa, Stop()], max_epochs=-1).fit(Regressor(), loader())
+        assert twa.phase == "done"
