@@ -183,6 +183,14 @@ def misfit(candidate: Candidate, module: nn.Module, left_out: Collection[str] = 
     return None
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, or the same bits: a NaN in a frozen one does not vary."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    plain = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return torch.equal(a, b) or torch.equal(*plain)
+
+
 def check_complete(candidates: Iterable[Candidate], module: nn.Module) -> None:
     """Check that every candidate has all tensors of a module that could be averaged.
 
@@ -211,7 +219,7 @@ def varying(candidates: Iterable[Candidate], also: Collection[str] = ()) -> set[
         for name, tensor in first.parameters.items()
         if name in also
         or any(
-            c.parameters[name] is not tensor and not torch.equal(c.parameters[name], tensor)
+            c.parameters[name] is not tensor and not _equal(c.parameters[name], tensor)
             for c in others
         )
     }

@@ -121,3 +121,31 @@ def test_low_bit_basis_in_a_run(tmp_path, caplog, bits, blocks) -> None:
         exact = sum(beta[e, 0] * recorder.epochs[e] for e in range(4))
         error = {1: 0.9, 4: 0.15, 16: 0.004}[bits]
         assert (weights(module) - exact).norm() < error * (exact - center).norm()
+
+
+def _with(name: str, value: torch.Tensor, trained: bool = True) -> Any:
+    module = Regressor()
+    setattr(module, name, torch.nn.Parameter(value, requires_grad=trained))
+    return module
+
+
+ODD = {
+    "empty": lambda: _with("empty", torch.empty(3, 0)),
+    "half": lambda: _with("narrow", torch.zeros(5, dtype=torch.float16)),
+    "double": lambda: _with("wide", torch.zeros(5, dtype=torch.float64)),
+    "scalar": lambda: _with("scalar", torch.tensor(1.0)),
+    "frozen NaN": lambda: _with("unused", torch.full((3,), torch.nan), trained=False),
+    "frozen int8": lambda: _with("codes", torch.ones(3, dtype=torch.int8), trained=False),
+}
+
+
+@pytest.mark.parametrize("subspace", [{}, {"bits": 4, "blocks": "tensor"}, {"group_size": 2}])
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_parameters_have_a_phase(tmp_path, kind, subspace) -> None:
+    twa = TWACallback(4, collect=CollectConfig(start=1), subspace=SubspaceConfig(**subspace))
+    module, recorder, _ = fit(tmp_path, twa, ODD[kind]())
+    assert twa.phase == "done"
+    assert recorder.steps[-2][0] == "optimize"
+    assert not torch.equal(recorder.steps[-2][1][:6], recorder.steps[-4][1][:6]), "it learns"
+    for name, p in module.named_parameters():
+        assert bool(torch.isfinite(p.float()).all()) != (name == "unused")
