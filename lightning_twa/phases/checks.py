@@ -23,6 +23,7 @@ from lightning_twa.trainer import (
     has_length,
     has_validation_data,
     hook_loader,
+    is_a,
     is_empty,
     max_epochs,
     package_of,
@@ -245,6 +246,12 @@ def request_loader(settings: Settings, trainer: Trainer) -> Any:
             raise ValueError(
                 "TWACallback(data='val') trains the coefficients on the validation data, but "
                 "val_dataloader() returned None. Return a dataloader, or use data='train'."
+            )
+        if is_a(loader, "CombinedLoader"):  # validation is using the very object
+            raise ValueError(
+                "TWACallback(data='val') needs one plain validation dataloader, but there is a "
+                "CombinedLoader. Return the loader to use from a twa_dataloader() hook and pass "
+                "data='twa'."
             )
         _check_not_empty(settings, loader)
         return shuffled(loader)

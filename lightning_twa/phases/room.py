@@ -24,7 +24,7 @@ from lightning_twa.machine import (
     world_size,
 )
 from lightning_twa.subspace import ParameterLayout, cut_evenly, held_locally, stored_bytes
-from lightning_twa.trainer import is_ddp, shards_parameters
+from lightning_twa.trainer import is_ddp, max_epochs, shards_parameters
 from lightning_twa.words import count, size
 
 __all__ = ["check_directories", "check_memory"]
@@ -258,5 +258,5 @@ def _need(
         processes=trainer.num_devices,
         snapshots=snapshots,
         others=others,
-        endless=trainer.max_steps == -1 and trainer.fit_loop.max_epochs in (None, -1),
+        endless=trainer.max_steps == -1 and max_epochs(trainer) is None,
     )

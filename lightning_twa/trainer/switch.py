@@ -116,7 +116,7 @@ class TrainerSwitch:
             source.instance,
             loop._combined_loader,
             loop.max_batches,
-            trainer.val_check_interval,
+            getattr(trainer, "val_check_interval", None),  # none where it is a time
             trainer.val_check_batch if set_up else None,
         )
         self._user_source, self._user_combined_loader = source.instance, loop._combined_loader
@@ -174,7 +174,8 @@ class TrainerSwitch:
         loop._data_source.instance = instance
         loop._combined_loader = combined
         loop.max_batches = batches
-        trainer.val_check_interval = interval
+        if interval is not None:
+            trainer.val_check_interval = interval
         if check_batch is not None:
             trainer.val_check_batch = check_batch
 

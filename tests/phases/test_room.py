@@ -317,3 +317,31 @@ def test_data_of_the_phase_that_is_not_there(tmp_path, data, value) -> None:
     with pytest.raises(ValueError, match=message):
         the_trainer.fit(Odd())
     assert the_trainer.global_step == 0
+
+
+def test_a_combined_loader_that_validation_uses_too(tmp_path) -> None:
+    from lightning.pytorch.utilities import CombinedLoader
+
+    how: dict[str, Any] = {"max_epochs": 10, "num_sanity_val_steps": 0}
+    the_trainer = trainer(tmp_path, callbacks=[twa(data="val")], **how)
+    with pytest.raises(ValueError, match=r"needs one plain .* twa_dataloader\(\) hook"):
+        the_trainer.fit(Regressor(), loader(), CombinedLoader([loader()], "max_size_cycle"))
+    assert the_trainer.global_step == 0
+
+
+@pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
+def test_validation_by_time_in_a_phase_on_other_data(tmp_path) -> None:
+    """``val_check_interval`` is then no attribute of the Trainer."""
+    from lightning.pytorch import Trainer
+
+    options = {"val_check_interval": "00:00:00:01", "check_val_every_n_epoch": None}
+    try:
+        Trainer(**options, logger=False, accelerator="cpu")
+    except Exception as error:
+        pytest.skip(f"needs a later version of Lightning: {error}")
+    callback = twa(4, data="val")
+    the_trainer = trainer(tmp_path, callbacks=[callback], **options)
+    the_trainer.fit(Regressor(), loader(), loader(32, seed=1))
+    assert callback.phase == "done"
+    assert float(callback.averaging_weights.std()) > 0, "learned"
+    assert not hasattr(the_trainer, "val_check_interval")
