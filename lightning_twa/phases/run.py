@@ -70,7 +70,8 @@ class Run:
     def __getstate__(self) -> dict[str, Any]:
         """See :func:`lightning_twa.phases.copies.copied`."""
         stage = copied(self.stage)
-        return {"averaging": stage.averaging, "stage": stage}
+        bare = Run(self.averaging.settings, self.averaging.state_key)  # around no Trainer
+        return {**vars(bare), "averaging": stage.averaging, "stage": stage}
 
     def tell(self, event: Event, *arguments: Any) -> None:
         """Let the stage answer an event, and go to the stage that follows.

@@ -213,14 +213,6 @@ class Optimizing(Stage):
     name = StageName.OPTIMIZING
     phase = "optimize"
 
-    def epoch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Begin the next cycle where it is due: the last batch was not known to be the last."""
-        if not self.averaging.next_cycle_is_due(trainer):
-            return self.name
-        complete_phase(self.averaging, trainer, module)
-        self.averaging.begin_cycle(trainer)
-        return StageName.COLLECTING
-
     def batch_ended(self, trainer: Trainer, module: LightningModule, outputs: Any) -> StageName:
         """Log and record the step."""
         fallback.follow_phase(self.averaging, trainer, module, outputs)

@@ -138,4 +138,4 @@ def _few_of(module: nn.Module) -> Tensor:
     """The first entries of the trained parameters."""
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
     held = weights_and_buffers(module)
-    return torch.cat([held[name].reshape(-1)[:FEW].float().cpu() for name in trained])
+    return torch.cat([held[name].detach().reshape(-1)[:FEW].float().cpu() for name in trained])
