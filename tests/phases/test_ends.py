@@ -1,0 +1,146 @@
+"""However a run ends, its last checkpoint holds the result, and so does the file of the average."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from torch.utils.data import DataLoader, IterableDataset
+
+from helpers.common import Regressor, loader, regression_data, trainer
+from helpers.resume import equal, state
+from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "uniform": {"solver": SolverConfig(name="uniform")},
+    "groups": {"subspace": SubspaceConfig(group_size=2)},
+    "mask": {"subspace": SubspaceConfig(parametrization="mask")},
+    "cycles": {"start_epoch": 2, "cycles": 2},
+    "validated": {"validate_average": True},
+}
+
+
+class Claims(IterableDataset):
+    """Says that it has another number of samples than it gives."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.data = length, regression_data(64)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        return (self.data[i] for i in range(64))
+
+
+class StopIn(L.Callback):
+    """Sets ``should_stop`` in a hook, at the first chance in epoch 6."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.current_epoch == 6:
+            trainer.should_stop = True
+
+
+class NoTime(Timer):
+    """Has none left from epoch 6 on."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.current_epoch == 6:
+            self._duration = 0.0
+
+
+ENDS: dict[str, Any] = {
+    "epochs": ({}, None, []),
+    "steps": ({"max_steps": 27}, None, []),
+    "steps in a window": ({"max_steps": 14, "accumulate_grad_batches": 2}, None, []),
+    "limited": ({"limit_train_batches": 3, "limit_val_batches": 1}, None, []),
+    "claims more": ({}, Claims(80), []),
+    "claims less": ({}, Claims(48), []),
+    "no time": ({}, None, [lambda: NoTime({"hours": 1})]),
+    "no time in an epoch": ({}, None, [lambda: NoTime({"hours": 1}, "epoch")]),
+    "early": ({}, None, [lambda: EarlyStopping("val_loss", patience=6, min_delta=9.0)]),
+    "validates seldom": ({"check_val_every_n_epoch": 3}, None, []),
+    "validates often": ({"val_check_interval": 0.5}, None, []),
+    "validates never": ({"limit_val_batches": 0}, None, []),
+    **{
+        f"stopped in {hook}": ({}, None, [lambda hook=hook: StopIn(hook)])
+        for hook in (
+            "on_train_batch_start",
+            "on_train_batch_end",
+            "on_validation_start",
+            "on_validation_end",
+            "on_train_epoch_end",
+            "on_train_epoch_start",
+        )
+    },
+}
+SAVERS: dict[str, dict[str, Any]] = {
+    "last": {"save_last": True},
+    "every step": {"save_last": True, "every_n_train_steps": 1},
+    "alone": {"save_last": True, "every_n_train_steps": 1, "save_weights_only": True},
+    "link": {"save_last": "link", "every_n_train_steps": 1, "save_top_k": -1},
+}
+QUICK = {
+    ("default", "every step"),
+    ("cycles", "alone"),
+}
+MATRIX = [
+    pytest.param(k, e, s, first, marks=[] if quick else pytest.mark.long)
+    for k in KINDS
+    for s in SAVERS
+    for e in ENDS
+    for first in (True, False)
+    if (quick := (k, s) in QUICK and not first) or k in ("default", "uniform") or s == "every step"
+    if not (k == "mask" and "window" in e)  # which refuses to accumulate
+]
+
+
+def result_of(tmp_path: Path, kind: str, end: str, saves: str, first: bool) -> Any:
+    """A run with the callback before or behind those that end it."""
+    L.seed_everything(1, verbose=False)
+    options, data, makers = ENDS[end]
+    twa = TWACallback(**{"start_epoch": 4, "collect": CollectConfig(start=0), **KINDS[kind]})
+    others = [make() for make in makers]
+    saver = ModelCheckpoint(tmp_path, "{step}", **SAVERS[saves])
+    callbacks = [*others, twa] if first else [twa, *others]
+    module = Regressor(batchnorm=True)
+    the_trainer = trainer(
+        tmp_path, callbacks=[*callbacks, saver], enable_checkpointing=True, max_epochs=8, **options
+    )
+    train = loader() if data is None else DataLoader(data, batch_size=16)
+    the_trainer.fit(module, train, loader(32, seed=1))
+    assert twa.phase == "done"
+    return the_trainer, twa, state(module)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Training stopped in part",
+    "ignore:Your `IterableDataset` has `__len__`",
+    "ignore:Length of IterableDataset",
+)
+@pytest.mark.parametrize(("kind", "end", "saves", "first"), MATRIX)
+def test_the_last_checkpoint_is_the_result(
+    tmp_path: Path, kind: str, end: str, saves: str, first: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that was written earlier, or that is another file's link, a line tells of."""
+    caplog.set_level(logging.INFO, "lightning.pytorch")
+    the_trainer, twa, final = result_of(tmp_path, kind, end, saves, first)
+    path = the_trainer.checkpoint_callbacks[0].last_model_path
+    held = torch.load(path, weights_only=True)
+    if equal(dict(held["state_dict"]), final):
+        if saves != "alone":
+            assert held["callbacks"][twa.state_key]["phase"] == "done"
+    else:
+        assert held["global_step"] < the_trainer.global_step or saves == "link"
+        assert re.search(r"(best|last)_model_path .* holds other weights", caplog.text)
+    assert equal(dict(torch.load(twa.average_path, weights_only=True)["state_dict"]), final)
