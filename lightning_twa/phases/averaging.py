@@ -21,7 +21,7 @@ from lightning_twa.phases.optimize import Optimization
 from lightning_twa.phases.plan import CollectPlan
 from lightning_twa.phases.temporary import TemporaryAverage
 from lightning_twa.phases.trajectory import Trajectory
-from lightning_twa.trainer import batches_seen, epoch_is_ending, run_is_ending
+from lightning_twa.trainer import batches_seen, epoch_is_ending, run_is_ending, was_trained
 
 __all__ = ["Averaging"]
 
@@ -215,9 +215,16 @@ class Averaging:
         # A batch size of its own: with training_step(dataloader_iter) Lightning knows none.
         module.log_dict(values, on_step=True, on_epoch=False, batch_size=1, prog_bar=True)
         self.optimization.losses.add(outputs)
+        self.record_step(trainer)
+        self.optimization.follow_batch(trainer, module, self.store)
+
+    def record_step(self, trainer: Trainer) -> bool:
+        """Record the averaging weights after a batch of the phase; ``False`` if they were."""
+        if not (self.has_trained and was_trained(trainer) and self.trajectory.waits):
+            return False
         if self.trajectory.due():
             self._record()
-        self.optimization.follow_batch(trainer, module, self.store)
+        return True
 
     def _record(self) -> None:
         now = self.averaging_weights

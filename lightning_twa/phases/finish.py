@@ -23,6 +23,7 @@ def complete_phase(averaging: Averaging, trainer: Trainer, module: LightningModu
     if phase.failed:
         _put_uniform(averaging, trainer, module)
         return
+    averaging.record_step(trainer)  # its last, where somebody saves before the callback's own hook
     phase.average_buffers(module)
     weights = phase.put_result(module, averaging.store)
     batches = averaging.reestimate_batchnorm(trainer, module)

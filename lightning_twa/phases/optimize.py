@@ -91,6 +91,7 @@ class Optimization:
         guard_step(self.optimizer)
         self.switch.step_with(self.optimizer, gradients_stay=choice.share.gradients_stay)
         self._local_buffers = choice.share.gradients_stay or shards_parameters(trainer)
+        self._go_to_next_group(trainer, module, store)  # where it was saved before follow_batch()
         self._tell_what_begins(store)
 
     def _tell_what_begins(self, store: Store) -> None:
@@ -138,6 +139,10 @@ class Optimization:
         raise_what_failed(self.optimizer)
         doubtful, self._doubtful = self._doubtful, []
         _warn_of_missing_gradients(doubtful, module)
+        self._go_to_next_group(trainer, module, store)
+
+    def _go_to_next_group(self, trainer: Trainer, module: LightningModule, store: Store) -> None:
+        """Go on with the next group of candidates where it is due."""
         optimizer, groups = self.optimizer, self._groups
         if optimizer is None or groups is None or groups.last:
             return

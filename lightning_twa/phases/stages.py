@@ -239,6 +239,9 @@ class Optimizing(Stage):
         if following is StageName.DONE:
             bring_up_to_date(self.averaging, trainer, checkpoint, key)
             return following
+        failed = self.averaging.optimization.failed
+        if not failed and self.averaging.record_step(trainer):
+            checkpoint["callbacks"][key] = self.state_dict()
         if self.averaging.optimization.average_buffers(module):
             checkpoint["state_dict"] = state_of_module(trainer)
         return super().checkpoint_written(trainer, module, checkpoint, key)

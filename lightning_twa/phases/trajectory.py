@@ -19,9 +19,13 @@ class Trajectory:
 
     When there are too many points, every second is dropped and half as many are taken from there
     on.
+
+    Attributes:
+        waits: For the end of a step that has begun.
     """
 
     def __init__(self) -> None:
+        self.waits = False
         self._points: list[Tensor] = []
         self._stride = 1
         self._steps = 0
@@ -33,6 +37,7 @@ class Trajectory:
 
     def due(self) -> bool:
         """Count a step; whether its weights are to be recorded."""
+        self.waits = False
         self._steps += 1
         return self._steps % self._stride == 0
 

@@ -164,7 +164,7 @@ class Stage(ABC):
 
     def batch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
         """A batch begins."""
-        self.averaging.has_trained = True
+        self.averaging.has_trained = self.averaging.trajectory.waits = True
         return self.name
 
     def batch_ended(self, trainer: Trainer, module: LightningModule, outputs: Any) -> StageName:

@@ -40,6 +40,7 @@ from lightning_twa.trainer.position import (
     step_was_taken,
     steps_for,
     steps_per_epoch,
+    was_trained,
 )
 from lightning_twa.trainer.progress_bar import show_progress
 from lightning_twa.trainer.replay import modules_in_training, training_steps
@@ -90,5 +91,6 @@ __all__ = [
     "strategy_names",
     "training_steps",
     "validation_loader",
+    "was_trained",
     "write_weights",
 ]

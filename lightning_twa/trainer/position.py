@@ -17,6 +17,7 @@ __all__ = [
     "step_was_taken",
     "steps_for",
     "steps_per_epoch",
+    "was_trained",
 ]
 
 
@@ -53,7 +54,7 @@ def batches_seen(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
-def _was_trained(trainer: Trainer) -> bool:
+def was_trained(trainer: Trainer) -> bool:
     """Whether the newest batch belongs to the epoch that is under way, and has been trained on.
 
     At the start of an epoch the counts of batches are still those of the epoch before it. An epoch
@@ -73,7 +74,7 @@ def run_is_ending(trainer: Trainer, *, epoch_is_over: bool = False) -> bool:
         epoch_is_over: Whether it was the last of its epoch, also where data has promised more.
     """
     loop = trainer.fit_loop
-    if not _was_trained(trainer):
+    if not was_trained(trainer):
         return False
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
@@ -87,7 +88,7 @@ def run_is_ending(trainer: Trainer, *, epoch_is_over: bool = False) -> bool:
 def epoch_is_ending(trainer: Trainer) -> bool:
     """Whether a batch was just trained on, and is the last of its epoch."""
     reached = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
-    return bool(reached) and _was_trained(trainer)
+    return bool(reached) and was_trained(trainer)
 
 
 def step_was_taken(trainer: Trainer) -> bool:
