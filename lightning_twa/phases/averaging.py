@@ -113,10 +113,6 @@ class Averaging:
 
     # --- beginnings
 
-    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        """Check the settings and resolve the schedule; see :mod:`lightning_twa.phases.checks`."""
-        self.collector.resolve(trainer, module)
-
     def meet_model(self, module: LightningModule) -> None:
         """At the start of training, once the model has the weights to go on from.
 

@@ -131,7 +131,7 @@ class Run:
         """What an interrupted run of the same Trainer had is later than the checkpoint."""
         if self.stage.name is not StageName.COLLECTING or self.averaging.candidate_names:
             self.averaging = Averaging(self.averaging.settings, self.averaging.state_key)
-            self.averaging.prepare(trainer, module)
+            self.averaging.collector.resolve(trainer, module)
             self.stage = stages.Collecting(self.averaging)
 
     def complete_checkpoint(

@@ -296,7 +296,7 @@ class Suspended(Stage):
         averaging = self.averaging
         if averaging.kept is not None:
             saved.check_settings(averaging.settings, averaging.kept, "phase that was interrupted")
-        averaging.prepare(trainer, module)
+        averaging.collector.resolve(trainer, module)
         return StageName.COLLECTING if averaging.kept is None else StageName.RESUMING
 
     def checkpoint_written(

@@ -132,7 +132,7 @@ class Stage(ABC):
 
     def fit_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
         """The Trainer's ``fit`` was called."""
-        self.averaging.prepare(trainer, module)
+        self.averaging.collector.resolve(trainer, module)
         return self.name
 
     def checkpoint_loaded(self, trainer: Trainer | None, state: dict[str, Any]) -> StageName:
