@@ -2,7 +2,9 @@
 
 from lightning_twa.candidates.candidate import (
     Candidate,
+    average_buffers_,
     check_complete,
+    check_form,
     further_names,
     persistent_buffers,
     same,
@@ -14,6 +16,7 @@ from lightning_twa.candidates.into_model import (
     copy_into,
     mean_buffers,
     put_average,
+    put_back,
     put_weighted,
     weights_and_buffers,
 )
@@ -37,8 +40,10 @@ __all__ = [
     "Reference",
     "RunningAverages",
     "Store",
+    "average_buffers_",
     "average_name",
     "check_complete",
+    "check_form",
     "copy_into",
     "decode",
     "find_files",
@@ -49,6 +54,7 @@ __all__ = [
     "misfit_of",
     "persistent_buffers",
     "put_average",
+    "put_back",
     "put_weighted",
     "read_candidate_from",
     "read_file",

@@ -14,7 +14,9 @@ from lightning_twa.subspace import check_finite, local_part, to_shards
 __all__ = [
     "Candidate",
     "agreed_buffers",
+    "average_buffers_",
     "check_complete",
+    "check_form",
     "check_weights",
     "further_names",
     "misfit",
@@ -101,12 +103,29 @@ def check_weights(
 @torch.no_grad()
 def agreed_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Copies of a module's persistent buffers on the CPU, the same on every process: means of
-    floating-point ones (running statistics differ), rank 0's values of the others.
+    floating-point ones (running statistics differ), rank 0's values of the others. Those that have
+    another shape on another process are left out.
     """
-    result = {key: local_part(b).clone() for key, b in persistent_buffers(module).items()}
+    result = {key: local_part(b).clone() for key, b in _common_buffers(module).items()}
     mean_over_ranks_(buffer for buffer in result.values() if buffer.is_floating_point())
     from_rank_zero_(buffer for buffer in result.values() if not buffer.is_floating_point())
     return {key: to_cpu(buffer) for key, buffer in result.items()}
+
+
+@torch.no_grad()
+def average_buffers_(module: nn.Module) -> None:
+    """Replace the floating-point buffers by their means over all processes, where they have the
+    same shape on all; every process calls it.
+    """
+    buffers = _common_buffers(module).values()
+    mean_over_ranks_(buffer for buffer in buffers if buffer.is_floating_point())
+
+
+def _common_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers whose shape and dtype are the same on all processes."""
+    own = persistent_buffers(module)
+    forms = gather_objects({n: (tuple(b.shape), b.dtype) for n, b in own.items()})
+    return {n: b for n, b in own.items() if all(n in f and f[n] == forms[0][n] for f in forms)}
 
 
 @torch.no_grad()
@@ -191,16 +210,44 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or torch.equal(*plain)
 
 
+def check_form(module: nn.Module, previous: Candidate, moment: str) -> None:
+    """Check that a module has the parameters that it had, for a candidate that can be averaged.
+
+    Args:
+        module: The model.
+        previous: The candidate taken before, or given.
+        moment: What is due now, for the error.
+
+    Raises:
+        ValueError: Naming the parameter that has come, gone or changed its shape.
+    """
+    to_shards(module)
+    now = {n: local_part(p) for n, p in module.named_parameters() if p.is_floating_point()}
+    forms = [
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (previous.parameters, now)
+    ]
+    for name in {**forms[0], **forms[1]}:
+        before, after = (f"shape {form[name]}" if name in form else "none" for form in forms)
+        if before != after:
+            raise ValueError(
+                f"Parameter {name!r} has changed its form in the run: {before} in candidate "
+                f"{previous.name!r}, {after} {moment}. Weights of different forms cannot be "
+                f"averaged. Collect from where the model has its last form "
+                f"(CollectConfig(start=...)), or make all its parameters before."
+            )
+
+
 def check_complete(candidates: Iterable[Candidate], module: nn.Module) -> None:
-    """Check that every candidate has all tensors of a module that could be averaged.
+    """Check that every candidate has all parameters of a module that could be averaged. A buffer
+    that one lacks keeps the module's value.
 
     Raises:
         ValueError: Naming the candidate and the tensor that it lacks.
     """
     parameters = {n for n, p in module.named_parameters() if p.is_floating_point()}
-    buffers = set(persistent_buffers(module))
     for candidate in candidates:
-        lacking = (parameters - set(candidate.parameters)) | (buffers - set(candidate.buffers))
+        lacking = parameters - set(candidate.parameters)
         if lacking:
             raise ValueError(
                 f"Candidate {candidate.name!r} has no tensor {min(lacking)!r}, which the model "

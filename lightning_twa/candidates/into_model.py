@@ -15,23 +15,34 @@ __all__ = [
     "mean_buffers",
     "mean_parameters",
     "put_average",
+    "put_back",
     "put_weighted",
     "weights_and_buffers",
 ]
 
 
-def mean_buffers(candidates: Iterable[Candidate]) -> dict[str, Tensor]:
+def mean_buffers(
+    candidates: Iterable[Candidate], module_buffers: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Uniform average of the floating-point buffers; the newest candidate's value of the others.
 
-    Summed in float64, so that a buffer that is the same in every candidate stays as it is.
+    Summed in float64, so that a buffer that is the same in every candidate stays as it is. One that
+    has come, gone or changed its shape in the run is not in the result: the module has its newest
+    value.
+
+    Args:
+        candidates: One at least.
+        module_buffers: The persistent buffers of the module that gets the result.
     """
     members = list(candidates)
-    return {
-        name: _mean([c.buffers[name] for c in members]).to(buffer.dtype)
-        if buffer.is_floating_point()
-        else buffer
-        for name, buffer in members[-1].buffers.items()
-    }
+    result: dict[str, Tensor] = {}
+    for name, own in module_buffers.items():
+        held = [c.buffers[name] for c in members if name in c.buffers]
+        if len(held) == len(members) and all(tensor.shape == own.shape for tensor in held):
+            newest = held[-1]
+            averaged = newest.is_floating_point()
+            result[name] = _mean(held).to(newest.dtype) if averaged else newest
+    return result
 
 
 def mean_parameters(candidates: Iterable[Candidate]) -> Iterator[tuple[str, Tensor]]:
@@ -51,10 +62,10 @@ def _mean(values: list[Tensor]) -> Tensor:
 def put_average(module: nn.Module, candidates: Iterable[Candidate]) -> None:
     """Write the uniform average of candidates into a module, one tensor after another."""
     members = list(candidates)
-    state = weights_and_buffers(module)
+    state, buffers = weights_and_buffers(module), persistent_buffers(module)
     for name, value in mean_parameters(members):
         copy_into(state, {name: value})
-    copy_into(state, mean_buffers(members))
+    copy_into(state, mean_buffers(members, buffers))
 
 
 def put_weighted(
@@ -90,6 +101,23 @@ def weights_and_buffers(module: nn.Module) -> dict[str, Tensor]:
     to_shards(module)
     named = {**dict(module.named_parameters()), **persistent_buffers(module)}
     return {name: local_part(tensor) for name, tensor in named.items()}
+
+
+@torch.no_grad()
+def put_back(module: nn.Module, copies: Mapping[str, Tensor]) -> None:
+    """Give a module what it had before.
+
+    Args:
+        module: The model.
+        copies: Of :func:`weights_and_buffers`. A buffer that has gone or changed its shape since is
+            registered again; one that has come stays.
+    """
+    now = weights_and_buffers(module)
+    same_form = {n for n, copy in copies.items() if n in now and now[n].shape == copy.shape}
+    copy_into(now, {n: copies[n] for n in same_form})
+    for name in copies.keys() - same_form - dict(module.named_parameters()).keys():
+        owner, _, own_name = name.rpartition(".")
+        module.get_submodule(owner)._buffers[own_name] = copies[name].clone()
 
 
 @torch.no_grad()

@@ -45,7 +45,11 @@ class RunningAverages:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Take in the module's trainable weights, after each optimizer step."""
+        """Take in the module's trainable weights, after each optimizer step.
+
+        Raises:
+            ValueError: Naming a parameter that has changed its shape.
+        """
         if not self.decays:
             return
         self.updates += 1
@@ -60,6 +64,14 @@ class RunningAverages:
                 target = self.device or parameter.device
                 self._averages[name] = [t.to(target) for t in self._averages[name]]
             averages.append(self._averages[name])
+            if averages[-1][0].shape != parameter.shape:
+                raise ValueError(
+                    f"Parameter {name!r} has changed its shape in the run: "
+                    f"{tuple(averages[-1][0].shape)} in the running average, "
+                    f"{tuple(parameter.shape)} now. Weights of different shapes cannot be "
+                    f"averaged. Collect from where the model has its last form "
+                    f"(CollectConfig(start=...))."
+                )
             current.append(parameter.to(device=self.device, dtype=averages[-1][0].dtype))
         for i, decay in enumerate(self.decays):
             share = (1 - decay) / (1 - decay**self.updates)

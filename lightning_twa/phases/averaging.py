@@ -263,6 +263,7 @@ class Averaging:
 
     def put_average_in(self, trainer: Trainer, module: LightningModule) -> None:
         """Put the uniform average of the candidates so far into the model."""
+        self.collector.check_form(module, f"before a validation in epoch {trainer.current_epoch}")
         self.temporary.put_in(
             module, self.store, lambda: self.reestimate_batchnorm(trainer, module)
         )

@@ -13,12 +13,14 @@ from lightning_twa.candidates import (
     RunningAverages,
     Store,
     average_name,
+    check_form,
     find_files,
     persistent_buffers,
     read_candidate_from,
     unique_names,
 )
 from lightning_twa.config import Settings
+from lightning_twa.machine import in_common
 from lightning_twa.phases.checks import check_data, check_trainer
 from lightning_twa.phases.plan import CollectPlan
 from lightning_twa.phases.room import check_directories, check_memory
@@ -148,18 +150,29 @@ class Collector:
         if self.plan.collect_start <= epoch < self.plan.start_epoch:
             self.averages.update(module)
         if self.plan.takes_step(epoch, steps):
-            self._take(module, f"step={steps}")
+            self._take(module, f"step={steps}", f"after step {steps}, in epoch {epoch}")
         return True
 
     def take_epoch_end(self, module: LightningModule, epoch: int) -> None:
         """Take the weights at the end of an epoch where they are due."""
         if self.plan.takes_epoch_end(epoch):
-            self._take(module, f"epoch={epoch}")
+            self._take(module, f"epoch={epoch}", f"at the end of epoch {epoch}")
 
-    def _take(self, module: LightningModule, name: str) -> None:
+    def _take(self, module: LightningModule, name: str, moment: str) -> None:
         """Keep the weights under a name, unless it is there (a resumed run comes by twice)."""
         if name not in self.store.names:
+            self.check_form(module, moment)
             self.store.add(module, name)
+
+    def check_form(self, module: LightningModule, moment: str) -> None:
+        """Check that the model has the form of the newest candidate.
+
+        Raises:
+            ValueError: Naming the parameter that has changed, and the moment.
+        """
+        with in_common(ValueError):
+            for newest in [*self.store][-1:]:
+                check_form(module, newest, moment)
 
     def add_running_averages(self, module: LightningModule) -> None:
         """At the switch: the running averages become candidates."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_twa.candidates import load_checkpoint, same, weights_and_buffers, without_wrappers
 from lightning_twa.machine import gather_objects, rank
 from lightning_twa.trainer import best_paths, checkpoint_directory, last_files, write_weights
+from lightning_twa.words import count
 
 __all__ = ["FinishedAverage"]
 
@@ -150,12 +151,20 @@ class FinishedAverage:
         if not self._digests or self._warned:
             return
         others = self._others_in(module)
-        if others:
+        weights = [name for name in others if name in dict(module.named_parameters())]
+        if others and not weights:
+            self._warned = True
+            rank_zero_info(
+                f"TWA: {doing[0].lower()}{doing[1:]} the model has the weights of the average, but "
+                f"{count(len(others), 'buffer')} with other values than when it was finished (the "
+                f"first is {others[0]!r}), as a module that updates them in validation has."
+            )
+        elif others:
             self._warned = True
             rank_zero_warn(
                 f"{doing} the model does not hold the average that TWACallback finished: "
                 f"{len(others)} of {len(self._digests)} tensors are others (the first is "
-                f"{others[0]!r}). Something has loaded or swapped other weights since (the best "
+                f"{weights[0]!r}). Something has loaded or swapped other weights since (the best "
                 f"checkpoint, an average of another callback). The average is in "
                 f"{self.path or 'memory'}: load_state_dict(callback.average_state_dict())"
                 + ("." if self.path is None else ", or ckpt_path=callback.average_path.")

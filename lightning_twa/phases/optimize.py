@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_twa.candidates import Store, persistent_buffers, put_weighted
+from lightning_twa.candidates import Store, average_buffers_, put_weighted
 from lightning_twa.config import DATA, Settings
-from lightning_twa.machine import in_common, mean_over_ranks_
+from lightning_twa.machine import in_common
 from lightning_twa.phases import report, span
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.phases.guard import guard_step, raise_what_failed
@@ -176,8 +176,7 @@ class Optimization:
         """
         if self.optimizer is None or not self._local_buffers:
             return False
-        buffers = persistent_buffers(module).values()
-        mean_over_ranks_(buffer for buffer in buffers if buffer.is_floating_point())
+        average_buffers_(module)
         return True
 
     # --- the end

@@ -139,7 +139,8 @@ def prepare_model(module: LightningModule, store: Store, spanned: set[str]) -> N
     nobody will train.
     """
     with in_common():
-        copy_into(persistent_buffers(module), mean_buffers(store))
+        buffers = persistent_buffers(module)
+        copy_into(buffers, mean_buffers(store, buffers))
         named: dict[str, nn.Parameter] = dict(module.named_parameters())
         *_, newest = store
         values = {k: v for k, v in newest.parameters.items() if k not in spanned}

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_twa.candidates import Store, copy_into, put_average, weights_and_buffers
+from lightning_twa.candidates import Store, put_average, put_back, weights_and_buffers
 
 __all__ = ["TemporaryAverage", "copies_of"]
 
@@ -83,7 +83,7 @@ class TemporaryAverage:
             return
         if state is not None:
             self.validated = copies_of(state())
-        copy_into(weights_and_buffers(module), self._raw)
+        put_back(module, self._raw)
         self._raw = self._sample = None
 
     @contextmanager
@@ -93,11 +93,11 @@ class TemporaryAverage:
             yield
             return
         now = _copies(module)
-        copy_into(weights_and_buffers(module), self._raw)
+        put_back(module, self._raw)
         try:
             yield
         finally:
-            copy_into(weights_and_buffers(module), now)
+            put_back(module, now)
 
     def weights_for(
         self, module: nn.Module, state: Callable[[], dict[str, Any]]
