@@ -11,7 +11,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_twa.candidates import Candidate, find_files, read_file, unique_names
+from lightning_twa.candidates import (
+    Candidate,
+    find_files,
+    is_dense,
+    read_file,
+    total_weight,
+    unique_names,
+)
 from lightning_twa.config import check_choice, is_int, is_real
 from lightning_twa.results import RunResults
 from lightning_twa.subspace import check_finite
@@ -129,8 +136,9 @@ class _Member:
         """Its tensors, all finite."""
         state = {k: t for k, t in self._read().items() if isinstance(t, Tensor)}
         for key, tensor in state.items():
-            if tensor.is_floating_point():
-                check_finite(tensor, f"{self.name}, tensor {key!r},")
+            if tensor.is_floating_point() and is_dense(tensor):
+                wide = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no sum
+                check_finite(wide, f"{self.name}, tensor {key!r},")
         return state
 
 
@@ -173,12 +181,16 @@ def _state_dict(candidate: Candidate, further: Mapping[str, str]) -> State:
 
 
 class _Sum:
-    """A weighted sum of candidates that have the same tensors."""
+    """A weighted sum of candidates that have the same tensors. What is the same in all of them
+    stays as it is where the factors sum to 1, whatever their rounding.
+    """
 
     def __init__(self) -> None:
-        self.total: dict[str, Tensor] = {}
+        self.factors: list[float] = []
+        self.first: State = {}
+        self.total: dict[str, Tensor] = {}  # of differences from the first
         self.newest: State = {}
-        self._first = ""
+        self._name = ""
 
     def add(self, member: _Member, factor: float) -> None:
         """Add a candidate.
@@ -187,25 +199,34 @@ class _Sum:
             ValueError: When its names, shapes or dtypes are others than the first one's.
         """
         state = member.tensors()
-        if not self.newest:
-            self._first = member.name
+        if not self.factors:
+            self._name, self.first = member.name, state
         else:
-            _check_alike(member.name, state, self._first, self.newest)
-        for key, tensor in state.items():
-            if tensor.is_floating_point() or tensor.is_complex():
-                wide = torch.promote_types(tensor.dtype, torch.float64)
-                part = factor * tensor.detach().to(wide)
-                self.total[key] = self.total[key] + part if key in self.total else part
+            _check_alike(member.name, state, self._name, self.newest)
+            for key, tensor in state.items():
+                if _is_averaged(tensor):
+                    part = factor * (_wide(tensor) - _wide(self.first[key]))
+                    self.total[key] = self.total[key] + part if key in self.total else part
+        self.factors.append(factor)
         self.newest = state
 
-    def mean(self, count: float = 1.0) -> State:
-        """The sum divided by a number, in the candidates' dtypes."""
+    def result(self) -> State:
+        """The sum, in the candidates' dtypes; of what has none the newest."""
+        share = total_weight(self.factors)
         return {
-            key: (self.total[key] / count).to(tensor.dtype)
-            if key in self.total
+            key: (share * _wide(self.first[key]) + self.total.get(key, 0.0)).to(tensor.dtype)
+            if _is_averaged(tensor)
             else tensor.detach().clone()
             for key, tensor in self.newest.items()
         }
+
+
+def _is_averaged(tensor: Tensor) -> bool:
+    return is_dense(tensor) and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _check_alike(name: str, state: State, first: str, other: State) -> None:
@@ -222,10 +243,10 @@ def _check_alike(name: str, state: State, first: str, other: State) -> None:
 
 
 def _mix(members: Sequence[_Member], factors: Sequence[float]) -> State:
-    result = _Sum()
+    total = _Sum()
     for member, factor in zip(members, factors, strict=True):
-        result.add(member, factor)
-    return result.mean()
+        total.add(member, factor)
+    return total.result()
 
 
 def _greedy(members: Sequence[_Member], score: Callable[[State], float]) -> State:

@@ -6,6 +6,7 @@ from lightning_twa.candidates.candidate import (
     check_complete,
     check_form,
     further_names,
+    is_dense,
     persistent_buffers,
     same,
     varying,
@@ -18,6 +19,7 @@ from lightning_twa.candidates.into_model import (
     put_average,
     put_back,
     put_weighted,
+    total_weight,
     weights_and_buffers,
 )
 from lightning_twa.candidates.keep import keep_in_files
@@ -48,6 +50,7 @@ __all__ = [
     "decode",
     "find_files",
     "further_names",
+    "is_dense",
     "keep_in_files",
     "load_checkpoint",
     "mean_buffers",
@@ -61,6 +64,7 @@ __all__ = [
     "resolve",
     "same",
     "take_anew",
+    "total_weight",
     "unique_names",
     "varying",
     "weights_and_buffers",

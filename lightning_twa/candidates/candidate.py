@@ -19,8 +19,10 @@ __all__ = [
     "check_form",
     "check_weights",
     "further_names",
+    "is_dense",
     "misfit",
     "persistent_buffers",
+    "put_buffer",
     "same",
     "take",
     "to_cpu",
@@ -43,13 +45,22 @@ class Candidate:
     buffers: dict[str, Tensor]
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has a number for each of its elements: no sparse, quantized, nested one."""
+    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested)
+
+
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a state dict holds, by name; shared ones once."""
+    """The buffers that a state dict holds, by name; shared ones once. Those that are not dense stay
+    the module's own: there is no average of them.
+    """
     result: dict[str, Tensor] = {}
     seen: set[int] = set()
     for prefix, child in module.named_modules():
         for name, buffer in child._buffers.items():
             if buffer is None or name in child._non_persistent_buffers_set or id(buffer) in seen:
+                continue
+            if not is_dense(buffer):
                 continue
             seen.add(id(buffer))
             result[f"{prefix}.{name}" if prefix else name] = buffer
@@ -106,10 +117,7 @@ def agreed_buffers(module: nn.Module) -> dict[str, Tensor]:
     floating-point ones (running statistics differ), rank 0's values of the others. Those that have
     another shape on another process are left out.
     """
-    result = {key: local_part(b).clone() for key, b in _common_buffers(module).items()}
-    mean_over_ranks_(buffer for buffer in result.values() if buffer.is_floating_point())
-    from_rank_zero_(buffer for buffer in result.values() if not buffer.is_floating_point())
-    return {key: to_cpu(buffer) for key, buffer in result.items()}
+    return {key: to_cpu(buffer) for key, buffer in _agreed(_common_buffers(module)).items()}
 
 
 @torch.no_grad()
@@ -117,8 +125,46 @@ def average_buffers_(module: nn.Module) -> None:
     """Replace the floating-point buffers by their means over all processes, where they have the
     same shape on all; every process calls it.
     """
-    buffers = _common_buffers(module).values()
-    mean_over_ranks_(buffer for buffer in buffers if buffer.is_floating_point())
+    own = {n: b for n, b in _common_buffers(module).items() if b.is_floating_point()}
+    for name, value in _agreed(own).items():
+        put_buffer(module, name, value)
+
+
+def _agreed(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies, equal on every process."""
+    result: dict[str, Tensor] = {}
+    for name, buffer in buffers.items():
+        value = local_part(buffer).clone(memory_format=torch.contiguous_format)
+        if value.is_floating_point():
+            wide = value.float() if value.itemsize == 1 else value  # float8 has no sum
+            mean_over_ranks_([wide])
+            value = wide.to(value.dtype)
+        else:
+            from_rank_zero_([value])
+        result[name] = value
+    return result
+
+
+@torch.no_grad()
+def put_buffer(module: nn.Module, name: str, value: Tensor) -> None:
+    """Write a buffer; one whose elements share memory (``expand``) gets memory of its own.
+
+    Args:
+        module: The model.
+        name: Of the buffer.
+        value: Of its shape.
+    """
+    owner_name, _, own_name = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    buffer = owner._buffers[own_name]
+    assert buffer is not None
+    target = local_part(buffer)
+    if not any(
+        size > 1 and step == 0 for size, step in zip(target.shape, target.stride(), strict=True)
+    ):
+        target.copy_(value)
+    elif not torch.equal(target, value.to(target)):
+        owner._buffers[own_name] = value.to(target).contiguous().clone()
 
 
 def _common_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -174,9 +220,7 @@ def to_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def same(old: Tensor, new: Tensor) -> bool:
     """Whether a tensor on the CPU equals another on any device."""
-    return (
-        old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new.detach().cpu())
-    )
+    return _equal(old, new.detach().cpu())
 
 
 def misfit(candidate: Candidate, module: nn.Module, left_out: Collection[str] = ()) -> str | None:

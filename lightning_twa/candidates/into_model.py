@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_twa.candidates.candidate import Candidate, persistent_buffers
+from lightning_twa.candidates.candidate import Candidate, persistent_buffers, put_buffer
 from lightning_twa.subspace import TensorSpec, local_part, to_shards
 
 __all__ = [
+    "affine_sum",
     "copy_into",
     "mean_buffers",
     "mean_parameters",
     "put_average",
     "put_back",
     "put_weighted",
+    "total_weight",
     "weights_and_buffers",
 ]
 
+ROUNDING = 2.0**-40  # of a weight, at most
 
-def mean_buffers(
-    candidates: Iterable[Candidate], module_buffers: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+
+def mean_buffers(candidates: Iterable[Candidate], module: nn.Module) -> dict[str, Tensor]:
     """Uniform average of the floating-point buffers; the newest candidate's value of the others.
 
-    Summed in float64, so that a buffer that is the same in every candidate stays as it is. One that
-    has come, gone or changed its shape in the run is not in the result: the module has its newest
-    value.
+    One that has come, gone or changed its shape in the run is not in the result: the module has its
+    newest value.
 
     Args:
         candidates: One at least.
-        module_buffers: The persistent buffers of the module that gets the result.
+        module: That gets the result.
     """
     members = list(candidates)
     result: dict[str, Tensor] = {}
-    for name, own in module_buffers.items():
+    for name, own in persistent_buffers(module).items():
         held = [c.buffers[name] for c in members if name in c.buffers]
-        if len(held) == len(members) and all(tensor.shape == own.shape for tensor in held):
+        shape = local_part(own).shape
+        if len(held) == len(members) and all(tensor.shape == shape for tensor in held):
             newest = held[-1]
             averaged = newest.is_floating_point()
             result[name] = _mean(held).to(newest.dtype) if averaged else newest
@@ -53,19 +56,43 @@ def mean_parameters(candidates: Iterable[Candidate]) -> Iterator[tuple[str, Tens
 
 
 def _mean(values: list[Tensor]) -> Tensor:
-    total = values[0].double()
-    for value in values[1:]:
-        total = total + value
-    return total / len(values)
+    return affine_sum(values, [1.0] * len(values), len(values))
+
+
+def affine_sum(values: Sequence[Tensor], weights: Sequence[float], divisor: int = 1) -> Tensor:
+    """``sum_i w_i x_i / d`` in float64 as ``x_0 + sum_i w_i (x_i - x_0) / d``, so that an element
+    that is the same in all tensors, an infinity too, stays as it is, whatever the rounding of the
+    weights.
+
+    Args:
+        values: Of one shape.
+        weights: Where they do not sum to ``d``, ``x_0`` is multiplied by their sum.
+        divisor: ``d``.
+    """
+    first = values[0].double()
+    total: Tensor | None = None
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        if weight != 0:
+            wide = value.double()
+            term = torch.where(wide == first, 0.0, wide - first).mul_(weight)
+            total = term if total is None else total.add_(term)
+    share = total_weight(weights, divisor)
+    first = first if share == 1 else first * share
+    return first if total is None else total.div_(divisor).add_(first)
+
+
+def total_weight(weights: Sequence[float], divisor: int = 1) -> float:
+    """The sum of weights, divided; 1 where it differs from that by rounding only."""
+    share = math.fsum(weights) / divisor
+    return 1.0 if abs(share - 1) <= len(weights) * ROUNDING else share
 
 
 def put_average(module: nn.Module, candidates: Iterable[Candidate]) -> None:
     """Write the uniform average of candidates into a module, one tensor after another."""
     members = list(candidates)
-    state, buffers = weights_and_buffers(module), persistent_buffers(module)
     for name, value in mean_parameters(members):
-        copy_into(state, {name: value})
-    copy_into(state, mean_buffers(members, buffers))
+        copy_into(module, {name: value})
+    copy_into(module, mean_buffers(members, module))
 
 
 def put_weighted(
@@ -83,15 +110,9 @@ def put_weighted(
         weights: ``(n, B)``.
     """
     members = list(candidates)
-    named = dict(module.named_parameters())
     for spec in specs:
-        total: Tensor | None = None
-        for weight, candidate in zip(weights[:, spec.block].tolist(), members, strict=True):
-            if weight != 0:
-                term = weight * candidate.parameters[spec.name].double()
-                total = term if total is None else total.add_(term)
-        assert total is not None, "averaging weights sum to 1"
-        copy_into({spec.name: local_part(named[spec.name])}, {spec.name: total})
+        values = [candidate.parameters[spec.name] for candidate in members]
+        copy_into(module, {spec.name: affine_sum(values, weights[:, spec.block].tolist())})
 
 
 def weights_and_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -114,14 +135,21 @@ def put_back(module: nn.Module, copies: Mapping[str, Tensor]) -> None:
     """
     now = weights_and_buffers(module)
     same_form = {n for n, copy in copies.items() if n in now and now[n].shape == copy.shape}
-    copy_into(now, {n: copies[n] for n in same_form})
+    copy_into(module, {n: copies[n] for n in same_form})
     for name in copies.keys() - same_form - dict(module.named_parameters()).keys():
         owner, _, own_name = name.rpartition(".")
         module.get_submodule(owner)._buffers[own_name] = copies[name].clone()
 
 
 @torch.no_grad()
-def copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy each value into the target of its name."""
+def copy_into(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy each value into the parameter or buffer of its name, of a sharded one into this
+    process's part.
+    """
+    to_shards(module)
+    parameters = dict(module.named_parameters())
     for name, value in values.items():
-        targets[name].copy_(value)
+        if name in parameters:
+            local_part(parameters[name]).copy_(value)
+        else:
+            put_buffer(module, name, value)

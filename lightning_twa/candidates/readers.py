@@ -14,7 +14,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from lightning_twa.candidates.candidate import Candidate
+from lightning_twa.candidates.candidate import Candidate, is_dense
 from lightning_twa.candidates.encoding import decode
 from lightning_twa.candidates.frozen import FROZEN
 from lightning_twa.candidates.reference import SUFFIX
@@ -150,7 +150,8 @@ def read_candidate_from(path: Path, expected: _Tensors, parameters: Collection[s
     for name, tensor in used.items():
         if name in trained:  # numbers of one byte have no sum
             check_finite(tensor.float() if tensor.itemsize == 1 else tensor, f"{path}: {name!r}")
-    others = tensors.keys() - {own for names in stored.values() for own in names}
+    dense = {name for name, tensor in tensors.items() if is_dense(tensor)}
+    others = dense - {own for names in stored.values() for own in names}
     extra = sorted(o for o in others if not any(_same(tensors[o], t) for t in used.values()))
     if extra:
         raise ValueError(
@@ -256,10 +257,10 @@ def _has_tensors(value: Any) -> bool:
 
 def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
     kind = type(tensor)
-    if kind not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+    if kind not in (Tensor, nn.Parameter) or tensor.is_meta:
         raise ValueError(
-            f"{path}: tensor {name!r} is a {kind.__name__} on {tensor.device} with layout "
-            f"{tensor.layout}, not a plain tensor with all its values. {_SHARDED}"
+            f"{path}: tensor {name!r} is a {kind.__name__} on {tensor.device}, not a plain tensor "
+            f"with all its values. {_SHARDED}"
         )
     return tensor.detach()
 

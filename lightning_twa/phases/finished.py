@@ -15,7 +15,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_twa.candidates import load_checkpoint, same, weights_and_buffers, without_wrappers
+from lightning_twa.candidates import (
+    is_dense,
+    load_checkpoint,
+    same,
+    weights_and_buffers,
+    without_wrappers,
+)
 from lightning_twa.machine import gather_objects, rank
 from lightning_twa.trainer import best_paths, checkpoint_directory, last_files, write_weights
 from lightning_twa.words import count
@@ -255,14 +261,15 @@ def _held_in(path: Path) -> dict[str, Tensor]:
 
 def _is_whole_in(held: Tensor | None, own: Tensor) -> bool:
     """Whether a file's tensor is ours, which may be this process's part of it."""
-    return held is not None and (type(own) is not Tensor or same(held, own))
+    dense = type(own) is Tensor and is_dense(own)
+    return held is not None and (same(held, own) if dense else type(own) is not Tensor)
 
 
 def _digest(tensor: Tensor) -> bytes:
-    """Of dtype, shape and every bit."""
-    plain = tensor.detach().to("cpu").contiguous().reshape(-1)
+    """Of dtype, shape and, of a dense one, every bit."""
     found = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
-    if plain.numel() and plain.layout == torch.strided:
+    if tensor.numel() and is_dense(tensor):
+        plain = tensor.detach().to("cpu").contiguous().reshape(-1)
         found.update(plain.view(torch.uint8).numpy().data)
     return found.digest()
 

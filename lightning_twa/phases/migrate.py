@@ -16,7 +16,6 @@ from lightning_twa.candidates import (
     copy_into,
     misfit_of,
     take_anew,
-    weights_and_buffers,
 )
 from lightning_twa.checkpoint import RAW_WEIGHTS
 from lightning_twa.phases.temporary import copies_of
@@ -103,7 +102,7 @@ def _as_in_checkpoint(
         tied = {n: kept.get(_place(v), v) for n, v in before.items() if isinstance(v, Tensor)}
         state = {**before, **tied, **held}
     elif misfit is None:  # other names than the parameters': state_dict() is overridden
-        copy_into(weights_and_buffers(module), held)
+        copy_into(module, held)
         state = module.state_dict()
     else:
         lacking = sorted(held.keys() - before.keys())

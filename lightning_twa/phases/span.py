@@ -8,14 +8,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_twa.candidates import (
     Store,
     check_complete,
     copy_into,
     mean_buffers,
-    persistent_buffers,
     put_weighted,
     varying,
 )
@@ -139,12 +138,9 @@ def prepare_model(module: LightningModule, store: Store, spanned: set[str]) -> N
     nobody will train.
     """
     with in_common():
-        buffers = persistent_buffers(module)
-        copy_into(buffers, mean_buffers(store, buffers))
-        named: dict[str, nn.Parameter] = dict(module.named_parameters())
+        copy_into(module, mean_buffers(store, module))
         *_, newest = store
-        values = {k: v for k, v in newest.parameters.items() if k not in spanned}
-        copy_into({name: local_part(named[name]) for name in values}, values)
+        copy_into(module, {k: v for k, v in newest.parameters.items() if k not in spanned})
 
 
 def build(

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_twa.candidates import Store, put_average, put_back, weights_and_buffers
+from lightning_twa.candidates import Store, is_dense, put_average, put_back, weights_and_buffers
 
 __all__ = ["TemporaryAverage", "copies_of"]
 
@@ -126,6 +126,9 @@ def copies_of(state: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in state.items():
         if type(value) not in (Tensor, nn.Parameter):  # extra state, or a part of a sharded tensor
             result[name] = copy.deepcopy(value)
+            continue
+        if not is_dense(value):
+            result[name] = value.detach().to("cpu", copy=True)
             continue
         place = (value.data_ptr(), value.shape, value.dtype, value.stride())
         if place not in copies or not value.numel():

@@ -86,7 +86,7 @@ def build_subspace(
         _check(config, held, members, start)
         center = torch.empty(tiles.layout.numel, dtype=layout.dtype)
         for part, _, rows in origin.tiles():
-            center[part] = rows.mean(dim=0).to(layout.dtype)
+            center[part] = _mean(rows).to(layout.dtype)
     if mixing is None:
         mixing = _mixing(config, tiles, center, carrier)
     elif mixing.shape[0] != layout.num_blocks or mixing.shape[2] != len(members):
@@ -182,10 +182,15 @@ class _CandidateTiles:
                 parts = [values[local].to(device="cpu", dtype=torch.float64) for values in flat]
                 rows = torch.stack(parts)
                 if centered:
-                    rows -= rows.mean(dim=0)
+                    rows -= _mean(rows)
                 yield slice(start, stop), spec, rows
                 if self.tick is not None:
                     self.tick(stop - start)
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """The mean of rows; of a column with one value everywhere that value, without rounding."""
+    return torch.where((rows == rows[0]).all(dim=0), rows[0], rows.mean(dim=0))
 
 
 def _mixing(

@@ -66,7 +66,7 @@ def test_means_are_exact_for_what_does_not_change() -> None:
         with torch.no_grad():
             net.a.bias.fill_(float(i))
         store.add(net, str(i))
-    buffers = mean_buffers(store, persistent_buffers(net))
+    buffers = mean_buffers(store, net)
     parameters = dict(mean_parameters(store))
     assert torch.equal(buffers["third"], net.third), "0.1 * 7 / 7 in float32 is not 0.1"
     assert torch.equal(buffers["mask"], net.mask)
