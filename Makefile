@@ -19,15 +19,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/python examples/digits.py --seeds 2
 
-# Everything that CI checks: lint, types, tests with coverage, documentation, the built wheel.
+# Everything that CI checks: lint, types, tests, documentation, the built wheel.
 test: venv lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" \
-		--cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 	$(MAKE) docs package
 
-# Every member of every matrix; takes about half as long again as the tests of "make test".
+# Every member of every matrix, and the coverage, which makes tests half as slow again.
 test-long: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
 
 # The built wheel, not the checkout, passes the quick tests.
 WHEEL_TESTS = test_average candidates/test_store phases/test_plan phases/test_report phases/test_cycles

@@ -102,6 +102,7 @@ def test_script_prints_one_result(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*GPU available:UserWarning")
 def test_held_out_images_and_other_options(
     cifar: Any,

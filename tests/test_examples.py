@@ -95,6 +95,7 @@ def test_digits_prints_every_row_and_says_where_twa_does_not_win() -> None:
 # --- adapters
 
 
+@pytest.mark.long
 def test_lora_compares_averages_of_adapters() -> None:
     pytest.importorskip("peft")
     small = ("--seeds", "2", "--collect-epochs", "4", "--twa-epochs", "1")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_twa.machine import from_rank_zero_, gather_objects, mean_over_ranks_
+from lightning_twa.machine import from_rank_zero_, gather_objects, in_common, mean_over_ranks_
 from lightning_twa.subspace import check_finite, local_part, to_shards
 
 __all__ = [
@@ -98,17 +98,11 @@ def check_weights(
         ValueError: On every process, naming the tensor that is not finite on one of them.
     """
     to_shards(module)
-    problem = None
-    try:
+    with in_common(ValueError):
         for key, parameter in module.named_parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 own = (weights or {}).get(key, parameter)
                 check_finite(local_part(own), f"Candidate {name!r}, tensor {key!r},")
-    except ValueError as error:
-        problem = str(error)
-    for found in gather_objects(problem):
-        if found is not None:
-            raise ValueError(found)
 
 
 @torch.no_grad()

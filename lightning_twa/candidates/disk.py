@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -54,20 +55,19 @@ class Disk:
             The mapped candidate, and its file or, with shards, the files of all processes.
 
         Raises:
-            OSError: On every process, when one of them could not write, or not read what was
-                written.
+            OSError: On every process, when one of them could not make or write it, whatever it
+                raised, or not read what was written.
         """
         if self.directory is None:
             self._open()
         written: Reference | None = None
         problem = None
         if self._writes:
-            candidate = make()
             try:
                 self._part.mkdir(parents=True, exist_ok=True)
-                written = write_candidate(self.root, self._part, candidate)
-            except (OSError, TypeError, ValueError) as error:
-                problem = str(error)
+                written = write_candidate(self.root, self._part, make())
+            except Exception as error:  # of any kind: the other processes wait for an answer
+                problem = _said(error)
         answers = gather_objects((written, problem))
         files = [reference for reference, _ in answers if reference is not None]
         files = files if self.shards else files[:1]
@@ -109,8 +109,8 @@ class Disk:
         candidate, problem = None, None
         try:
             candidate = read_candidate(self.root, mine, verify=verify)
-        except CandidateFileError as error:
-            problem = str(error)
+        except Exception as error:  # as in write()
+            problem = _said(error)
         _raise_on_all(gather_objects(problem), CandidateFileError)
         assert candidate is not None
         return candidate
@@ -135,12 +135,12 @@ class Disk:
         if rank() == 0:
             try:
                 made = make_directory(self.root).name
-            except OSError as error:
-                problem = str(error)
+            except Exception as error:  # as in write()
+                problem = _said(error)
         made, problem = gather_objects((made, problem))[0]
         _raise_on_all([problem], OSError)
         directory = self.root / str(made)
-        host = (_host(), directory.is_dir())
+        host = (_host(), os.path.isdir(directory))
         hosts = gather_objects(host)
         first = hosts.index(host) == rank() and not host[1]
         self._writes = self.shards or rank() == 0 or first
@@ -148,8 +148,8 @@ class Disk:
         if self._writes:
             try:
                 self._part.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                problem = str(error)
+            except Exception as error:  # as in write()
+                problem = _said(error)
         _raise_on_all(gather_objects(problem), OSError)
         self.directory = directory
 
@@ -161,6 +161,12 @@ def _host() -> str:
     except OSError:
         boot = ""
     return f"{socket.gethostname()} {boot}"
+
+
+def _said(error: Exception) -> str:
+    """What an error says, with its type where the message needs it."""
+    known = isinstance(error, OSError | ValueError | TypeError) and str(error)
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def _raise_on_all(problems: list[str | None], kind: type[Exception]) -> None:

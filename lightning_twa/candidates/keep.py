@@ -36,7 +36,7 @@ def keep_in_files(store: Store, root: Path) -> Path:
     if rank() == 0:
         try:
             directory = _directory_of(store) or _write(list(store), root)
-        except (OSError, TypeError, ValueError) as error:
+        except Exception as error:  # of any kind: the other processes wait for an answer
             problem = f"{type(error).__name__}: {error}"
     directory, problem = gather_objects((directory, problem))[0]
     if problem is not None or directory is None:

@@ -29,7 +29,7 @@ from lightning_twa.candidates.frozen import (
     put_frozen_back,
 )
 from lightning_twa.config import StorageConfig
-from lightning_twa.machine import all_ranks, free_bytes
+from lightning_twa.machine import all_ranks, free_bytes, in_common
 
 __all__ = ["Store", "misfit_of", "take_anew"]
 
@@ -173,7 +173,8 @@ class Store:
         if entry is not None:
             return entry
         previous = self._entries[-1].candidate if len(self) else None
-        return _Entry(take(module, name, buffers, previous, self._dtype, weights))
+        with in_common():
+            return _Entry(take(module, name, buffers, previous, self._dtype, weights))
 
     def _keep_newest(self) -> None:
         if self.max_candidates is not None:

@@ -154,8 +154,9 @@ def all_ranks(value: bool, device: torch.device) -> bool:
 
 @contextmanager
 def in_common(kind: type[Exception] = CommonError) -> Iterator[None]:
-    """Let what one rank raises in the body, which has no collectives, be raised on every rank: none
-    waits for one that has failed. One process alone raises what it raised.
+    """Let what one rank raises in the body be raised on every rank: none waits for one that has
+    failed. The body has no collectives, or all before what may fail on one rank alone. One process
+    alone raises what it raised.
 
     Args:
         kind: Of the error of several ranks, which says what the first of them raised.

@@ -79,7 +79,8 @@ class Collector:
         which a run that goes on has some; see :mod:`lightning_twa.phases.checks`.
         """
         collect = self.settings.collect
-        self._files = [] if collect.checkpoints is None else find_files(collect.checkpoints)
+        with in_common(ValueError):
+            self._files = [] if collect.checkpoints is None else find_files(collect.checkpoints)
         self._plans = check_trainer(self.settings, trainer, module, len(self._files))
         self._names = file_candidate_names(self._files, soup=self._plans[0].start_epoch == 0)
         if len(self.store) > 0:
@@ -133,7 +134,8 @@ class Collector:
             if not {name, path.stem} & set(self.store.given_names):
                 parameters = dict(module.named_parameters())
                 expected = {**parameters, **persistent_buffers(module)}
-                read = read_candidate_from(path, expected, parameters)
+                with in_common(ValueError):
+                    read = read_candidate_from(path, expected, parameters)
                 self.store.give(module, name, read.parameters, read.buffers)
 
     def follow_step(self, trainer: Trainer, module: LightningModule) -> bool:

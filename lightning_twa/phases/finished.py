@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ from lightning_twa.candidates import (
     weights_and_buffers,
     without_wrappers,
 )
-from lightning_twa.machine import gather_objects, rank
-from lightning_twa.trainer import best_paths, checkpoint_directory, last_files, write_weights
+from lightning_twa.machine import gather_objects, in_common, rank
+from lightning_twa.trainer import (
+    best_paths,
+    checkpoint_directory,
+    last_files,
+    wait_for_files,
+    write_checkpoint,
+)
 from lightning_twa.words import count
 
 __all__ = ["FinishedAverage"]
@@ -71,32 +78,26 @@ class FinishedAverage:
         target = self._target(trainer, where)
         if target is None:
             return
-        path, problem = None, None
         own = None if self.path is None else Path(self.path)  # of an earlier cycle
-        temporary = target.with_name(
-            f".{target.stem}.{gather_objects(os.getpid())[0]}.tmp{target.suffix}"
-        )
         try:
-            if rank() == 0:
-                target.parent.mkdir(parents=True, exist_ok=True)
-            path = write_weights(
+            with in_common(OSError):
+                if rank() == 0:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+            path = write_checkpoint(
                 trainer,
-                temporary,
-                {"callbacks": dict(states)},
-                lambda t: self._publish(t, target, own),
+                _temporary(target),
+                lambda written: self._publish(written, target, own),
+                weights_only=True,
+                further={"callbacks": dict(states)},
             )
         except Exception as error:  # of any kind: a run must not end with an error for its file
-            problem = f"{type(error).__name__}: {error}"
-        answers = gather_objects((None if path is None else str(path), problem))
-        problems = [p for _, p in answers if p is not None]
-        if problems:
             rank_zero_warn(
-                f"The average could not be written to {target} ({problems[0]}). It is in the "
-                f"model, and in average_state_dict() of the callback: save it before other "
-                f"weights are loaded, or set save_average to a file that can be written."
+                f"The average could not be written to {target} ({type(error).__name__}: {error}). "
+                f"It is in the model, and in average_state_dict() of the callback: save it before "
+                f"other weights are loaded, or set save_average to a file that can be written."
             )
             return
-        self.path = answers[0][0]
+        self.path = gather_objects(None if path is None else str(path))[0]
         if self.path is not None and Path(self.path).is_file():  # no directory of shards, seen here
             self._leave_to_file(Path(self.path))
         rank_zero_info(f"TWA: the average is in {self.path}.")
@@ -191,12 +192,18 @@ class FinishedAverage:
         """
         if not all(gather_objects(bool(self._digests) and not self._others_in(module))):
             return
+        wait_for_files(trainer)
         for path, weights_only in last_files(trainer):
             stale = rank() == 0 and os.path.isfile(path) and self._is_in(Path(path)) is False
             if not gather_objects(stale)[0]:
                 continue
             try:
-                trainer.save_checkpoint(path, weights_only)
+                write_checkpoint(
+                    trainer,
+                    _temporary(Path(path)),
+                    partial(_replace, Path(path)),
+                    weights_only=weights_only,
+                )
             except Exception as error:  # of any kind: a run must not end with an error for its file
                 rank_zero_warn(
                     f"The checkpoint {path} was written before the average was complete, and "
@@ -248,6 +255,16 @@ class FinishedAverage:
             path = target.with_name(f"{target.stem}-v{k}{target.suffix}")
         os.replace(temporary, path)
         return path
+
+
+def _temporary(target: Path) -> Path:
+    """A name beside a file's, the same on every process, and no other run's."""
+    return target.with_name(f".{target.stem}.{gather_objects(os.getpid())[0]}.tmp{target.suffix}")
+
+
+def _replace(target: Path, written: Path) -> Path:
+    os.replace(written, target)
+    return target
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

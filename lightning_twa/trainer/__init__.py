@@ -4,7 +4,8 @@ from lightning_twa.trainer.checkpoint_file import (
     best_paths,
     checkpoint_directory,
     last_files,
-    write_weights,
+    wait_for_files,
+    write_checkpoint,
 )
 from lightning_twa.trainer.data import (
     has_length,
@@ -91,6 +92,7 @@ __all__ = [
     "strategy_names",
     "training_steps",
     "validation_loader",
+    "wait_for_files",
     "was_trained",
-    "write_weights",
+    "write_checkpoint",
 ]

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-__all__ = ["best_paths", "checkpoint_directory", "last_files", "write_weights"]
+from lightning_twa.machine import in_common
+
+__all__ = [
+    "best_paths",
+    "checkpoint_directory",
+    "last_files",
+    "wait_for_files",
+    "write_checkpoint",
+]
 
 
 def checkpoint_directory(trainer: Trainer) -> Path | None:
@@ -44,34 +54,64 @@ def last_files(trainer: Trainer) -> list[tuple[str, bool]]:
     ]
 
 
-def write_weights(
+def write_checkpoint(
     trainer: Trainer,
     temporary: Path,
-    further: Mapping[str, Any],
     publish: Callable[[Path], Path],
+    *,
+    weights_only: bool,
+    further: Mapping[str, Any] | None = None,
 ) -> Path | None:
-    """Write the model's weights as a Lightning checkpoint, without states of optimizers; every
-    process calls it.
+    """Write a Lightning checkpoint of what the model holds, completely or not at all; every process
+    calls it.
 
     Args:
         trainer: The Trainer.
         temporary: Written to first, the same on every process.
-        further: Further entries of the checkpoint.
         publish: Called on rank zero with what was written, gives it its name.
+        weights_only: Whether to leave out the states of optimizers, loops and callbacks.
+        further: Further entries of the checkpoint.
 
     Returns:
         Where it is, on rank zero.
 
     Raises:
-        OSError: Where the disk is full, or not writable. Nothing is left behind.
+        Exception: On every process, where the disk is full, or not writable, or a hook that saves
+            fails. Nothing is left behind.
     """
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    path: Path | None = None
     try:
-        trainer.strategy.save_checkpoint({**checkpoint, **further}, temporary)
-        trainer.strategy.barrier("TWACallback.save_average")
-        return publish(temporary) if trainer.is_global_zero else None
+        with in_common(OSError):
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
+        with in_common(OSError), _written_at_once(trainer):
+            trainer.strategy.save_checkpoint({**checkpoint, **(further or {})}, temporary)
+        with in_common(OSError):
+            if trainer.is_global_zero:
+                path = publish(temporary)
     finally:
         if trainer.is_global_zero and temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)  # of a sharded model
         elif trainer.is_global_zero and os.path.lexists(temporary):
             temporary.unlink()
+    return path
+
+
+@contextmanager
+def _written_at_once(trainer: Trainer) -> Iterator[None]:
+    """Let no thread write a checkpoint later, whose error would end the run."""
+    strategy = trainer.strategy
+    usual = strategy.checkpoint_io
+    if isinstance(usual, AsyncCheckpointIO) and usual.checkpoint_io is not None:
+        strategy.checkpoint_io = usual.checkpoint_io
+    try:
+        yield
+    finally:
+        strategy.checkpoint_io = usual
+
+
+def wait_for_files(trainer: Trainer) -> None:
+    """Where a thread writes checkpoints, wait until those that were saved are there."""
+    usual = trainer.strategy.checkpoint_io
+    if isinstance(usual, AsyncCheckpointIO):
+        with suppress(Exception):  # the Trainer's own call of this raises it again
+            usual.teardown()

@@ -11,7 +11,7 @@ __all__ = ["PRIVATE_NAMES"]
 PRIVATE_NAMES = (
     "_checkpoint_connector.dump_checkpoint",
     "strategy.save_checkpoint",
-    "strategy.barrier",
+    "strategy.checkpoint_io",
     "strategy.optimizers",
     "strategy.lr_scheduler_configs",
     "strategy.optimizer_state",

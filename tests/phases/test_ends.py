@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch.utils.data import DataLoader, IterableDataset
 
 from helpers.common import Regressor, loader, regression_data, trainer
@@ -144,3 +146,71 @@ def test_the_last_checkpoint_is_the_result(
         assert held["global_step"] < the_trainer.global_step or saves == "link"
         assert re.search(r"(best|last)_model_path .* holds other weights", caplog.text)
     assert equal(dict(torch.load(twa.average_path, weights_only=True)["state_dict"]), final)
+
+
+class StopsLate(L.Callback):
+    """Ends the run behind the last checkpoint."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.current_epoch == 6
+
+
+class FailsFor(TorchCheckpointIO):
+    """Cannot write some files."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        if self.part in Path(path).name:
+            raise OSError("planned: no space left")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+class InThread(AsyncCheckpointIO):
+    """Keeps what it is given; Lightning's own replaces it by its default. Slow, as a disk is."""
+
+    def __init__(self, inner: TorchCheckpointIO) -> None:
+        super().__init__(inner)
+        self.inner = inner
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._ensure_setup()
+        assert self._executor is not None
+        self._executor.submit(time.sleep, 0.02)
+        super().save_checkpoint(*args, **kwargs)
+
+    @property
+    def checkpoint_io(self) -> Any:
+        return self.inner
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, value: Any) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:The average could not be written")
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("end", ["epochs", "late"])
+def test_a_thread_that_writes_checkpoints_does_not_miss_the_result(
+    tmp_path: Path, end: str, fails: bool
+) -> None:
+    plugin = InThread(FailsFor(".twa" if fails else "nothing"))
+    twa = TWACallback(start_epoch=4, collect=CollectConfig(start=0))
+    saver = ModelCheckpoint(tmp_path, "{step}", save_last=True, every_n_train_steps=1)
+    module = Regressor(batchnorm=True)
+    the_trainer = trainer(
+        tmp_path,
+        callbacks=[twa, saver, *([StopsLate()] if end == "late" else [])],
+        enable_checkpointing=True,
+        max_epochs=8,
+        plugins=[plugin],
+        limit_val_batches=0,
+    )
+    the_trainer.fit(module, loader())
+    assert twa.phase == "done"
+    for path in [tmp_path / "last.ckpt", *([] if fails else [Path(str(twa.average_path))])]:
+        assert equal(dict(torch.load(path, weights_only=True)["state_dict"]), state(module))
+    assert (twa.average_path is None) is fails
+    assert not list(tmp_path.glob(".*"))
+    assert the_trainer.strategy.checkpoint_io is plugin

@@ -222,10 +222,13 @@ class Hyper(L.Callback):
         checkpoint["hyper_parameters"] = {"old": True}
 
 
-STORAGES = [StorageConfig(kind="memory"), StorageConfig(kind="disk")]
+STORAGES = [
+    pytest.param(StorageConfig(kind="memory"), marks=pytest.mark.long, id="memory"),
+    pytest.param(StorageConfig(kind="disk"), id="disk"),
+]
 
 
-@pytest.mark.parametrize("storage", STORAGES, ids=["memory", "disk"])
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("validate", [True, False])
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("kind", [Doubled, Renamed, RenamedByTorch])

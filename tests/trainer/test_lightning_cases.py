@@ -322,7 +322,7 @@ def test_a_stream_of_one_endless_epoch_never_reaches_the_phase_and_says_so(tmp_p
 
 @pytest.mark.parametrize("kind", [Boring, CustomScheduler])
 @pytest.mark.parametrize("crash_on_epoch", [1, 3, 4, 5])
-@pytest.mark.parametrize("data", ["train", "val"])
+@pytest.mark.parametrize("data", ["train", pytest.param("val", marks=pytest.mark.long)])
 def test_a_crashed_run_resumes_and_ends_as_one_that_did_not(
     tmp_path, kind, crash_on_epoch, data
 ) -> None:

@@ -265,7 +265,9 @@ print(run(1_000_000, 12), 4 * 12_000_000)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "path"), [(1, "tiled"), (4, "compiled")])
+@pytest.mark.parametrize(
+    ("bits", "path"), [pytest.param(1, "tiled", marks=pytest.mark.long), (4, "compiled")]
+)
 def test_a_step_needs_less_than_one_vector_of_the_model_s_length(bits, path, tmp_path) -> None:
     script = tmp_path / "step.py"
     script.write_text(STEP_SCRIPT)

@@ -126,7 +126,7 @@ CONFIGS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.long), 3])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("kind", ["replicate", "shard", "averaged"])
 def test_steps_equal_one_process(tmp_path, kind, config, processes) -> None:
