@@ -13,6 +13,7 @@ from lightning_twa.candidates.candidate import (
 )
 from lightning_twa.candidates.encoding import decode
 from lightning_twa.candidates.files import CandidateFileError
+from lightning_twa.candidates.find import find_files, unique_names
 from lightning_twa.candidates.into_model import (
     copy_into,
     mean_buffers,
@@ -24,11 +25,9 @@ from lightning_twa.candidates.into_model import (
 )
 from lightning_twa.candidates.keep import keep_in_files
 from lightning_twa.candidates.readers import (
-    find_files,
     load_checkpoint,
     read_candidate_from,
     read_file,
-    unique_names,
     without_wrappers,
 )
 from lightning_twa.candidates.reference import SUFFIX, Reference, resolve

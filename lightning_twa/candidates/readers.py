@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import os
-import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,69 +12,22 @@ from torch import Tensor, nn
 
 from lightning_twa.candidates.candidate import Candidate, is_dense
 from lightning_twa.candidates.encoding import decode
+from lightning_twa.candidates.find import RANK, WHOLE, check_file
 from lightning_twa.candidates.frozen import FROZEN
 from lightning_twa.candidates.reference import SUFFIX
+from lightning_twa.candidates.shards import is_index, read_shards
 from lightning_twa.subspace import check_finite
 
-__all__ = ["find_files", "read_candidate_from", "read_file", "unique_names", "without_wrappers"]
+__all__ = ["load_checkpoint", "read_candidate_from", "read_file", "without_wrappers"]
 
-_Item = str | os.PathLike[str]
 _Tensors = Mapping[str, Tensor]
 _Names = dict[str, list[str]]  # the model's names to the file's
 
-_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", SUFFIX)
 _KEYS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights
 _WRAPPERS = {"_orig_mod", "module"}  # what torch.compile and data parallelism put into names
 _PREFIXES = ("model.", "module.", "_orig_mod.")
-_RANK = re.compile(r"rank_[0-9]+_of_[0-9]+")
 _ZIP = b"PK\x03\x04"
-_SHARDED = "Give a file with the whole weights: save the state dict gathered on one process."
-
-
-def find_files(checkpoints: _Item | Sequence[_Item]) -> list[Path]:
-    """The files that paths, patterns and directories of candidates name, in order, each once.
-
-    Args:
-        checkpoints: One item or several. An item is a file; a pattern (``**`` goes into
-            directories), whose files come in natural order (``epoch=2`` before ``epoch=10``); or
-            a directory of a run's candidates. ``~`` is the home directory. A path that exists is
-            never a pattern.
-
-    Raises:
-        ValueError: Naming the item that gives no file, or one of another kind.
-    """
-    items = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints
-    if not isinstance(items, Sequence) or isinstance(items, bytes) or not items:
-        raise ValueError(
-            f"checkpoints is {items!r}. Give a path, a pattern, a directory, or a list of them."
-        )
-    found: dict[Path, Path] = {}
-    for item in items:
-        for path in _expanded(item):
-            _check_file(path)
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
-
-
-def unique_names(paths: Sequence[Path]) -> list[str]:
-    """Names for candidates: the stem, or as much of the path before it as tells it from others.
-
-    Returns:
-        ``"last"``, or ``"run_1/last"`` and ``"run_2/last"``; with a suffix if all else is equal.
-
-    Raises:
-        ValueError: Naming a path that is there twice.
-    """
-    options = []
-    for path in map(Path.absolute, paths):
-        starts = range(len(path.parts) - 1, 0, -1)
-        tails = ["/".join(p.parts[k:]) for p in (path.with_suffix(""), path) for k in starts]
-        options.append(list(dict.fromkeys(tails)))
-    counts = Counter(name for tails in options for name in tails)
-    unique = [[name for name in tails if counts[name] == 1] for tails in options]
-    if not all(unique):
-        raise ValueError(f"{paths[unique.index([])]} is given twice. Give each file once.")
-    return [names[0] for names in unique]
+_PICKLE = b"\x80"
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
@@ -89,7 +38,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
     never loaded. What is no tensor, such as extra state, is left out.
 
     Args:
-        path: A file with one of the suffixes .ckpt, .pt, .pth, .bin and .safetensors.
+        path: A file with one of the suffixes .ckpt, .pt, .pth, .bin and .safetensors, or the index
+            of several, like ``model.safetensors.index.json``.
 
     Returns:
         The tensors by their names in the file. Writing to them does not change the file, which must
@@ -98,7 +48,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: Naming the file, and what to do.
     """
-    _check_file(path)
+    check_file(path)
+    if is_index(path):
+        return read_shards(path, read_file)
     if path.suffix.lower() == SUFFIX:
         return _read_safetensors(path)
     state = _state_dict(path, _load(path))
@@ -111,7 +63,7 @@ def load_checkpoint(path: Path) -> Any:
     Raises:
         ValueError: Naming the file, and what to do.
     """
-    _check_file(path)
+    check_file(path)
     return _load(path)
 
 
@@ -163,72 +115,47 @@ def read_candidate_from(path: Path, expected: _Tensors, parameters: Collection[s
     return Candidate(path.stem, weights, buffers)
 
 
-def _expanded(item: Any) -> list[Path]:
-    text = os.path.expanduser(os.fspath(item)) if isinstance(item, str | os.PathLike) else ""
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"checkpoints has the item {item!r}. An item is a str or a Path.")
-    if os.path.isdir(text):
-        return _candidate_files(Path(text))
-    if os.path.lexists(text) or not any(sign in text for sign in "*?["):
-        return [Path(text)]
-    matches = [Path(match) for match in glob.glob(text, recursive=True)]
-    # A directory like epoch=3.ckpt is a sharded checkpoint, to be refused and not left out
-    files = [p for p in matches if not p.is_dir() or p.suffix.lower() in _SUFFIXES]
-    if not files:
-        raise ValueError(f"The pattern {str(item)!r} matches no file. Check it, and the directory.")
-    return sorted(files, key=_natural)
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory, as of a sharded checkpoint. {_SHARDED}")
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist, or is no regular file. Check the path.")
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ValueError(
-            f"{path} has the suffix {path.suffix!r}. Files with weights end in "
-            f"{', '.join(_SUFFIXES)}: rename it, or narrow the pattern."
-        )
-
-
-def _candidate_files(directory: Path) -> list[Path]:
-    """A run's candidates in a directory of its disk store."""
-    folders = sorted((p for p in directory.iterdir() if p.is_dir()), key=_natural)
-    if any(_RANK.fullmatch(folder.name) for folder in (directory.resolve(), *folders)):
-        raise ValueError(f"{directory} has candidates with sharded parameters. {_SHARDED}")
-    files = [p for p in directory.glob(f"*{SUFFIX}") if p.is_file() and p.stem != FROZEN]
-    if not files:
-        inner = [folder.name for folder in folders if any(folder.glob(f"*{SUFFIX}"))]
-        if inner:
-            raise ValueError(
-                f"{directory} holds the candidates of {len(inner)} run(s), one directory each. "
-                f"Name one of them, such as {directory / inner[-1]}."
-            )
-        raise ValueError(
-            f"{directory} holds no candidates ({SUFFIX} files). Name a directory that does, or for "
-            f"checkpoints a pattern (*.ckpt). A sharded checkpoint is not read: {_SHARDED}"
-        )
-    return sorted(files, key=_natural)
-
-
-def _natural(path: Path) -> tuple[list[list[str | int]], str]:
-    """A key that compares runs of digits as numbers, one part of a path after the other."""
-    parts = [re.split(r"([0-9]+)", part) for part in path.parts]
-    return [[int(x) if k % 2 else x for k, x in enumerate(part)] for part in parts], str(path)
-
-
 def _load(path: Path) -> Any:
+    begin = _begin(path)
+    zipped = begin.startswith(_ZIP)  # files of torch before 1.6 cannot be mapped
+    if not zipped and not begin.startswith(_PICKLE):
+        raise ValueError(
+            f"{path} was not written by torch.save: it begins with {begin[:12]!r}. Give a file of "
+            f"torch.save, or one in the safetensors format with the suffix {SUFFIX}."
+        )
     try:
-        with open(path, "rb") as file:
-            zipped = file.read(len(_ZIP)) == _ZIP  # files of torch before 1.6 cannot be mapped
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises many types for damaged files
         # torch wraps the reason in advice on how to load it all the same
         reason = str(error.__context__ or error).split(". Please use")[0] or type(error).__name__
+        if "unsupported" in reason.lower():
+            raise ValueError(
+                f"{path} holds Python objects ({reason}). Only tensors are loaded "
+                f"(weights_only=True): if you trust it, load it yourself and save its state_dict "
+                f"alone."
+            ) from error
+        reason = reason.split(". This is an internal")[0]
         raise ValueError(
-            f"{path} holds Python objects, or is damaged ({reason}). Only tensors are loaded "
-            f"(weights_only=True): if you trust it, load it yourself and save its state_dict alone."
+            f"{path} is damaged or truncated ({reason}). Restore it from a copy, or leave it out."
         ) from error
+
+
+def _begin(path: Path) -> bytes:
+    """The first bytes of a file.
+
+    Raises:
+        ValueError: When it has none, or stands for a file elsewhere.
+    """
+    with open(path, "rb") as file:
+        begin = file.read(64)
+    if not begin:
+        raise ValueError(
+            f"{path} is empty: what wrote it was interrupted, or the disk was full. Restore it "
+            f"from a copy, or leave it out."
+        )
+    if begin.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a pointer of Git LFS, not the weights. Run 'git lfs pull'.")
+    return begin
 
 
 def _state_dict(path: Path, content: Any) -> Mapping[str, Any]:
@@ -260,12 +187,13 @@ def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
     if kind not in (Tensor, nn.Parameter) or tensor.is_meta:
         raise ValueError(
             f"{path}: tensor {name!r} is a {kind.__name__} on {tensor.device}, not a plain tensor "
-            f"with all its values. {_SHARDED}"
+            f"with all its values. {WHOLE}"
         )
     return tensor.detach()
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    _begin(path)
     try:
         with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
             metadata: dict[str, str] = file.metadata() or {}
@@ -273,7 +201,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             tensors = {} if own else {key: file.get_tensor(key) for key in list(file.keys())}
     except Exception as error:  # as in decode
         raise ValueError(
-            f"{path} is no safetensors file that can be read ({error}). Restore it from a copy."
+            f"{path} is no safetensors file that can be read ({error}): it is damaged, truncated "
+            f"or of another kind. Restore it from a copy, or leave it out."
         ) from error
     # save_model of safetensors keeps one name of tied tensors, and notes the others
     aliases = {name: tensors[kept] for name, kept in metadata.items() if kept in tensors}
@@ -291,7 +220,7 @@ def _is_candidate(path: Path) -> bool:
 def _read_own(path: Path) -> dict[str, Tensor]:
     """A candidate's tensors, joined with what is frozen in all candidates of its directory."""
     folder = path.resolve().parent
-    if path.stem == FROZEN or _RANK.fullmatch(folder.name):
+    if path.stem == FROZEN or RANK.fullmatch(folder.name):
         raise ValueError(
             f"{path} holds a part of the weights: what is frozen, or one process's part. Give the "
             f"directory of a run without sharded parameters."

@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         "average", help="average checkpoint files", description=AVERAGE, epilog=FORMATS
     )
     mean.add_argument(
-        "files", nargs="+", help="checkpoints, state dicts, safetensors, or quoted patterns"
+        "files",
+        nargs="+",
+        help="checkpoints, state dicts, safetensors, directories, or quoted patterns",
     )
     mean.add_argument("-o", "--output", type=_output, required=True, metavar="FILE")
     mean.add_argument("--method", choices=("uniform", "ema", "weights"), default="uniform")

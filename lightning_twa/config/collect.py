@@ -36,7 +36,8 @@ class CollectConfig:
             takes a float32 copy of the trainable parameters.
         ema_device: Where they are kept, as in ``torch.device(...)``; ``None`` means with the model.
         checkpoints: Files that hold further candidates: a path, a pattern (``"runs/*/last.ckpt"``),
-            the directory of a finished run's candidates, or a list of these. Lightning
+            the directory of a finished run's candidates or of a checkpoint of Hugging Face's
+            libraries (one candidate, in however many files), or a list of these. Lightning
             checkpoints, state dicts (``.pt``, ``.pth``, ``.bin``) and safetensors. Then
             ``start_epoch=0`` makes a soup: nothing is collected, the phase begins at once.
 

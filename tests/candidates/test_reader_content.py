@@ -18,7 +18,8 @@ from helpers.readers import PARAMETERS, equal, fresh, read, refused, saved, tens
 from lightning_twa import CollectConfig, StorageConfig, TWACallback
 from lightning_twa.candidates import Candidate
 from lightning_twa.candidates.files import make_directory, write_candidate
-from lightning_twa.candidates.readers import find_files, read_candidate_from, read_file
+from lightning_twa.candidates.find import find_files
+from lightning_twa.candidates.readers import read_candidate_from, read_file
 
 FORMS = {
     "Lightning": lambda s: {"state_dict": s, "pytorch-lightning_version": "2.6.0", "epoch": 3},
@@ -171,15 +172,25 @@ def test_damaged_files_are_refused(tmp_path: Path, suffix: str, how: str) -> Non
     else:
         save_file(fresh(), path)
     data = path.read_bytes()
-    damaged = {"empty": b"", "text": b"not weights at all", "truncated": data[:-30]}
-    path.write_bytes(damaged.get(how, b"PK\x03\x04\xff\xff\xff\xff" + data[8:40]))
-    match = "or is damaged" if suffix == ".ckpt" else "is no safetensors file.*Restore it"
+    contents = {"empty": b"", "text": b"not weights at all", "truncated": data[:-30]}
+    path.write_bytes(contents.get(how, b"PK\x03\x04\xff\xff\xff\xff" + data[8:40]))
+    kind = {"empty": "is empty", "text": "was not written by torch.save.*b'not weights"}
+    damaged = "is damaged or truncated.*Restore it"
+    match = (
+        kind.get(how, damaged) if suffix == ".ckpt" or how == "empty" else "no safetensors file.*"
+    )
     refused(path, fresh(), match)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    for name in ("a.pt", "a.safetensors"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        refused(tmp_path / name, fresh(), "is a pointer of Git LFS.*git lfs pull")
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     save_file(fresh(), tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", fresh(), "or is damaged")
+    refused(tmp_path / "a.pt", fresh(), "was not written by torch.save.*suffix .safetensors")
     refused(saved(tmp_path / "a.safetensors", fresh()), fresh(), "is no safetensors file")
 
 

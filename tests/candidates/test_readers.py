@@ -12,7 +12,8 @@ import torch
 from helpers.candidates import LINKS
 from lightning_twa.candidates import Candidate
 from lightning_twa.candidates.files import write_candidate
-from lightning_twa.candidates.readers import find_files, read_file, unique_names
+from lightning_twa.candidates.find import find_files, unique_names
+from lightning_twa.candidates.readers import read_file
 
 
 def touch(root: Path, *names: str) -> list[Path]:
