@@ -79,6 +79,7 @@ def _keep_result(
             f"TWA: the candidates stay in {directory} ({size / 2**20:.1f} MiB). Checkpoints "
             f"written before the phase ended need them."
         )
+    averaging.temporary.validated = None  # checkpoints have what is in the model from here on
     averaging.finished.take(module)
     averaging.finished.write(
         trainer,

@@ -156,6 +156,7 @@ class Collecting(Stage):
         if not averaging.settings.uniform or not due:
             return self.name
         averaging.temporary.take_out(module)
+        averaging.collector.follow_step(trainer, module)  # somebody may save before our own hook
         averaging.collector.take_epoch_end(module, trainer.current_epoch)
         return self._complete(trainer, module)
 

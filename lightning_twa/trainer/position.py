@@ -58,10 +58,12 @@ def was_trained(trainer: Trainer) -> bool:
     """Whether the newest batch belongs to the epoch that is under way, and has been trained on.
 
     At the start of an epoch the counts of batches are still those of the epoch before it. An epoch
-    is ``ready`` before its first hook and ``started`` behind it; ``completed`` is of no use: in the
-    first epoch of a run that is resumed behind the last batch of an epoch it is ``started`` too.
+    is ``ready`` before its first hook and ``started`` behind it, which their totals agree on: of a
+    run that is resumed at the start of an epoch ``current`` has one more ``started`` than ``ready``
+    ever after. ``completed`` is of no use: in the first epoch of a run that is resumed behind the
+    last batch of an epoch it is ``started`` too.
     """
-    epoch: Any = trainer.fit_loop.epoch_progress.current
+    epoch: Any = trainer.fit_loop.epoch_progress.total
     batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return bool(epoch.started >= epoch.ready and batch.processed >= batch.ready)
 

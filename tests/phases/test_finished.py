@@ -23,6 +23,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "uniform": {"solver": SolverConfig(name="uniform")},
     "cycles": {"start_epoch": 2, "cycles": 2},
     "disk": {"storage": StorageConfig(kind="disk")},
+    "validated": {"validate_average": True},
+    "uniform, validated": {"solver": SolverConfig(name="uniform"), "validate_average": True},
 }
 
 

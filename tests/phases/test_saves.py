@@ -33,6 +33,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "steps": {"collect": CollectConfig(start=1, every_n_train_steps=3)},
     "groups": {"subspace": SubspaceConfig(group_size=2)},
     "validated": {"validate_average": True},
+    "uniform steps": {
+        "solver": SolverConfig(name="uniform"),
+        "collect": CollectConfig(start=1, every_n_train_steps=2),
+    },
 }
 
 
@@ -67,7 +71,7 @@ def outcome(path: Path, kind: str, hook: str | None, first: bool) -> Any:
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
     "kind",
-    [k if k == "cycles" else pytest.param(k, marks=pytest.mark.long) for k in KINDS],
+    [k if k in ("cycles", "uniform steps") else pytest.param(k, marks=pytest.mark.long) for k in KINDS],
 )
 def test_a_save_changes_nothing(tmp_path: Path, kind: str, first: bool, hook: str) -> None:
     expected = outcome(tmp_path, kind, None, first)
