@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,7 @@ class FinishedAverage:
                 further={"callbacks": dict(states)},
             )
         except Exception as error:  # of any kind: a run must not end with an error for its file
+            self.path = None  # what is there is of an earlier cycle
             rank_zero_warn(
                 f"The average could not be written to {target} ({type(error).__name__}: {error}). "
                 f"It is in the model, and in average_state_dict() of the callback: save it before "
@@ -253,8 +255,7 @@ class FinishedAverage:
         while path != own and os.path.lexists(path) and not self._is_in(path, temporary):
             k += 1
             path = target.with_name(f"{target.stem}-v{k}{target.suffix}")
-        os.replace(temporary, path)
-        return path
+        return _replace(path, temporary)
 
 
 def _temporary(target: Path) -> Path:
@@ -263,7 +264,12 @@ def _temporary(target: Path) -> Path:
 
 
 def _replace(target: Path, written: Path) -> Path:
+    """Give what was written its name, which the system does not where that is a full directory."""
+    old = target.with_name(f".{target.name}.old")
+    if target.is_dir():
+        os.replace(target, old)
     os.replace(written, target)
+    shutil.rmtree(old, ignore_errors=True)
     return target
 
 

@@ -280,3 +280,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, epoch, kind) -> Non
         plain = Sharded(batchnorm=True)
         plain.load_state_dict(last["state_dict"])
         assert equal(dict(plain.state_dict()), uninterrupted[0]["state"])
+
+
+@pytest.mark.long
+def test_the_file_of_the_average_is_that_of_the_last_cycle(tmp_path) -> None:
+    """A directory, which replaces that of the cycle before."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    options = {
+        "cycles": 2,
+        "start_epoch": 1,
+        "collect": CollectConfig(start=0, every_n_train_steps=2),
+    }
+    how = {"strategy_options": {"save_distributed_checkpoint": True}}
+    (report, _) = fit(tmp_path / "run", Sharded(), 2, options, save_to=tmp_path / "saved", **how)
+    assert report["phase"] == "done"
+    names = [path.name for path in (tmp_path / "saved").iterdir() if "twa" in path.name]
+    assert names == ["twa.ckpt"]
+    dcp_to_torch_save(tmp_path / "saved" / "twa.ckpt", tmp_path / "one.pt")
+    held = torch.load(tmp_path / "one.pt", weights_only=True)["state_dict"]
+    assert equal(dict(held), report["state"])

@@ -72,7 +72,9 @@ def plans(draw: st.DrawFn) -> Plan:
     collect: dict[str, Any] = {"start": draw(st.integers(0, 1))}
     by_steps = draw(st.booleans())
     if by_steps:
-        collect["every_n_train_steps"] = draw(st.sampled_from([1, 2, 3]))
+        collect["every_n_train_steps"] = draw(
+            st.sampled_from([1, 2] if kind == "cycles" else [1, 3])
+        )
     if draw(st.booleans()):
         collect["ema_decays"] = draw(st.sampled_from([(0.5,), (0.5, 0.9)]))
     if draw(st.integers(0, 3)) == 0:
@@ -97,6 +99,8 @@ def plans(draw: st.DrawFn) -> Plan:
                     {"parametrization": "simplex"},
                     {"basis": "orthonormal"},
                     {"group_size": 2},
+                    {"parametrization": "mask"},
+                    {"rank": 1},
                 ]
             )
         )
@@ -108,24 +112,44 @@ def plans(draw: st.DrawFn) -> Plan:
             twa["solver"] = SolverConfig(lr=0.1)
         twa["subspace"] = SubspaceConfig(**subspace)
     twa["collect"] = CollectConfig(**collect)
-    accumulate = draw(st.sampled_from([1, 1, 2]))
+    masked = twa.get("subspace", SubspaceConfig()).parametrization == "mask"
+    accumulate = 1 if masked else draw(st.sampled_from([1, 1, 2]))
     hooks = [h for h in HOOKS if accumulate == 1 or h not in WITHIN]
+    at = draw(st.sampled_from(HOOKS))
+    times = {"on_train_start": 1, "on_train_batch_start": 32, "on_train_batch_end": 32}.get(at, 8)
+    validated = draw(
+        st.sampled_from(["each epoch", "each epoch", "every second", "twice", "never"])
+    )
+    if validated == "never" and twa.get("data") != "val":
+        at = at.replace("validation", "train_epoch")
+    how = (
+        {
+            "every second": {"check_val_every_n_epoch": 2},
+            "twice": {"val_check_interval": 0.5},
+            "never": {"limit_val_batches": 0},
+        }.get(validated, {})
+        if twa.get("data") != "val" or validated != "never"
+        else {}
+    )
     return Plan(
         twa=twa,
         trainer={
             "max_epochs": 8,
             "accumulate_grad_batches": accumulate,
-            "check_val_every_n_epoch": draw(st.sampled_from([1, 1, 2])),
+            **how,
         },
         savers=tuple(
             draw(
                 st.lists(st.tuples(st.sampled_from(hooks), st.booleans()), max_size=2, unique=True)
             )
         ),
-        checkpoints=draw(st.none() | st.sampled_from(sorted(CHECKPOINTS))),
+        checkpoints=draw(
+            st.none()
+            | st.sampled_from(sorted(k for k in CHECKPOINTS if k != "best" or validated != "never"))
+        ),
         checkpoints_first=draw(st.booleans()),
         end=draw(st.sampled_from(ENDS)),
-        at=(draw(st.sampled_from(HOOKS)), draw(st.integers(1, 30)), draw(st.booleans())),
+        at=(at, draw(st.integers(1, times)), draw(st.booleans())),
         batchnorm=draw(st.booleans()),
         same_trainer=draw(st.booleans()),
     )
@@ -288,15 +312,23 @@ def check(plan: Plan, folder: Path) -> None:
         run = go(begin(plan, broken, saves=True, ends=True))
         ended = run.ended
     files = resumable(broken)
+    shutil.copytree(broken, folder / "kept")
     if run is not None and not ended:
         check_interrupted(plan, run, plain)
         check_left_behind(plan, broken)
+        if plan.same_trainer and run.twa.phase != "done":
+            steps = run.trainer.global_step
+            go(run)
+            assert run.ended
+            if run.trainer.global_step > steps:
+                check_finished(run)
     for path in {*files[-1:], *files[:: max(1, len(files) // 2)][:1]}:
-        if path != files[-1] and plan.twa["collect"].max_candidates is not None:
+        drops = plan.twa["collect"].max_candidates is not None or "cycles" in plan.twa
+        if path != files[-1] and drops:
             continue  # the files of dropped candidates live as long as two checkpoints
         with contextlib.ExitStack() as stack:
             copy = folder / "again"
-            shutil.copytree(broken, copy)
+            shutil.copytree(folder / "kept", copy)
             stack.callback(shutil.rmtree, copy)
             for other in resumable(copy):
                 other.unlink() if other.name != path.name else None

@@ -71,7 +71,10 @@ def outcome(path: Path, kind: str, hook: str | None, first: bool) -> Any:
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
     "kind",
-    [k if k in ("cycles", "uniform steps") else pytest.param(k, marks=pytest.mark.long) for k in KINDS],
+    [
+        k if k in ("cycles", "uniform steps") else pytest.param(k, marks=pytest.mark.long)
+        for k in KINDS
+    ],
 )
 def test_a_save_changes_nothing(tmp_path: Path, kind: str, first: bool, hook: str) -> None:
     expected = outcome(tmp_path, kind, None, first)
