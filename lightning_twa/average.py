@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_twa.candidates import (
     Candidate,
     find_files,
+    fit_singular_vectors_,
     is_dense,
     read_file,
     total_weight,
@@ -46,8 +47,9 @@ def average(
     """Average candidates with weights that are not learned.
 
     Sums are in float64. Integer tensors, such as BatchNorm's counters, are those of the newest
-    candidate. BatchNorm statistics are averaged like weights, and do not fit the average: compute
-    them anew (``torch.optim.swa_utils.update_bn``) before you use it.
+    candidate. Singular vectors of spectral normalisation are computed for the average. BatchNorm
+    statistics are averaged like weights, and do not fit the average: compute them anew
+    (``torch.optim.swa_utils.update_bn``) before you use it.
 
     Args:
         candidates: A callback after its run; or files, as ``CollectConfig.checkpoints`` names them;
@@ -173,7 +175,7 @@ def _members(candidates: Any) -> list[_Member]:
 
 
 def _state_dict(candidate: Candidate, further: Mapping[str, str]) -> State:
-    state = {**candidate.parameters, **candidate.buffers}
+    state = candidate.tensors
     return {**state, **{name: state[own] for name, own in further.items() if own in state}}
 
 
@@ -213,12 +215,16 @@ class _Sum:
     def result(self) -> State:
         """The sum, in the candidates' dtypes; of what has none the newest."""
         share = total_weight(self.factors)
-        return {
+        result = {
             key: (share * _wide(self.first[key]) + self.total.get(key, 0.0)).to(tensor.dtype)
             if _is_averaged(tensor)
             else tensor.detach().clone()
             for key, tensor in self.newest.items()
         }
+        fit_singular_vectors_(
+            result, self.newest, [key for key, part in self.total.items() if part.any()]
+        )
+        return result
 
 
 def _is_averaged(tensor: Tensor) -> bool:

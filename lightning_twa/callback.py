@@ -51,13 +51,15 @@ class TWAHooks(RunResults, Hooks):
             it fits into half of the free memory. Parameters that are sharded already (FSDP2) stay
             where they are.
         validate_average: While collecting, validate on the uniform average of the candidates so
-            far, and restore the weights afterwards. With BatchNorm, each validation then costs a
-            forward pass over the training data.
+            far, and restore the weights afterwards.
         save_average: ``True``: where checkpointing is on, the finished average is written to
             ``twa.ckpt`` beside the files of the first checkpoint callback (else in
             ``default_root_dir``); ``twa-v1.ckpt``, ... where that is another run's. Or the name of
             a file, or ``False``. It is a Lightning checkpoint, without states of optimizers, that
             can be loaded and tested without this package. See :attr:`average_path`.
+        batchnorm_batches: Training batches that BatchNorm statistics are computed over for averaged
+            weights. ``None``: those of an epoch for the result, and at most 50 for validations
+            before it.
         cycles: Divide the run into so many parts of equal length, and collect and train
             coefficients in each; ``start_epoch`` and ``CollectConfig.start`` count within a part.
             Ordinary training goes on from the learned average. With
@@ -84,6 +86,7 @@ class TWAHooks(RunResults, Hooks):
         distribute: Literal["auto", "replicate", "shard"] = "auto",
         validate_average: bool = False,
         save_average: bool | str = True,
+        batchnorm_batches: int | None = None,
         cycles: int = 1,
         start_on_early_stopping: bool = False,
     ) -> None:
@@ -98,6 +101,7 @@ class TWAHooks(RunResults, Hooks):
             distribute=distribute,
             validate_average=validate_average,
             save_average=save_average,
+            batchnorm_batches=batchnorm_batches,
             cycles=cycles,
             start_on_early_stopping=start_on_early_stopping,
         )
@@ -153,6 +157,7 @@ class TWAHooks(RunResults, Hooks):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take candidates by optimizer steps; log; finish after the last batch of the run."""
+        self._run.look_at(batch)
         self._tell(Event.BATCH_ENDED, trainer, pl_module, outputs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

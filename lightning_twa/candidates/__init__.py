@@ -32,6 +32,7 @@ from lightning_twa.candidates.readers import (
 )
 from lightning_twa.candidates.reference import SUFFIX, Reference, resolve
 from lightning_twa.candidates.running_averages import RunningAverages, average_name
+from lightning_twa.candidates.spectral import fit_singular_vectors_
 from lightning_twa.candidates.store import Store, misfit_of, take_anew
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "copy_into",
     "decode",
     "find_files",
+    "fit_singular_vectors_",
     "further_names",
     "is_dense",
     "keep_in_files",

@@ -44,6 +44,11 @@ class Candidate:
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers."""
+        return {**self.parameters, **self.buffers}
+
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor has a number for each of its elements: no sparse, quantized, nested one."""

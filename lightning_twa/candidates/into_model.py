@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_twa.candidates.candidate import Candidate, persistent_buffers, put_buffer
+from lightning_twa.candidates.spectral import fit_singular_vectors_
 from lightning_twa.subspace import TensorSpec, local_part, to_shards
 
 __all__ = [
@@ -88,11 +89,18 @@ def total_weight(weights: Sequence[float], divisor: int = 1) -> float:
 
 
 def put_average(module: nn.Module, candidates: Iterable[Candidate]) -> None:
-    """Write the uniform average of candidates into a module, one tensor after another."""
+    """Write the uniform average of candidates into a module, one tensor after another; singular
+    vectors of spectral normalisation that fit it.
+    """
     members = list(candidates)
+    changed: list[str] = []
     for name, value in mean_parameters(members):
         copy_into(module, {name: value})
+        newest = members[-1].parameters[name]
+        if not torch.equal(value.to(newest.dtype), newest):
+            changed.append(name)
     copy_into(module, mean_buffers(members, module))
+    fit_singular_vectors_(weights_and_buffers(module), members[-1].tensors, changed)
 
 
 def put_weighted(

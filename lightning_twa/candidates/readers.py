@@ -231,7 +231,7 @@ def _read_own(path: Path) -> dict[str, Tensor]:
             candidate = decode(str(file)) if file.is_file() else Candidate(FROZEN, {}, {})
         except ValueError as error:
             raise ValueError(f"{file} {error}") from error
-        result |= {**candidate.parameters, **candidate.buffers}
+        result |= candidate.tensors
     return result
 
 

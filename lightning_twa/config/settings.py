@@ -40,6 +40,7 @@ class Settings:
     distribute: Literal["auto", "replicate", "shard"]
     validate_average: bool
     save_average: bool | str | os.PathLike[str] = True
+    batchnorm_batches: int | None = None
     cycles: int = 1
     start_on_early_stopping: bool = False
 
@@ -62,6 +63,11 @@ class Settings:
             raise ValueError(
                 f"Invalid save_average={self.save_average!r}. Must be True (beside the "
                 f"checkpoints), the name of a file, or False."
+            )
+        batches = self.batchnorm_batches
+        if batches is not None and (not is_int(batches) or batches < 1):
+            raise ValueError(
+                f"Invalid batchnorm_batches={batches!r}. Must be an int >= 1, or None."
             )
         _check_cycles(self)
         _check_uniform(self)

@@ -14,14 +14,19 @@ from torch import Tensor
 
 from lightning_twa.candidates import Store, further_names
 from lightning_twa.config import Settings
-from lightning_twa.phases.batchnorm import reestimate_batchnorm
 from lightning_twa.phases.collect import Collector
 from lightning_twa.phases.finished import FinishedAverage
 from lightning_twa.phases.optimize import Optimization
 from lightning_twa.phases.plan import CollectPlan
 from lightning_twa.phases.temporary import TemporaryAverage
 from lightning_twa.phases.trajectory import Trajectory
-from lightning_twa.trainer import batches_seen, epoch_is_ending, run_is_ending, was_trained
+from lightning_twa.trainer import (
+    BatchWatch,
+    batches_seen,
+    epoch_is_ending,
+    run_is_ending,
+    was_trained,
+)
 
 __all__ = ["Averaging"]
 
@@ -40,6 +45,7 @@ class Averaging:
         temporary: The uniform average in the model's place, for a validation.
         trajectory: The way of the averaging weights through the phase.
         finished: The average, once it is complete.
+        batches: Whether hooks change batches before ``training_step``.
         block_names: Names of the coefficient blocks.
         learned: ``(n, B)`` the averaging weights of the last phase, while no optimizer has them.
         further_names: Further names of tied tensors, which candidates have once.
@@ -58,6 +64,7 @@ class Averaging:
         self.temporary = TemporaryAverage()
         self.trajectory = Trajectory()
         self.finished = FinishedAverage()
+        self.batches = BatchWatch()
         self.block_names: list[str] = []
         self.learned: Tensor | None = None
         self.kept: dict[str, Any] | None = None
@@ -246,27 +253,12 @@ class Averaging:
         last = self.plan.end is not None and trainer.current_epoch + 1 >= self.plan.end
         return last and (epoch_is_over or epoch_is_ending(trainer))
 
-    def reestimate_batchnorm(self, trainer: Trainer, module: LightningModule) -> int | None:
-        """Returns the number of batches; ``None`` when there was nothing to do, or no way to."""
-        limit = max(self.epoch_batches or 0, batches_seen(trainer))
-        loader = self.optimization.switch.training_data
-        return reestimate_batchnorm(trainer, module, lambda: loader(trainer), limit)
-
     def keep_uniform(self) -> None:
         """The averaging weights are those of the uniform average, which the model holds."""
         n = len(self.store)
         self.learned = torch.full((n, 1), 1 / n, dtype=torch.float64)
         self.block_names = ["global"]
         self.trajectory.clear()
-
-    # --- validation of the uniform average while collecting
-
-    def put_average_in(self, trainer: Trainer, module: LightningModule) -> None:
-        """Put the uniform average of the candidates so far into the model."""
-        self.collector.check_form(module, f"before a validation in epoch {trainer.current_epoch}")
-        self.temporary.put_in(
-            module, self.store, lambda: self.reestimate_batchnorm(trainer, module)
-        )
 
     # --- the end
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_twa.candidates import check_complete, keep_in_files, put_average
 from lightning_twa.machine import in_common
 from lightning_twa.phases.averaging import Averaging
+from lightning_twa.phases.fitting import fit_buffers
 from lightning_twa.phases.guard import is_common
 from lightning_twa.trainer import prepare_data, shards_parameters, step_was_taken
 from lightning_twa.words import count
@@ -26,6 +27,7 @@ def begin_phase(averaging: Averaging, trainer: Trainer, module: LightningModule)
     """
     try:
         averaging.begin_phase(trainer, module)
+        fit_buffers(averaging, trainer, module, in_between=True)
     except Exception as error:
         if not averaging.has_trained or not is_common(error):
             raise

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_twa.candidates import check_complete, put_average
 from lightning_twa.phases import saved
 from lightning_twa.phases.averaging import Averaging
+from lightning_twa.phases.fitting import fit_buffers
 from lightning_twa.phases.report import uniform_report
 from lightning_twa.words import count
 
@@ -26,7 +27,7 @@ def complete_phase(averaging: Averaging, trainer: Trainer, module: LightningModu
     averaging.record_step(trainer)  # its last, where somebody saves before the callback's own hook
     phase.average_buffers(module)
     weights = phase.put_result(module, averaging.store)
-    batches = averaging.reestimate_batchnorm(trainer, module)
+    batches = fit_buffers(averaging, trainer, module)
     phase.tell_what_was_done(weights, batches)
     _keep_result(averaging, trainer, module, weights)
 
@@ -60,7 +61,7 @@ def complete_uniform(averaging: Averaging, trainer: Trainer, module: LightningMo
 def _put_uniform(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
     check_complete(averaging.store, module)
     put_average(module, averaging.store)
-    batches = averaging.reestimate_batchnorm(trainer, module)
+    batches = fit_buffers(averaging, trainer, module)
     averaging.keep_uniform()
     rank_zero_info(uniform_report(averaging.store.names, batches))
     assert averaging.learned is not None

@@ -146,8 +146,11 @@ class Run:
         self._load_hook.watch(module)
 
     def surround_validations(self, trainer: Trainer, module: LightningModule) -> None:
-        """Tell what happens around each validation, from the start of training on."""
+        """Tell what happens around each validation, from the start of training on; see whether
+        hooks change batches.
+        """
         self._forget_loading()
+        self.averaging.batches.install(trainer, module)
         self._around.install(
             trainer,
             begins=lambda: self.tell(Event.VALIDATION_BEGINS, trainer, module),
@@ -158,7 +161,12 @@ class Run:
     def let_go(self) -> None:
         """Undo what the above changed. May be called again."""
         self._around.remove()
+        self.averaging.batches.remove()
         self._forget_loading()
+
+    def look_at(self, batch: Any) -> None:
+        """After a batch of training: see whether a hook has changed it."""
+        self.averaging.batches.look(batch)
 
     def _forget_loading(self) -> None:
         self._load_hook.release()

@@ -17,6 +17,7 @@ from lightning_twa.phases.finish import (
     warn_of_no_average,
     warn_of_too_few,
 )
+from lightning_twa.phases.fitting import fit_before_validation, put_average_in
 from lightning_twa.phases.into_checkpoint import bring_up_to_date, put_validated
 from lightning_twa.phases.report import log_count
 from lightning_twa.phases.transitions import Stage, StageName
@@ -108,7 +109,7 @@ class Collecting(Stage):
         """Validate the uniform average if asked to."""
         following = self._finish_if_due(trainer, module)
         if following is self.name and self.averaging.settings.validate_average:
-            self.averaging.put_average_in(trainer, module)
+            put_average_in(self.averaging, trainer, module)
         return following
 
     def validation_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
@@ -230,6 +231,8 @@ class Optimizing(Stage):
         following = self._finish_if_due(trainer, module)
         if following is self.name:
             self.averaging.optimization.average_buffers(module)
+            if not self.averaging.optimization.failed:
+                fit_before_validation(self.averaging, trainer, module)
         return following
 
     def checkpoint_written(

@@ -1,5 +1,6 @@
 """Everything that reads or changes a Trainer, its private names included."""
 
+from lightning_twa.trainer.batch_watch import BatchWatch, batch_hooks
 from lightning_twa.trainer.checkpoint_file import (
     best_paths,
     checkpoint_directory,
@@ -34,6 +35,7 @@ from lightning_twa.trainer.features import (
 from lightning_twa.trainer.module_hooks import LoadHook, as_saved
 from lightning_twa.trainer.position import (
     at_epoch_start,
+    batches_between_validations,
     batches_seen,
     epoch_is_ending,
     max_epochs,
@@ -51,6 +53,7 @@ from lightning_twa.trainer.validation import AroundValidation, state_of_module
 
 __all__ = [
     "AroundValidation",
+    "BatchWatch",
     "IdleOptimizer",
     "LoadHook",
     "StopWatch",
@@ -58,6 +61,8 @@ __all__ = [
     "accumulates_gradients",
     "as_saved",
     "at_epoch_start",
+    "batch_hooks",
+    "batches_between_validations",
     "batches_seen",
     "best_paths",
     "callback_names",

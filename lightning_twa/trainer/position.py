@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 __all__ = [
     "at_epoch_start",
+    "batches_between_validations",
     "batches_per_epoch",
     "batches_seen",
     "epoch_is_ending",
@@ -31,6 +32,14 @@ def batches_per_epoch(trainer: Trainer) -> int | None:
     """Batches of the current training loader per epoch, ``None`` when it has no length."""
     batches = trainer.fit_loop.max_batches
     return None if math.isinf(batches) else int(batches)
+
+
+def batches_between_validations(trainer: Trainer) -> int | None:
+    """Batches of an epoch from one validation to the next; ``None`` where they are validated at its
+    end only, or by time.
+    """
+    interval: Any = trainer.val_check_batch
+    return None if interval is None or math.isinf(interval) else int(interval)
 
 
 def steps_for(trainer: Trainer, batches: int | None) -> int | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ def training_steps(
     combined_loader: Any,
     training: Collection[nn.Module],
     max_batches: int | None,
+    *,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    hooks: Sequence[Callable[[Any, int], Any]] = (),
 ) -> int:
     """Run ``training_step`` on the training data without gradients and without traces.
 
@@ -48,6 +51,8 @@ def training_steps(
         combined_loader: From :meth:`TrainerSwitch.user_training_loader`.
         training: The modules to have in training mode.
         max_batches: At most so many batches.
+        around: Entered around each step.
+        hooks: Called with each batch, on its device, and its index before the step.
 
     Returns:
         The number of batches.
@@ -65,7 +70,8 @@ def training_steps(
         for batch in _second_pass(combined_loader, stack.callback):
             if max_batches is not None and batches >= max_batches:
                 break
-            _training_step(trainer, module, batch, batches)
+            with around():
+                _training_step(trainer, module, batch, batches, hooks)
             batches += 1
             tick(1)
     return batches
@@ -168,11 +174,19 @@ def _training_stage(trainer: Trainer) -> Iterator[None]:
         trainer.state.stage = stage
 
 
-def _training_step(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+def _training_step(
+    trainer: Trainer,
+    module: LightningModule,
+    batch: Any,
+    batch_idx: int,
+    hooks: Sequence[Callable[[Any, int], Any]],
+) -> None:
     """Run the module's ``training_step`` on a batch from a loader, as the Trainer would."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    for hook in hooks:
+        hook(batch, batch_idx)
     arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
     with trainer.precision_plugin.train_step_context():
         module.training_step(*arguments.values())

@@ -1,0 +1,58 @@
+"""What fits averaged weights: BatchNorm statistics, and singular vectors of spectral norms."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_twa.candidates import fit_singular_vectors_, weights_and_buffers
+from lightning_twa.phases.averaging import Averaging
+from lightning_twa.phases.batchnorm import BATCHES, reestimate_batchnorm
+from lightning_twa.trainer import batches_between_validations, batches_seen, epoch_is_ending
+
+__all__ = ["fit_before_validation", "fit_buffers", "put_average_in"]
+
+
+def fit_buffers(
+    averaging: Averaging, trainer: Trainer, module: LightningModule, *, in_between: bool = False
+) -> int | None:
+    """Compute the buffers that belong to the weights in place; every rank calls it.
+
+    Args:
+        averaging: The run.
+        trainer: The Trainer.
+        module: With averaged weights.
+        in_between: Whether the weights are not yet the result: fewer batches are enough.
+
+    Returns:
+        The number of batches; ``None`` when there was nothing to do, or no way to.
+    """
+    *_, newest = averaging.store
+    fit_singular_vectors_(weights_and_buffers(module), newest.tensors)
+    at_most = averaging.settings.batchnorm_batches
+    return reestimate_batchnorm(
+        trainer,
+        module,
+        lambda: averaging.optimization.switch.training_data(trainer),
+        max(averaging.epoch_batches or 0, batches_seen(trainer)),
+        BATCHES if in_between and at_most is None else at_most,
+        with_hooks=averaging.batches.changed,
+    )
+
+
+def fit_before_validation(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
+    """In the phase, before a validation: :func:`fit_buffers`, where it takes no more batches than
+    there were since the validation before. The same in a run that is resumed.
+    """
+    between = batches_between_validations(trainer)
+    least = averaging.settings.batchnorm_batches or BATCHES
+    if epoch_is_ending(trainer) or between is None or between >= least:
+        fit_buffers(averaging, trainer, module, in_between=True)
+
+
+def put_average_in(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
+    """Put the uniform average of the candidates so far into the model, for a validation."""
+    moment = f"before a validation in epoch {trainer.current_epoch}"
+    averaging.collector.check_form(module, moment)
+    averaging.temporary.put_in(
+        module, averaging.store, lambda: fit_buffers(averaging, trainer, module, in_between=True)
+    )
