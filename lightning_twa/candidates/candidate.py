@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_twa.machine import from_rank_zero_, gather_objects, in_common, mean_over_ranks_
 from lightning_twa.subspace import check_finite, local_part, to_shards
@@ -20,6 +21,8 @@ __all__ = [
     "check_weights",
     "further_names",
     "is_dense",
+    "is_expanded",
+    "is_kept",
     "misfit",
     "persistent_buffers",
     "put_buffer",
@@ -53,6 +56,18 @@ class Candidate:
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor has a number for each of its elements: no sparse, quantized, nested one."""
     return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested)
+
+
+def is_kept(parameter: Tensor) -> bool:
+    """Whether candidates have a parameter: a real floating-point one that is dense."""
+    return parameter.is_floating_point() and is_dense(parameter)
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory (``expand``), so that they cannot be written."""
+    return any(
+        size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -107,6 +122,12 @@ def check_weights(
         for key, parameter in module.named_parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 own = (weights or {}).get(key, parameter)
+                if isinstance(own, UninitializedParameter):
+                    raise ValueError(
+                        f"Candidate {name!r}, tensor {key!r}, has no values: it is of a lazy layer "
+                        f"that no batch has gone through. Run one before training, or leave the "
+                        f"layer out."
+                    )
                 check_finite(local_part(own), f"Candidate {name!r}, tensor {key!r},")
 
 
@@ -158,9 +179,7 @@ def put_buffer(module: nn.Module, name: str, value: Tensor) -> None:
     buffer = owner._buffers[own_name]
     assert buffer is not None
     target = local_part(buffer)
-    if not any(
-        size > 1 and step == 0 for size, step in zip(target.shape, target.stride(), strict=True)
-    ):
+    if not is_expanded(target):
         target.copy_(value)
     elif not torch.equal(target, value.to(target)):
         owner._buffers[own_name] = value.to(target).contiguous().clone()
@@ -198,7 +217,7 @@ def take(
     to_shards(module)
     parameters: dict[str, Tensor] = {}
     for key, parameter in module.named_parameters():
-        if not parameter.is_floating_point():
+        if not is_kept(parameter):
             continue
         own = local_part((weights or {}).get(key, parameter))
         old = None if previous is None else previous.parameters.get(key)
@@ -231,7 +250,7 @@ def misfit(candidate: Candidate, module: nn.Module, left_out: Collection[str] = 
         left_out: Names of parameters that are as in the module.
     """
     for name, parameter in module.named_parameters():
-        if name in left_out or not parameter.is_floating_point():
+        if name in left_out or not is_kept(parameter):
             continue
         held = candidate.parameters.get(name)
         if held is None:
@@ -265,7 +284,7 @@ def check_form(module: nn.Module, previous: Candidate, moment: str) -> None:
         ValueError: Naming the parameter that has come, gone or changed its shape.
     """
     to_shards(module)
-    now = {n: local_part(p) for n, p in module.named_parameters() if p.is_floating_point()}
+    now = {n: local_part(p) for n, p in module.named_parameters() if is_kept(p)}
     forms = [
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for tensors in (previous.parameters, now)
@@ -288,7 +307,7 @@ def check_complete(candidates: Iterable[Candidate], module: nn.Module) -> None:
     Raises:
         ValueError: Naming the candidate and the tensor that it lacks.
     """
-    parameters = {n for n, p in module.named_parameters() if p.is_floating_point()}
+    parameters = {n for n, p in module.named_parameters() if is_kept(p)}
     for candidate in candidates:
         lacking = parameters - set(candidate.parameters)
         if lacking:

@@ -7,8 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from lightning_twa.candidates.candidate import Candidate, persistent_buffers, put_buffer
+from lightning_twa.candidates.candidate import (
+    Candidate,
+    is_dense,
+    is_expanded,
+    persistent_buffers,
+    put_buffer,
+)
 from lightning_twa.candidates.spectral import fit_singular_vectors_
 from lightning_twa.subspace import TensorSpec, local_part, to_shards
 
@@ -125,10 +132,14 @@ def put_weighted(
 
 def weights_and_buffers(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters and persistent buffers by name, of sharded ones this process's part;
-    they share the module's memory.
+    they share the module's memory. Those that are not dense are left out, and
+    those of lazy layers that have no values yet.
     """
     to_shards(module)
-    named = {**dict(module.named_parameters()), **persistent_buffers(module)}
+    parameters = {
+        name: p for name, p in module.named_parameters() if is_dense(p) and not is_lazy(p)
+    }
+    named = {**parameters, **persistent_buffers(module)}
     return {name: local_part(tensor) for name, tensor in named.items()}
 
 
@@ -158,6 +169,10 @@ def copy_into(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     parameters = dict(module.named_parameters())
     for name, value in values.items():
         if name in parameters:
-            local_part(parameters[name]).copy_(value)
+            own = local_part(parameters[name])
+            if not is_expanded(own):
+                own.copy_(value)
+            elif not torch.equal(own, value.to(own)):
+                parameters[name].data = value.to(own).contiguous().clone()
         else:
             put_buffer(module, name, value)

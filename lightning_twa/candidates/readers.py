@@ -14,6 +14,7 @@ from lightning_twa.candidates.candidate import Candidate, is_dense
 from lightning_twa.candidates.encoding import decode
 from lightning_twa.candidates.find import RANK, WHOLE, check_file
 from lightning_twa.candidates.frozen import FROZEN
+from lightning_twa.candidates.inert import load_tensors
 from lightning_twa.candidates.reference import SUFFIX
 from lightning_twa.candidates.shards import is_index, read_shards
 from lightning_twa.subspace import check_finite
@@ -34,8 +35,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
     """The named tensors of one file, on the CPU, mapped into memory where the format allows it.
 
     Reads Lightning checkpoints, state dicts, files with the weights under ``model`` or
-    ``model_state_dict``, safetensors, and candidates (with what is frozen). Python objects are
-    never loaded. What is no tensor, such as extra state, is left out.
+    ``model_state_dict``, safetensors, and candidates (with what is frozen). No code of Python
+    objects is run. What is no tensor, such as extra state, is left out.
 
     Args:
         path: A file with one of the suffixes .ckpt, .pt, .pth, .bin and .safetensors, or the index
@@ -57,14 +58,19 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return {name: _plain(path, name, t) for name, t in state.items() if isinstance(t, Tensor)}
 
 
-def load_checkpoint(path: Path) -> Any:
-    """What ``torch.save`` wrote, without any Python objects.
+def load_checkpoint(path: Path, *, objects: bool = False) -> Any:
+    """What ``torch.save`` wrote.
+
+    Args:
+        path: The file.
+        objects: Whether it may hold Python objects, which are then without values: no code of
+            theirs is run.
 
     Raises:
         ValueError: Naming the file, and what to do.
     """
     check_file(path)
-    return _load(path)
+    return _load(path, objects=objects)
 
 
 def read_candidate_from(path: Path, expected: _Tensors, parameters: Collection[str]) -> Candidate:
@@ -115,7 +121,7 @@ def read_candidate_from(path: Path, expected: _Tensors, parameters: Collection[s
     return Candidate(path.stem, weights, buffers)
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, *, objects: bool = True) -> Any:
     begin = _begin(path)
     zipped = begin.startswith(_ZIP)  # files of torch before 1.6 cannot be mapped
     if not zipped and not begin.startswith(_PICKLE):
@@ -129,14 +135,27 @@ def _load(path: Path) -> Any:
         # torch wraps the reason in advice on how to load it all the same
         reason = str(error.__context__ or error).split(". Please use")[0] or type(error).__name__
         if "unsupported" in reason.lower():
+            if objects:
+                return _without_objects(path, zipped, reason)
             raise ValueError(
-                f"{path} holds Python objects ({reason}). Only tensors are loaded "
-                f"(weights_only=True): if you trust it, load it yourself and save its state_dict "
-                f"alone."
+                f"{path} holds Python objects ({reason}), and only tensors are loaded "
+                f"(weights_only=True): if you trust it, load it yourself and save it without them."
             ) from error
         reason = reason.split(". This is an internal")[0]
         raise ValueError(
             f"{path} is damaged or truncated ({reason}). Restore it from a copy, or leave it out."
+        ) from error
+
+
+def _without_objects(path: Path, zipped: bool, reason: str) -> Any:
+    """The tensors of a file that holds Python objects, such as hyper-parameters of a class."""
+    try:
+        return load_tensors(path, mapped=zipped)
+    except Exception as error:  # as above
+        raise ValueError(
+            f"{path} holds Python objects ({reason}), and no tensors could be read beside them "
+            f"({type(error).__name__}: {error}). If you trust it, load it yourself and save its "
+            f"state_dict alone."
         ) from error
 
 

@@ -15,6 +15,7 @@ from lightning_twa.candidates.candidate import (
     Candidate,
     agreed_buffers,
     check_weights,
+    is_kept,
     misfit,
     persistent_buffers,
     take,
@@ -198,7 +199,7 @@ class Store:
         if self.disk is None or self.config.kind == "disk" or self._shared:
             return self.disk is not None
         free = free_bytes(torch.device("cpu"))
-        new = sum(p.nbytes for p in module.parameters())
+        new = sum(p.nbytes for p in module.parameters() if is_kept(p))
         small = free is None or self.nbytes + new <= SMALL * (free + self.nbytes)
         return not all_ranks(small, self._device)
 

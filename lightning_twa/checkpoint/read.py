@@ -45,7 +45,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, objects=True)
     callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
     if not isinstance(callbacks, dict):
         raise ValueError(f"{path} is no Lightning checkpoint: it has no callbacks in it.")

@@ -14,6 +14,7 @@ from lightning_twa.config.values import as_epoch, check_choice, check_epoch_or_f
 
 __all__ = ["DATA", "Settings"]
 
+SAVED = (".ckpt", ".pt", ".pth", ".bin")  # what may hold an average
 DISTRIBUTE = ("auto", "replicate", "shard")
 DATA = {  # what the coefficients can be trained on, in words
     "train": "the training data",
@@ -59,11 +60,11 @@ class Settings:
             config = getattr(self, name)
             if not isinstance(config, kind):
                 raise TypeError(f"{name}={config!r} must be a {kind.__name__}(...) or None.")
-        if not isinstance(self.save_average, (bool, str, os.PathLike)) or self.save_average == "":
+        if not isinstance(self.validate_average, bool):
             raise ValueError(
-                f"Invalid save_average={self.save_average!r}. Must be True (beside the "
-                f"checkpoints), the name of a file, or False."
+                f"Invalid validate_average={self.validate_average!r}. Must be True or False."
             )
+        _check_save_average(self.save_average)
         batches = self.batchnorm_batches
         if batches is not None and (not is_int(batches) or batches < 1):
             raise ValueError(
@@ -77,6 +78,25 @@ class Settings:
     def uniform(self) -> bool:
         """Whether the average is uniform, and no phase is trained."""
         return self.solver.name == "uniform"
+
+
+def _check_save_average(where: object) -> None:
+    """
+    Raises:
+        ValueError: When it is no name of a checkpoint.
+    """
+    if not isinstance(where, (bool, str, os.PathLike)) or where == "":
+        raise ValueError(
+            f"Invalid save_average={where!r}. Must be True (beside the checkpoints), the name of a "
+            f"file, or False."
+        )
+    if isinstance(where, bool) or os.fspath(where).endswith(os.sep) or os.path.isdir(where):
+        return  # a directory is named with a remedy before training
+    if os.path.splitext(where)[1].lower() not in SAVED:
+        raise ValueError(
+            f"Invalid save_average={os.fspath(where)!r}. It is a checkpoint: end its name in one "
+            f"of {', '.join(SAVED)}."
+        )
 
 
 def _check_cycles(settings: Settings) -> None:

@@ -21,6 +21,7 @@ from lightning_twa.phases.plan import CollectPlan
 from lightning_twa.phases.temporary import TemporaryAverage
 from lightning_twa.phases.trajectory import Trajectory
 from lightning_twa.trainer import (
+    AroundValidation,
     BatchWatch,
     batches_seen,
     epoch_is_ending,
@@ -46,6 +47,7 @@ class Averaging:
         trajectory: The way of the averaging weights through the phase.
         finished: The average, once it is complete.
         batches: Whether hooks change batches before ``training_step``.
+        around: What is told before and after each validation.
         block_names: Names of the coefficient blocks.
         learned: ``(n, B)`` the averaging weights of the last phase, while no optimizer has them.
         further_names: Further names of tied tensors, which candidates have once.
@@ -65,6 +67,7 @@ class Averaging:
         self.trajectory = Trajectory()
         self.finished = FinishedAverage()
         self.batches = BatchWatch()
+        self.around = AroundValidation()
         self.block_names: list[str] = []
         self.learned: Tensor | None = None
         self.kept: dict[str, Any] | None = None
@@ -136,6 +139,7 @@ class Averaging:
                 f"new TWACallback."
             )
         self._model, self.has_trained = weakref.ref(module), False
+        self.finished.keep_directory()
         self.further_names = further_names(module)
         self.store.put_frozen_back(module)
 
@@ -248,8 +252,10 @@ class Averaging:
             trainer: The Trainer.
             epoch_is_over: See :func:`lightning_twa.trainer.run_is_ending`.
         """
-        if not self.has_trained or run_is_ending(trainer, epoch_is_over=epoch_is_over):
-            return self.has_trained
+        if not self.has_trained or self.around.sees_others:
+            return False
+        if run_is_ending(trainer, epoch_is_over=epoch_is_over):
+            return True
         last = self.plan.end is not None and trainer.current_epoch + 1 >= self.plan.end
         return last and (epoch_is_over or epoch_is_ending(trainer))
 

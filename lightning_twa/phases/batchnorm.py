@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -49,8 +49,9 @@ def tracked_batch_norms(model: nn.Module, training: Collection[nn.Module]) -> li
 
 
 class _Statistics:
-    """Sums of the layers' statistics of each batch. A layer that runs several times in a step
-    counts once.
+    """Averages of the layers' statistics of each batch, in place of what they had. Plain layers
+    compute them themselves; of scripted ones, whose momentum cannot be changed, each step gives a
+    multiple of its statistics.
     """
 
     def __init__(self, layers: Collection[Any]) -> None:
@@ -58,70 +59,91 @@ class _Statistics:
         self._before = [
             {name: b.clone() for name, b in layer.named_buffers(recurse=False)} for layer in layers
         ]
-        self._momenta = [getattr(layer, "momentum", 0.1) for layer in layers]
-        self._sums = [
-            tuple(
-                torch.zeros_like(b, dtype=torch.promote_types(b.dtype, torch.float32))
-                for b in (layer.running_mean, layer.running_var)
-            )
-            for layer in layers
-        ]
-        self._batches = [torch.zeros_like(layer.num_batches_tracked) for layer in layers]
+        self._plain = [layer for layer in layers if isinstance(layer, _BatchNorm)]
+        self._scripted = [_Scripted(x) for x in layers if not isinstance(x, _BatchNorm)]
 
     @contextmanager
-    def averaging(self) -> Iterator[None]:
-        """Let plain layers average over the calls of one step; scripted ones cannot."""
-        plain = [layer for layer in self.layers if isinstance(layer, _BatchNorm)]
-        momenta = [layer.momentum for layer in plain]
+    def collecting(self) -> Iterator[None]:
+        """Around all steps."""
+        momenta = [layer.momentum for layer in self._plain]
         try:
-            for layer in plain:
+            for layer in self._plain:
+                layer.reset_running_stats()
                 layer.momentum = None  # torch's sign for a cumulative average
             yield
         finally:
-            for layer, momentum in zip(plain, momenta, strict=True):
+            for layer, momentum in zip(self._plain, momenta, strict=True):
                 layer.momentum = momentum
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a step: take its statistics."""
-        for layer in self.layers:
-            layer.running_mean.zero_()
-            layer.running_var.zero_()
-            layer.num_batches_tracked.zero_()
+        """Around a step."""
+        for scripted in self._scripted:
+            scripted.begin_step()
         yield
-        for i, layer in enumerate(self.layers):
-            calls = layer.num_batches_tracked
-            share: Tensor | float = 1.0
-            if not isinstance(layer, _BatchNorm) and self._momenta[i] is not None:
-                times = calls.clamp(min=1).to(self._sums[i][0].dtype)
-                share = 1 - (1 - self._momenta[i]) ** times
-            for total, found in zip(
-                self._sums[i], (layer.running_mean, layer.running_var), strict=True
-            ):
-                total.add_(found.to(total.dtype) / share)
-            self._batches[i] += calls > 0
+        for scripted in self._scripted:
+            scripted.end_step()
 
-    def keep_old(self, layers: Collection[Any] | None = None) -> None:
-        """Give layers what they had."""
+    def keep_old(self, only: Any = None) -> None:
+        """Give the layers, or one of them, what they had."""
         for layer, buffers in zip(self.layers, self._before, strict=True):
-            if layers is None or any(layer is other for other in layers):
+            if only is None or layer is only:
                 for name, value in buffers.items():
                     getattr(layer, name).copy_(value)
 
-    def put(self) -> None:
-        """Write the averages, of all ranks together, into the layers that have seen a batch."""
-        counts = [int(batches) for batches in self._batches]
+    def finish(self) -> None:
+        """Make the averages those of all ranks together, in the layers that have seen a batch."""
+        for scripted in self._scripted:
+            scripted.finish()
+        counts = [int(layer.num_batches_tracked) for layer in self.layers]
         everywhere = gather_objects(counts)
         for i, layer in enumerate(self.layers):
             ranks = sum(found[i] > 0 for found in everywhere)
             if ranks == 0:  # training does not run it: a teacher, a network that only validates
-                self.keep_old([layer])
+                self.keep_old(layer)
                 continue
-            means = [total / max(counts[i], 1) for total in self._sums[i]]
-            mean_over_ranks_(means)
-            for target, value in zip((layer.running_mean, layer.running_var), means, strict=True):
-                target.copy_(value * (world_size() / ranks))
+            statistics = (layer.running_mean, layer.running_var)
+            if ranks < world_size():
+                for value in statistics:
+                    value.mul_(world_size() / ranks if counts[i] else 0.0)
+            mean_over_ranks_(statistics)
             layer.num_batches_tracked.fill_(max(found[i] for found in everywhere))
+
+
+class _Scripted:
+    """The statistics of a scripted layer, which updates them by its own momentum in every call."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        wide = torch.promote_types(layer.running_mean.dtype, torch.float32)
+        self._sums = [
+            torch.zeros_like(b, dtype=wide) for b in (layer.running_mean, layer.running_var)
+        ]
+        self._steps = torch.zeros_like(layer.num_batches_tracked)
+
+    def begin_step(self) -> None:
+        """Nothing of the steps before."""
+        for buffer in (self.layer.running_mean, self.layer.running_var):
+            buffer.zero_()
+        self.layer.num_batches_tracked.zero_()
+
+    def end_step(self) -> None:
+        """``c`` calls leave ``1 - (1 - momentum)^c`` of a weighted mean of theirs."""
+        calls, momentum = self.layer.num_batches_tracked, self.layer.momentum
+        share: Tensor | float = 1.0
+        if momentum is not None:
+            share = 1 - (1 - momentum) ** calls.clamp(min=1).to(self._sums[0].dtype)
+        found = (self.layer.running_mean, self.layer.running_var)
+        for total, value in zip(self._sums, found, strict=True):
+            total.add_(value.to(total.dtype) / share)
+        self._steps += calls > 0
+
+    def finish(self) -> None:
+        """Write the averages into the layer."""
+        steps = self._steps.clamp(min=1)
+        self.layer.running_mean.copy_(self._sums[0] / steps)
+        self.layer.running_var.copy_(self._sums[1] / steps)
+        self.layer.num_batches_tracked.copy_(self._steps)
 
 
 def reestimate(layers: Collection[Any], forward: Callable[[_Step], int]) -> int:
@@ -138,7 +160,7 @@ def reestimate(layers: Collection[Any], forward: Callable[[_Step], int]) -> int:
     """
     statistics = _Statistics(layers)
     try:
-        with statistics.averaging():
+        with statistics.collecting():
             batches = forward(statistics.step)
     except BaseException:
         statistics.keep_old()
@@ -146,7 +168,7 @@ def reestimate(layers: Collection[Any], forward: Callable[[_Step], int]) -> int:
     if batches == 0:
         statistics.keep_old()
     else:
-        statistics.put()
+        statistics.finish()
     return batches
 
 
@@ -158,6 +180,7 @@ def reestimate_batchnorm(
     at_most: int | None = None,
     *,
     with_hooks: bool = False,
+    warn: bool = True,
 ) -> int | None:
     """Compute BatchNorm statistics for the weights in place; every rank calls it.
 
@@ -168,9 +191,10 @@ def reestimate_batchnorm(
         seen: Batches of an epoch of data without a length.
         at_most: Number of batches; ``None`` means those of an epoch.
         with_hooks: Whether ``on_train_batch_start`` changes batches.
+        warn: Whether it matters where it cannot be done.
 
     Returns:
-        The number of batches; ``None`` when there was nothing to do, or, with a warning, no way to.
+        The number of batches; ``None`` when there was nothing to do, or, with a message, no way to.
     """
     training = modules_in_training(trainer, module)
     layers = tracked_batch_norms(module, training)
@@ -201,8 +225,9 @@ def reestimate_batchnorm(
 
     batches = reestimate(layers, forward)
     if batches == 0:
+        tell = rank_zero_warn if warn else rank_zero_info
         reason = f"{type(problem).__name__}: {problem}" if problem else "there was no batch"
-        rank_zero_warn(
+        tell(
             f"BatchNorm statistics could not be re-estimated for the averaged weights "
             f"({reason}); they are left as training had them. Re-estimate them with "
             f"torch.optim.swa_utils.update_bn before you use the model."

@@ -221,6 +221,11 @@ def check_parameters(module: LightningModule) -> None:
                 f"floating-point parameters. Keep it as real and imaginary part "
                 f"(torch.view_as_real), or freeze it."
             )
+        if parameter.requires_grad and parameter.layout != torch.strided:
+            raise ValueError(
+                f"TWACallback cannot average {name!r}, a trainable parameter with the layout "
+                f"{parameter.layout}. Train a dense one, or freeze it."
+            )
 
 
 def request_loader(settings: Settings, trainer: Trainer) -> Any:

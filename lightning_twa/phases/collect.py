@@ -44,6 +44,7 @@ class Collector:
 
     Attributes:
         store: Where candidates wait.
+        root: Where files of candidates go.
         cycle: Index of the part of the run, of ``cycles``, that is trained now.
     """
 
@@ -52,6 +53,7 @@ class Collector:
         self.store = Store()
         self.averages = RunningAverages(settings.collect.ema_decays, settings.collect.ema_device)
         self.cycle = 0
+        self.root = Path()
         self._plans: list[CollectPlan] = []
         self._files: list[Path] = []
         self._names: list[str] = []  # of the candidates in them
@@ -87,11 +89,12 @@ class Collector:
             return
         storage = self.settings.storage
         root = Path(storage.dirpath or Path(trainer.default_root_dir, "twa_candidates"))
-        check_directories(self.settings, trainer, root)
+        self.root = root.absolute()
+        check_directories(self.settings, trainer, self.root)
         self.store = Store(
             storage,
             collect.max_candidates,
-            root=root,
+            root=self.root,
             processes_on_host=trainer.num_devices,
             shards=shards_parameters(trainer),
             keep_named=keeps_older_checkpoints(trainer),

@@ -4,7 +4,6 @@ its candidates, which are kept in files, and says how the phase can be run from 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -95,8 +94,7 @@ def _how_to_run_it(averaging: Averaging, trainer: Trainer) -> str:
             "To run the phase with other settings, resume from a checkpoint that was written while "
             "candidates were collected."
         )
-    storage = averaging.settings.storage
-    root = Path(storage.dirpath or Path(trainer.default_root_dir, "twa_candidates"))
+    root = averaging.collector.root
     try:
         directory = keep_in_files(averaging.store, root)
     except (OSError, TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -51,7 +52,13 @@ class FinishedAverage:
         self._digests: dict[str, bytes] = {}  # by name, of this process's part
         self._state: dict[str, Tensor] | None = None  # what the file, if there is one, lacks of it
         self._in_file = False
+        self._base = Path()  # of relative names
+        self._left: dict[str, bytes] = {}  # digests of what was left to it
         self._warned = False
+
+    def keep_directory(self) -> None:
+        """Before training: a relative name of a file means this directory, whatever comes."""
+        self._base = Path.cwd()
 
     def take(self, module: LightningModule) -> None:
         """Remember what the model holds now.
@@ -106,16 +113,21 @@ class FinishedAverage:
 
     def _leave_to_file(self, path: Path) -> None:
         """Keep only what the file does not have as it is: ``on_save_checkpoint`` may filter it."""
-        held, own = _held_in(path), self._state or {}
-        self._state = {n: v for n, v in own.items() if not _is_whole_in(held.get(n), v)}
-        self._in_file = True
+        own = self._state or {}
+        try:
+            held = _held_in(path)
+        except Exception:  # of a format that is not torch's, by a plugin: everything stays here
+            return
+        kept = {n: v for n, v in own.items() if not _is_whole_in(held.get(n), v)}
+        self._left = {n: _digest(held[n]) for n in own.keys() - kept.keys()}
+        self._state, self._in_file = kept, True
 
     def _target(self, trainer: Trainer, where: str | os.PathLike[str] | bool) -> Path | None:
         if where is True:
             directory = checkpoint_directory(trainer)
             directory = gather_objects(directory)[0]  # its name may have a time in it
-            return None if directory is None else Path(directory) / f"{NAME}.ckpt"
-        return None if where is False else Path(where)
+            return None if directory is None else Path(directory).absolute() / f"{NAME}.ckpt"
+        return None if where is False else self._base / where
 
     def restore(self, checkpoint: Mapping[str, Any], module: nn.Module) -> None:
         """Take it from the checkpoint of a finished run.
@@ -141,7 +153,7 @@ class FinishedAverage:
         """
         state = self._state
         if state is not None and self._in_file:
-            state = {**_held_in(Path(str(self.path))), **state}
+            state = {**self._held(), **state}
         if state is None:
             raise ValueError(
                 "There is no finished average: the phase has not ended. Call this after fit(), or "
@@ -149,6 +161,22 @@ class FinishedAverage:
             )
         values = {n: v.detach().clone() for n, v in state.items()}
         return values if module is None else _named_as(module, values)
+
+    def _held(self) -> dict[str, Tensor]:
+        """What was left to the file.
+
+        Raises:
+            ValueError: When it holds another average by now, as of a later run.
+        """
+        held = _held_in(Path(str(self.path)))
+        others = [n for n, d in self._left.items() if n not in held or _digest(held[n]) != d]
+        if others:
+            raise ValueError(
+                f"{self.path} does not hold the average of this run any more: {len(others)} "
+                f"tensors are others (the first is {others[0]!r}). Something has written another "
+                f"file of that name since. Restore it from a copy."
+            )
+        return held
 
     def compare(self, module: LightningModule, doing: str) -> None:
         """Warn, once, where a model does not hold the average.
@@ -175,7 +203,8 @@ class FinishedAverage:
                 f"{len(others)} of {len(self._digests)} tensors are others (the first is "
                 f"{weights[0]!r}). Something has loaded or swapped other weights since (the best "
                 f"checkpoint, an average of another callback). The average is in "
-                f"{self.path or 'memory'}: load_state_dict(callback.average_state_dict())"
+                f"{self.path or 'memory'}: load_state_dict(callback.average_state_dict(), "
+                f"strict=False)"
                 + ("." if self.path is None else ", or ckpt_path=callback.average_path.")
             )
 
@@ -260,7 +289,8 @@ class FinishedAverage:
 
 def _temporary(target: Path) -> Path:
     """A name beside a file's, the same on every process, and no other run's."""
-    return target.with_name(f".{target.stem}.{gather_objects(os.getpid())[0]}.tmp{target.suffix}")
+    token = gather_objects(secrets.token_hex(6))[0]
+    return target.with_name(f".{target.stem[:100]}.{token}.tmp{target.suffix}")
 
 
 def _replace(target: Path, written: Path) -> Path:
@@ -279,7 +309,7 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _held_in(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's ``state_dict``, mapped."""
-    return _tensors(load_checkpoint(path).get("state_dict", {}))
+    return _tensors(load_checkpoint(path, objects=True).get("state_dict", {}))
 
 
 def _is_whole_in(held: Tensor | None, own: Tensor) -> bool:

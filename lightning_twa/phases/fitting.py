@@ -36,6 +36,7 @@ def fit_buffers(
         max(averaging.epoch_batches or 0, batches_seen(trainer)),
         BATCHES if in_between and at_most is None else at_most,
         with_hooks=averaging.batches.changed,
+        warn=not in_between,
     )
 
 

@@ -50,6 +50,8 @@ class Optimization:
         self.losses = report.LossRecord()
         self.failed = False
         self._groups: CandidateGroups | None = None
+        # of the parameters at the switch: whose they are, under which name, and themselves
+        self._places: dict[str, tuple[dict[str, Any], str, Any]] = {}
         self._choice: span.Choice | None = None
         self._steps_before = 0  # of the groups before the current one
         self._skipped_before = 0
@@ -119,6 +121,12 @@ class Optimization:
 
     def _make_optimizer(self, module: LightningModule, subspace: Subspace) -> SubspaceOptimizer:
         assert self._choice is not None
+        named = dict(module.named_parameters())
+        self._places = {}
+        for spec in subspace.layout.specs:
+            owner, _, own = spec.name.rpartition(".")
+            held = module.get_submodule(owner)._parameters
+            self._places[spec.name] = (held, own, named[spec.name])
         steps = self._choice.total_steps if self._groups is None else self._groups.steps
         return SubspaceOptimizer(
             module.named_parameters(),
@@ -137,6 +145,14 @@ class Optimization:
             Exception: What the optimizer's own work has failed with.
         """
         raise_what_failed(self.optimizer)
+        replaced = [n for n, (owner, own, p) in self._places.items() if owner[own] is not p]
+        if replaced:
+            raise ValueError(
+                f"Parameter {replaced[0]!r} is another tensor than when the phase began: the "
+                f"module, or a callback, has made it anew, so that no gradient reaches the "
+                f"coefficients. Make parameters anew before start_epoch, or write into them "
+                f"(parameter.copy_())."
+            )
         doubtful, self._doubtful = self._doubtful, []
         _warn_of_missing_gradients(doubtful, module)
         self._go_to_next_group(trainer, module, store)
@@ -192,7 +208,9 @@ class Optimization:
         weights = optimizer.averaging_weights
         if self._groups is not None:
             weights = self._groups.result(weights)
-        if self._groups is not None or optimizer.parametrization.samples:
+        named = dict(module.named_parameters())
+        replaced = any(named.get(n) is not p for n, (_, _, p) in self._places.items())
+        if self._groups is not None or optimizer.parametrization.samples or replaced:
             # of the candidates themselves, without the rounding of the basis
             try:
                 with in_common():
@@ -233,6 +251,7 @@ class Optimization:
     def forget(self) -> None:
         """Free the basis."""
         self.failed = False
+        self._places = {}
         self.optimizer = self._groups = self._choice = None
         self._steps_before = self._skipped_before = 0
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.nn.parameter import is_lazy
 
-from lightning_twa.candidates import persistent_buffers
+from lightning_twa.candidates import is_kept, persistent_buffers
 from lightning_twa.config import Settings, SubspaceConfig
 from lightning_twa.machine import (
     free_bytes,
@@ -105,7 +106,7 @@ def _check_candidates(
 ) -> None:
     there = total_bytes(CPU, processes=trainer.num_devices)
     buffers = sum(b.nbytes for b in persistent_buffers(module).values())
-    floats = [p for p in module.parameters() if p.is_floating_point()]
+    floats = [p for p in module.parameters() if is_kept(p) and not is_lazy(p)]
     frozen = sum(p.nbytes for p in floats if not p.requires_grad)
 
     def needed(n: int, dtype: str = settings.storage.dtype) -> int:
@@ -235,7 +236,7 @@ def _need(
     trained = {
         name: p
         for name, p in module.named_parameters()
-        if p.requires_grad and id(p) in held_by_user and p.is_floating_point()
+        if p.requires_grad and id(p) in held_by_user and is_kept(p) and not is_lazy(p)
     }
     if not any(p.numel() for p in trained.values()):
         return None

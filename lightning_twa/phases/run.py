@@ -18,6 +18,7 @@ from lightning_twa.phases.copies import copied
 from lightning_twa.phases.migrate import load_candidates, load_raw_weights
 from lightning_twa.phases.optimize import Optimization
 from lightning_twa.phases.saved import unfreeze_as_before
+from lightning_twa.phases.temporary import few_of
 from lightning_twa.phases.transitions import (
     Event,
     Stage,
@@ -25,7 +26,7 @@ from lightning_twa.phases.transitions import (
     check_event,
     check_following,
 )
-from lightning_twa.trainer import AroundValidation, LoadHook
+from lightning_twa.trainer import LoadHook
 
 __all__ = ["Run"]
 
@@ -56,7 +57,6 @@ class Run:
     def __init__(self, settings: Settings, state_key: str = "TWACallback") -> None:
         self.averaging = Averaging(settings, state_key)
         self.stage: Stage = stages.Collecting(self.averaging)
-        self._around = AroundValidation()
         self._load_hook = LoadHook()
         self._loaded: Mapping[str, Any] = {}  # state_dict of the checkpoint that is being loaded
 
@@ -151,16 +151,17 @@ class Run:
         """
         self._forget_loading()
         self.averaging.batches.install(trainer, module)
-        self._around.install(
+        self.averaging.around.install(
             trainer,
             begins=lambda: self.tell(Event.VALIDATION_BEGINS, trainer, module),
             ended=lambda: self.tell(Event.VALIDATION_ENDED, trainer, module),
             validated=lambda: self.stage.validated_state(),
+            look=lambda: few_of(module, [n for n, _ in module.named_parameters()]),
         )
 
     def let_go(self) -> None:
         """Undo what the above changed. May be called again."""
-        self._around.remove()
+        self.averaging.around.remove()
         self.averaging.batches.remove()
         self._forget_loading()
 

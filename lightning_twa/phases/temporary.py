@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_twa.candidates import Store, is_dense, put_average, put_back, weights_and_buffers
 
-__all__ = ["TemporaryAverage", "copies_of"]
+__all__ = ["TemporaryAverage", "copies_of", "few_of"]
 
 FEW = 4  # entries of a tensor that are looked at
 
@@ -29,7 +29,8 @@ class TemporaryAverage:
     def __init__(self) -> None:
         self.validated: dict[str, Any] | None = None
         self._raw: dict[str, Tensor] | None = None  # the weights, while the average is in place
-        self._sample: Tensor | None = None  # of the average, until a validation has begun with it
+        # of the average, until a validation has begun with it
+        self._sample: dict[str, Tensor] | None = None
         self._warned = False
 
     @property
@@ -53,13 +54,17 @@ class TemporaryAverage:
         self._raw = _copies(module)
         put_average(module, store)
         reestimate()
-        self._sample = _few_of(module)
+        trained = [name for name, p in module.named_parameters() if p.requires_grad]
+        self._sample = few_of(module, trained)
 
     def check(self, module: nn.Module) -> None:
         """Warn, once, where somebody has put other weights in the average's place."""
         if self._sample is None or self._warned:
             return
-        self._warned = not torch.equal(self._sample, _few_of(module))
+        now = few_of(module, self._sample)  # a module may freeze itself for a validation
+        self._warned = any(
+            n in now and not torch.equal(few, now[n]) for n, few in self._sample.items()
+        )
         self._sample = None
         if self._warned:
             rank_zero_warn(
@@ -137,8 +142,7 @@ def copies_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _few_of(module: nn.Module) -> Tensor:
-    """The first entries of the trained parameters."""
-    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+def few_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The first entries of parameters, copied."""
     held = weights_and_buffers(module)
-    return torch.cat([held[name].detach().reshape(-1)[:FEW].float().cpu() for name in trained])
+    return {n: held[n].detach().reshape(-1)[:FEW].float().cpu().clone() for n in names if n in held}

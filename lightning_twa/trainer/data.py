@@ -30,7 +30,10 @@ def validation_loader(trainer: Trainer) -> Any:
 
 def has_length(loader: Any) -> bool:
     """Whether a loader knows its number of batches."""
-    return sized_len(loader) is not None
+    try:
+        return sized_len(loader) is not None
+    except RuntimeError:  # a CombinedLoader that has not been iterated
+        return all(sized_len(part) is not None for part in loader.flattened)
 
 
 def is_empty(loader: Any) -> bool:

@@ -96,8 +96,8 @@ def restores_late(trainer: Trainer) -> bool:
 
 
 def keeps_older_checkpoints(trainer: Trainer) -> bool:
-    """Whether a checkpoint callback keeps others than the newest checkpoint."""
-    return any(
+    """Whether checkpoint callbacks keep others than the newest checkpoint, or each its own."""
+    return len(trainer.checkpoint_callbacks) > 1 or any(
         getattr(callback, "monitor", None) is not None
         or getattr(callback, "save_top_k", -1) not in (0, 1)
         for callback in trainer.checkpoint_callbacks

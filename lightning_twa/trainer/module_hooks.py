@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -65,7 +66,7 @@ class LoadHook:
         if not overrides(module, "on_load_checkpoint"):
             return
         self._module, self._hook = module, module.on_load_checkpoint
-        module.on_load_checkpoint = self._run  # type: ignore[method-assign]
+        module.on_load_checkpoint = _Watched(self._run, module)  # type: ignore[method-assign]
 
     def _run(self, checkpoint: dict[str, Any]) -> None:
         assert self._hook is not None
@@ -96,6 +97,29 @@ class LoadHook:
             del self._module.on_load_checkpoint
         self._module = self._hook = self.before = None
         self._rest, self.edits = {}, False
+
+
+class _Watched:
+    """In the place of a module's ``on_load_checkpoint``. A copy of the module has its own again.
+
+    Args:
+        run: Called in its stead.
+        module: The module.
+    """
+
+    def __init__(self, run: Callable[[dict[str, Any]], None], module: LightningModule) -> None:
+        self.run, self.module = run, module
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        """Run the hook and see what it does."""
+        self.run(checkpoint)
+
+    def __reduce__(self) -> Any:
+        return _own_hook, (self.module,)
+
+
+def _own_hook(module: LightningModule) -> Any:
+    return MethodType(type(module).on_load_checkpoint, module)
 
 
 def _structure(value: Any) -> Any:

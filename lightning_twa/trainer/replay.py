@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -92,20 +95,29 @@ def _second_pass(combined_loader: Any, at_exit: Callable[..., Any]) -> Iterator[
         copies.append(clone)
     second.flattened = copies
     second._iterator = None
-    generators = {
-        id(g): (g, g.get_state())
-        for loader in copies
-        for g in (
-            getattr(loader, "generator", None),
-            getattr(getattr(loader, "sampler", None), "generator", None),
-        )
-        if isinstance(g, torch.Generator)
-    }
-    for generator, state in generators.values():
-        at_exit(generator.set_state, state)
+    for restore in [r for loader in copies for r in _random_states(loader)]:
+        at_exit(restore)
     at_exit(second.reset)
     for batch, _, _ in iter(second):
         yield batch
+
+
+def _random_states(loader: Any) -> Iterator[Callable[[], Any]]:
+    """Functions that bring random states of a loader's own parts back to what they are now."""
+    batches = getattr(loader, "batch_sampler", None)
+    parts = [getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
+    parts += [getattr(part, "data_source", None) for part in list(parts)]
+    for owner in (loader, *parts, getattr(loader, "dataset", None)):
+        for source in list(getattr(owner, "__dict__", {}).values()):
+            if isinstance(source, torch.Generator):
+                yield partial(source.set_state, source.get_state())
+            elif isinstance(source, random.Random):
+                yield partial(source.setstate, source.getstate())
+            elif isinstance(source, np.random.Generator):
+                state = copy.deepcopy(source.bit_generator.state)
+                yield partial(setattr, source.bit_generator, "state", state)
+            elif isinstance(source, np.random.RandomState):
+                yield partial(source.set_state, source.get_state())
 
 
 @contextmanager

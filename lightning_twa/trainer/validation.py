@@ -6,7 +6,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 __all__ = ["AroundValidation", "state_of_module"]
 
@@ -27,6 +29,8 @@ class AroundValidation:
     """
 
     def __init__(self) -> None:
+        self._look: Callable[[], dict[str, Tensor]] | None = None  # while a validation runs
+        self._seen: dict[str, Tensor] = {}
         self._undo = ExitStack()
 
     def __reduce__(self) -> Any:
@@ -38,6 +42,7 @@ class AroundValidation:
         begins: Callable[[], None],
         ended: Callable[[], None],
         validated: Callable[[], dict[str, Any] | None],
+        look: Callable[[], dict[str, Tensor]],
     ) -> None:
         """From the next validation on.
 
@@ -47,6 +52,7 @@ class AroundValidation:
             ended: Called after each; not after one that an exception ended.
             validated: The state that checkpoints are to have in place of the module's; ``None``
                 for the module's own.
+            look: Gives something of the weights in the model.
         """
         self.remove()
         loop, strategy = trainer.fit_loop.epoch_loop.val_loop, trainer.strategy
@@ -55,7 +61,11 @@ class AroundValidation:
         def run_between() -> Any:
             loop._module_mode.mode = {}  # of the validation before: training is still under way
             begins()
-            found = run()
+            self._seen, self._look = look(), look
+            try:
+                found = run()
+            finally:
+                self._look = None
             ended()
             return found
 
@@ -68,6 +78,15 @@ class AroundValidation:
         loop.run = run_between  # type: ignore[method-assign]
         strategy.lightning_module_state_dict = state  # type: ignore[method-assign]
 
+    @property
+    def sees_others(self) -> bool:
+        """Whether a validation is under way, and somebody has put other weights into the model."""
+        if self._look is None:
+            return False
+        now = self._look()
+        return any(n not in now or not torch.equal(now[n], few) for n, few in self._seen.items())
+
     def remove(self) -> None:
         """Undo it. May be called again."""
+        self._look = None
         self._undo.close()
