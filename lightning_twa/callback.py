@@ -66,7 +66,9 @@ class TWAHooks(RunResults, Hooks):
             ``SolverConfig(name="uniform")``: periodic SWA.
         start_on_early_stopping: When ``EarlyStopping`` would end the run before ``start_epoch``,
             start the phase instead, if there are two candidates. It takes as many epochs as it
-            would have taken, and then the run ends; never later than ``max_epochs``.
+            would have taken, and then the run ends; never later than ``max_epochs``. Without
+            ``CollectConfig.start``, candidates are kept from the first epoch on, as many of the
+            newest as there would have been.
 
     Raises:
         ValueError: When an argument is outside its range or two contradict each other.

@@ -104,7 +104,13 @@ def check_trainer(
             "Trainer has none. Add one, or leave the argument out."
         )
     return resolve_plans(
-        settings.start_epoch, settings.collect, epochs, files, settings.uniform, settings.cycles
+        settings.start_epoch,
+        settings.collect,
+        epochs,
+        files,
+        settings.uniform,
+        settings.cycles,
+        settings.start_on_early_stopping,
     )
 
 

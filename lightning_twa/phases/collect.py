@@ -93,7 +93,7 @@ class Collector:
         check_directories(self.settings, trainer, self.root)
         self.store = Store(
             storage,
-            collect.max_candidates,
+            self._plans[0].max_candidates,
             root=self.root,
             processes_on_host=trainer.num_devices,
             shards=shards_parameters(trainer),

@@ -11,6 +11,7 @@ from lightning_twa.phases import saved
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.fitting import fit_buffers
 from lightning_twa.phases.report import uniform_report
+from lightning_twa.trainer import was_stopped_early
 from lightning_twa.words import count
 
 __all__ = ["complete_phase", "complete_uniform", "warn_of_no_average", "warn_of_too_few"]
@@ -129,6 +130,11 @@ def warn_of_no_average(averaging: Averaging, trainer: Trainer, had_too_few: bool
         f"{count(trainer.global_step, 'optimizer step')}, before start_epoch={start} began "
         f"the phase. {ordinary} Lower start_epoch to run it"
     )
+    if was_stopped_early(trainer) and not averaging.settings.start_on_early_stopping:
+        text += (
+            ", or pass TWACallback(start_on_early_stopping=True): the phase then begins where "
+            "EarlyStopping would end the run"
+        )
     if averaging.settings.start_on_early_stopping and candidates < 2:
         text += f", or CollectConfig.start: {found}, and start_on_early_stopping needs two"
     rank_zero_warn(f"{text}.")

@@ -234,6 +234,7 @@ class Optimization:
             self.optimizer,
             averaging_weights,
             self._steps_before + self.optimizer.steps,
+            None if self._choice is None else self._choice.total_steps,
             self._skipped_before + self.optimizer.skipped_steps,
             batchnorm_batches,
             self.losses,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_twa.config import CollectConfig
 
@@ -115,6 +115,7 @@ def resolve_plans(
     files: int = 0,
     uniform: bool = False,
     cycles: int = 1,
+    on_early_stopping: bool = False,
 ) -> list[CollectPlan]:
     """Turn the user's settings into epochs of this run, one plan for each cycle.
 
@@ -126,12 +127,15 @@ def resolve_plans(
         files: Number of candidates from files.
         uniform: Collect to the end of a cycle, without a phase.
         cycles: Parts of equal length that the run is divided into.
+        on_early_stopping: Whether the phase may begin earlier: collecting begins with the run, and
+            keeps as many of the newest candidates as there would have been.
 
     Raises:
         ValueError: When the phase would never start, or the window cannot hold two candidates.
     """
     if cycles == 1:
-        return [_resolve(start_epoch, collect, 0, max_epochs, files, uniform)]
+        plan = _resolve(start_epoch, collect, 0, max_epochs, files, uniform)
+        return [_from_the_start(plan) if on_early_stopping and collect.start is None else plan]
     if max_epochs is None:
         raise ValueError(
             f"cycles={cycles} divides the run's epochs, but this Trainer has no limit in epochs "
@@ -203,6 +207,19 @@ def _resolve(
     expected = plan.count_ahead(first, 0, None)
     check_enough_candidates(plan, expected, files + len(collect.ema_decays))
     return plan
+
+
+def _from_the_start(plan: CollectPlan) -> CollectPlan:
+    """Collecting from epoch 0 on, with a window of as many candidates. By steps, how many that are
+    is not known without a limit.
+    """
+    most = plan.count_ahead(plan.collect_start, 0, None)
+    limit = plan.max_candidates
+    if limit is None and most is None:
+        return plan
+    if limit is None and most is not None:
+        limit = max(most, 2)
+    return replace(plan, collect_start=0, max_candidates=limit)
 
 
 def _plan_to_the_end(

@@ -110,6 +110,7 @@ def finish_report(
     optimizer: SubspaceOptimizer,
     averaging_weights: Tensor,
     steps: int,
+    planned: int | None,
     skipped: int,
     batchnorm_batches: int | None,
     losses: LossRecord,
@@ -121,6 +122,7 @@ def finish_report(
         optimizer: The phase's optimizer, of the last group of candidates where there are groups.
         averaging_weights: ``(n, B)`` what was learned.
         steps: Optimizer steps of the whole phase.
+        planned: How many there were to be; ``None`` where nothing limited them.
         skipped: Steps of it that were none, because the gradient was not finite.
         batchnorm_batches: Batches that BatchNorm statistics were re-estimated over; ``None`` if
             there were none to re-estimate.
@@ -130,8 +132,11 @@ def finish_report(
     unit = " standard deviations" if optimizer.subspace.config.basis == "pca" else ""
     origin = "the uniform average" if optimizer.subspace.starts_at_mean else "their group's start"
     effective, n = effective_candidates(averaging_weights), averaging_weights.shape[0]
+    how = f"finished after {count(steps, 'optimizer step')}"
+    if planned is not None and steps + skipped < planned:
+        how = f"cut short after {steps + skipped} of {count(planned, 'optimizer step')}"
     line = (
-        f"TWA: phase finished after {count(steps, 'optimizer step')} in {seconds:.1f} s; "
+        f"TWA: phase {how} in {seconds:.1f} s; "
         f"coefficients are {optimizer.coefficient_norm:.2f}{unit} from {origin}, "
         f"effective number of candidates {effective:.1f} of {n}."
     )

@@ -24,7 +24,6 @@ from lightning_twa.phases.transitions import Stage, StageName
 from lightning_twa.trainer import (
     StopWatch,
     at_epoch_start,
-    renew_patience,
     shards_parameters,
     state_of_module,
 )
@@ -79,8 +78,6 @@ class Collecting(Stage):
             self._had_too_few = True
             return self.name
         self._stop_watching()
-        if averaging.early_stopped:
-            renew_patience(trainer)
         fallback.begin_phase(averaging, trainer, module)
         return StageName.OPTIMIZING
 

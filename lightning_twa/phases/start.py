@@ -11,7 +11,12 @@ from torch.optim import Optimizer
 
 from lightning_twa.config import Settings
 from lightning_twa.phases.checks import request_loader
-from lightning_twa.trainer import IdleOptimizer, TrainerSwitch, prepare_data
+from lightning_twa.trainer import (
+    IdleOptimizer,
+    TrainerSwitch,
+    begin_stopping_anew,
+    prepare_data,
+)
 
 __all__ = ["Switch"]
 
@@ -49,6 +54,7 @@ class Switch:
             When the phase began, and what is needed to borrow the Trainer again.
         """
         self._changes = TrainerSwitch(trainer)
+        self._changes.put_early_stopping_to_sleep()
         started: dict[str, Any] = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
@@ -74,6 +80,7 @@ class Switch:
         """
         self.give_back()
         self._changes = TrainerSwitch(trainer)
+        self._changes.put_early_stopping_to_sleep()
         if "stops_at" in started:
             self._changes.limit_epochs(started["stops_at"])
         self.request_data(trainer)
@@ -130,5 +137,6 @@ class Switch:
         """Give the Trainer back at the start of an epoch, which then trains as usual."""
         loader = self._loader
         self.give_back()
+        begin_stopping_anew(trainer)
         if loader is not None:
             prepare_data(trainer)

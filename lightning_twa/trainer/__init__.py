@@ -47,7 +47,7 @@ from lightning_twa.trainer.position import (
 )
 from lightning_twa.trainer.progress_bar import show_progress
 from lightning_twa.trainer.replay import modules_in_training, training_steps
-from lightning_twa.trainer.stopping import StopWatch, renew_patience
+from lightning_twa.trainer.stopping import StopWatch, begin_stopping_anew, was_stopped_early
 from lightning_twa.trainer.switch import IdleOptimizer, TrainerSwitch
 from lightning_twa.trainer.validation import AroundValidation, state_of_module
 
@@ -64,6 +64,7 @@ __all__ = [
     "batch_hooks",
     "batches_between_validations",
     "batches_seen",
+    "begin_stopping_anew",
     "best_paths",
     "callback_names",
     "callbacks",
@@ -83,7 +84,6 @@ __all__ = [
     "overrides",
     "package_of",
     "prepare_data",
-    "renew_patience",
     "restores_late",
     "run_is_ending",
     "scales_loss",
@@ -98,6 +98,7 @@ __all__ = [
     "training_steps",
     "validation_loader",
     "wait_for_files",
+    "was_stopped_early",
     "was_trained",
     "write_checkpoint",
 ]

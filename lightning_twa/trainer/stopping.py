@@ -1,4 +1,5 @@
-"""What ``EarlyStopping`` wants while candidates are collected.
+"""What ``EarlyStopping`` wants while candidates are collected, and its sleep in the phase: it would
+compare averages, which a warm-up has only begun to move, with the best raw weights.
 
 ``tests/trainer/test_private_names.py`` says when a Lightning release changes the method that is
 watched.
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
+import torch
 from lightning.pytorch import Trainer
 
 from lightning_twa.trainer.features import callbacks, is_a
@@ -17,7 +19,7 @@ from lightning_twa.trainer.features import callbacks, is_a
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import EarlyStopping
 
-__all__ = ["StopWatch", "renew_patience"]
+__all__ = ["StopWatch", "begin_stopping_anew", "put_to_sleep", "was_stopped_early"]
 
 
 class StopWatch:
@@ -50,10 +52,36 @@ class StopWatch:
         self._callbacks = []
 
 
-def renew_patience(trainer: Trainer) -> None:
-    """Let ``EarlyStopping`` wait as long as at the start of a run."""
+def put_to_sleep(trainer: Trainer) -> Callable[[], None]:
+    """Let ``EarlyStopping`` decide nothing, and keep what it has.
+
+    Returns:
+        What wakes it.
+    """
+    asleep = _early_stopping(trainer)
+    for callback in asleep:
+        callback._run_early_stopping_check = _decide_nothing  # type: ignore[method-assign]
+
+    def wake() -> None:
+        for callback in asleep:
+            vars(callback).pop("_run_early_stopping_check", None)
+
+    return wake
+
+
+def _decide_nothing(trainer: Trainer) -> None: ...
+
+
+def begin_stopping_anew(trainer: Trainer) -> None:
+    """Let ``EarlyStopping`` wait as long as at the start of a run, for what is best from now on."""
     for callback in _early_stopping(trainer):
         callback.wait_count = 0
+        callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+
+
+def was_stopped_early(trainer: Trainer) -> bool:
+    """Whether ``EarlyStopping`` has ended the run."""
+    return any(callback.stopped_epoch > 0 for callback in _early_stopping(trainer))
 
 
 def _early_stopping(trainer: Trainer) -> list[EarlyStopping]:

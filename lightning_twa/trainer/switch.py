@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_twa.trainer.data import set_epoch, tear_down_fetcher
+from lightning_twa.trainer.stopping import put_to_sleep
 
 __all__ = ["IdleOptimizer", "TrainerSwitch"]
 
@@ -80,6 +81,10 @@ class TrainerSwitch:
     def replace_optimizer(self, optimizer: Optimizer) -> None:
         """Let the Trainer step another optimizer of the phase from the next batch on."""
         self.trainer.strategy.optimizers = [optimizer]
+
+    def put_early_stopping_to_sleep(self) -> None:
+        """See :func:`~lightning_twa.trainer.stopping.put_to_sleep`."""
+        self._undo.callback(put_to_sleep(self.trainer))
 
     def limit_epochs(self, end: int) -> None:
         """Let the run end before epoch ``end``."""

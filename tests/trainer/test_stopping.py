@@ -236,20 +236,3 @@ def test_max_time_needs_a_constant_schedule_and_works_with_it(tmp_path) -> None:
     assert the_trainer.global_step == 18
     assert [phase for phase, _ in recorder.steps].count("collect") == 8
     assert twa.phase == "done"
-
-
-def test_early_stopping_in_the_phase_finishes_it(tmp_path) -> None:
-    class StopInPhase(EarlyStopping):
-        def _run_early_stopping_check(self, trainer):
-            trainer.should_stop = trainer.current_epoch == 5
-
-    twa = TWACallback(start_epoch=4)
-    _, _, the_trainer = fit(
-        tmp_path,
-        twa,
-        Regressor(batchnorm=True),
-        max_epochs=20,
-        callbacks=[StopInPhase("val_loss")],
-    )
-    assert the_trainer.current_epoch == 6
-    assert twa.phase == "done"
