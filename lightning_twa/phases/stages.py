@@ -41,6 +41,7 @@ class Collecting(Stage):
         super().__init__(averaging)
         self._watch: StopWatch | None = None
         self._had_too_few = False  # candidates, when the phase was due
+        self._tried = False  # whether training_step takes the phase's data
 
     def training_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Check the data. What is due at the start of an epoch happens here too, for a checkpoint
@@ -91,7 +92,10 @@ class Collecting(Stage):
             self._watch = None
 
     def batch_ended(self, trainer: Trainer, module: LightningModule, outputs: Any) -> StageName:
-        """Take candidates by steps."""
+        """Take candidates by steps; after the first batch, see whether the phase's data will do."""
+        if not self._tried:
+            self._tried = True
+            self.averaging.optimization.switch.try_data(trainer)
         self.averaging.collector.follow_step(trainer, module)
         return self._finish_if_due(trainer, module)
 

@@ -9,13 +9,15 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_twa.config import Settings
+from lightning_twa.config import DATA, Settings
+from lightning_twa.machine import in_common
 from lightning_twa.phases.checks import request_loader
 from lightning_twa.trainer import (
     IdleOptimizer,
     TrainerSwitch,
     begin_stopping_anew,
     prepare_data,
+    try_training_step,
 )
 
 __all__ = ["Switch"]
@@ -39,6 +41,27 @@ class Switch:
         """
         self._loader = request_loader(self.settings, trainer)
         return self._loader
+
+    def try_data(self, trainer: Trainer) -> None:
+        """After the first batch of training: see whether ``training_step`` takes a batch of the
+        phase's data, where these are others.
+
+        Raises:
+            ValueError: On every process, when it does not.
+        """
+        if self._loader is None:
+            return
+        with in_common(ValueError):
+            try:
+                try_training_step(trainer, trainer.lightning_module, self._loader)
+            except Exception as error:  # whatever the step says of a batch that it cannot take
+                raise ValueError(
+                    f"training_step cannot take a batch of {DATA[self.settings.data]}, on which "
+                    f"TWACallback(data={self.settings.data!r}) is to train the coefficients from "
+                    f"start_epoch on ({type(error).__name__}: {error}). Return a dataloader whose "
+                    f"batches it can take from a twa_dataloader() hook of the module, and pass "
+                    f"data='twa'; or use data='train'."
+                ) from error
 
     def borrow(
         self, trainer: Trainer, epoch_batches: int | None, stops_at: int | None

@@ -46,7 +46,7 @@ from lightning_twa.trainer.position import (
     was_trained,
 )
 from lightning_twa.trainer.progress_bar import show_progress
-from lightning_twa.trainer.replay import modules_in_training, training_steps
+from lightning_twa.trainer.replay import modules_in_training, training_steps, try_training_step
 from lightning_twa.trainer.stopping import StopWatch, begin_stopping_anew, was_stopped_early
 from lightning_twa.trainer.switch import IdleOptimizer, TrainerSwitch
 from lightning_twa.trainer.validation import AroundValidation, state_of_module
@@ -96,6 +96,7 @@ __all__ = [
     "steps_per_epoch",
     "strategy_names",
     "training_steps",
+    "try_training_step",
     "validation_loader",
     "wait_for_files",
     "was_stopped_early",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,7 +21,7 @@ from torchmetrics import Metric
 
 from lightning_twa.trainer.progress_bar import show_progress
 
-__all__ = ["modules_in_training", "training_steps"]
+__all__ = ["modules_in_training", "training_steps", "try_training_step"]
 
 LOGGING = ("log", "log_dict")
 
@@ -78,6 +79,56 @@ def training_steps(
             batches += 1
             tick(1)
     return batches
+
+
+def try_training_step(trainer: Trainer, module: LightningModule, loader: Any) -> None:
+    """Run ``training_step`` on the first batch of a loader without traces: nothing is logged, no
+    gradient is computed, buffers, metrics and random states are as before.
+
+    Args:
+        trainer: The Trainer, in training.
+        module: The module.
+        loader: What a ``train_dataloader`` hook may return.
+
+    Raises:
+        Exception: What the step raises.
+    """
+    combined = loader
+    if not isinstance(loader, CombinedLoader):
+        combined = CombinedLoader(loader, "max_size_cycle")
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())  # a step may need gradients of its own
+        stack.enter_context(isolate_rng())
+        stack.enter_context(_training_stage(trainer))
+        stack.enter_context(_logging_off(module))
+        stack.enter_context(_metrics_kept(module))
+        stack.enter_context(_buffers_kept(module))
+        for batch in _second_pass(combined, stack.callback):
+            _training_step(trainer, module, batch, 0, ())
+            break
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """The buffers have their values again afterwards, and are the tensors that they were."""
+    kept = [
+        (owner._buffers, name, buffer, buffer.detach().clone())
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for buffers, name, buffer, before in kept:
+            plain = buffer.layout == torch.strided and not buffer.is_quantized
+            if not plain or buffer.shape != before.shape:
+                buffers[name] = before
+                continue
+            buffers[name] = buffer
+            if not torch.equal(buffer, before):  # BatchNorm does not count its writing as a version
+                with torch.no_grad():
+                    buffer.copy_(before)
 
 
 def _second_pass(combined_loader: Any, at_exit: Callable[..., Any]) -> Iterator[Any]:

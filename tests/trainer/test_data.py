@@ -43,8 +43,11 @@ def test_twa_v_trains_on_the_validation_data_in_random_order(tmp_path) -> None:
     with pytest.warns(UserWarning, match="validation metrics are not held out") as caught:
         fit(tmp_path, twa, module, val=val)
     assert sum("not held out" in str(w.message) for w in caught) == 1
+    tried = module.seen["collect"].pop(1)
+    assert rows([tried]) <= rows([b[0] for b in val])
     assert rows(module.seen["collect"]) == rows([b[0] for b in loader()])
     seen = module.seen["optimize"]
+    assert len(module.seen["collect"]) == 4 * 4
     # 33 samples in batches of 16: a last batch of one, on which BatchNorm cannot train, is dropped
     assert [len(b) for b in seen] == [16, 16, 16, 16]
     assert rows(seen) <= rows([b[0] for b in val])
