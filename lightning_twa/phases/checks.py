@@ -29,6 +29,7 @@ from lightning_twa.trainer import (
     package_of,
     scales_loss,
     shards_parameters,
+    shares_of_data,
     shuffled,
     steps_per_epoch,
     strategy_names,
@@ -220,16 +221,16 @@ def check_parameters(module: LightningModule) -> None:
     Raises:
         ValueError: Naming a trainable parameter that cannot be averaged.
     """
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and not parameter.is_floating_point():
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    for name, parameter in trained:
+        if not parameter.is_floating_point():
             raise ValueError(
                 f"TWACallback cannot average {name!r} of dtype {parameter.dtype}, only real "
-                f"floating-point parameters. Keep it as real and imaginary part "
-                f"(torch.view_as_real), or freeze it."
+                f"floating-point parameters. Keep its parts (torch.view_as_real), or freeze it."
             )
-        if parameter.requires_grad and parameter.layout != torch.strided:
+        if parameter.layout != torch.strided:
             raise ValueError(
-                f"TWACallback cannot average {name!r}, a trainable parameter with the layout "
+                f"TWACallback cannot average {name!r}, which is trained, with the layout "
                 f"{parameter.layout}. Train a dense one, or freeze it."
             )
 
@@ -265,7 +266,7 @@ def request_loader(settings: Settings, trainer: Trainer) -> Any:
                 "data='twa'."
             )
         _check_not_empty(settings, loader)
-        return shuffled(loader)
+        return shuffled(loader, shares_of_data(trainer))
     if settings.data == "twa":
         loader = hook_loader(trainer, "twa_dataloader")
         if loader is None:

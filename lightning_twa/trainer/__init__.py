@@ -14,6 +14,7 @@ from lightning_twa.trainer.data import (
     is_empty,
     loader_batches,
     prepare_data,
+    shares_of_data,
     shuffled,
     validation_loader,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "run_is_ending",
     "scales_loss",
     "shards_parameters",
+    "shares_of_data",
     "show_progress",
     "shuffled",
     "state_of_module",

@@ -17,6 +17,7 @@ __all__ = [
     "loader_batches",
     "prepare_data",
     "set_epoch",
+    "shares_of_data",
     "shuffled",
     "tear_down_fetcher",
     "validation_loader",
@@ -52,8 +53,9 @@ def hook_loader(trainer: Trainer, name: str) -> Any:
     return None
 
 
-def shuffled(loader: Any) -> Any:
+def shuffled(loader: Any, processes: int = 1) -> Any:
     """A validation loader as training uses it: in random order, without a last batch of one sample.
+    What a process gets decides: each has one batch at least.
 
     Validation sets are often sorted by class, and a batch of one sample breaks BatchNorm in
     training mode. Anything but a plain ``DataLoader`` in sequential order is returned as it is.
@@ -65,7 +67,8 @@ def shuffled(loader: Any) -> Any:
     )
     if not plain:
         return loader
-    leftover = len(loader.dataset) % loader.batch_size
+    own = math.ceil(len(loader.dataset) / processes)
+    leftover = own % loader.batch_size
     return DataLoader(
         loader.dataset,
         batch_size=loader.batch_size,
@@ -73,7 +76,7 @@ def shuffled(loader: Any) -> Any:
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last or (leftover == 1 and len(loader.dataset) > 1),
+        drop_last=own > loader.batch_size and (loader.drop_last or leftover == 1),
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
@@ -81,6 +84,15 @@ def shuffled(loader: Any) -> Any:
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
     )
+
+
+def shares_of_data(trainer: Trainer) -> int:
+    """Into how many parts Lightning divides a dataset among processes."""
+    connector: Any = trainer._accelerator_connector
+    kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
+    if not connector.use_distributed_sampler or kwargs is None:
+        return 1
+    return int(kwargs["num_replicas"])
 
 
 def loader_batches(combined_loader: Any) -> int | None:

@@ -9,6 +9,7 @@ __all__ = ["PRIVATE_NAMES"]
 
 # Attribute paths from a Trainer that this folder uses and that are no public API.
 PRIVATE_NAMES = (
+    "_accelerator_connector.use_distributed_sampler",
     "_checkpoint_connector.dump_checkpoint",
     "strategy.save_checkpoint",
     "strategy.checkpoint_io",

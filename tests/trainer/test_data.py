@@ -9,11 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from helpers.common import Regressor, loader, mse, regression_data, trainer, weights
+from helpers.ddp import fit as fit_several
 from helpers.runs import fit, fit_fails
 from lightning_twa import CollectConfig, TWACallback
+from lightning_twa.trainer import shuffled
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 
@@ -231,3 +233,43 @@ def test_twa_v_warns_once_that_validation_is_not_held_out(tmp_path) -> None:
                 Regressor(), loader(), loader(32, seed=1)
             )
         assert [str(w.message) for w in caught].count(message) == (data == "val")
+
+
+@pytest.mark.parametrize(
+    ("samples", "processes", "drop_last", "expected"),
+    [
+        (130, 1, False, [64, 64, 2]),
+        (129, 1, False, [64, 64]),  # not the last one of one sample
+        (130, 2, False, [64]),  # 65 each
+        (129, 3, False, [43]),  # a process's only batch stays
+        (129, 3, True, [43]),
+        (130, 2, True, [64]),
+        (256, 2, True, [64, 64]),
+        (1, 1, True, [1]),
+        (65, 1, True, [64]),
+    ],
+)
+def test_every_process_has_a_batch_and_none_of_one_sample(
+    samples, processes, drop_last, expected
+) -> None:
+    data = TensorDataset(torch.randn(samples, 3))
+    found = shuffled(DataLoader(data, 64, drop_last=drop_last), processes)
+    sampler = DistributedSampler(data, processes, 0, shuffle=True)
+    own = DataLoader(data, found.batch_size, sampler=sampler, drop_last=found.drop_last)
+    assert [len(batch) for (batch,) in own] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
+@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss")
+@pytest.mark.parametrize(("samples", "steps"), [(34, 1), (33, 1), (30, 1)])
+def test_two_processes_train_on_what_each_gets(tmp_path, samples, steps) -> None:
+    """In batches of 16: 17 each, of which one would be alone, and 15 each."""
+    twa = TWACallback(start_epoch=4, data="val", collect=CollectConfig(start=2))
+    val = DataLoader(regression_data(samples, 1), 16, drop_last=samples == 30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        two = fit_several(tmp_path, twa, Regressor(batchnorm=True), val=val, max_epochs=5)
+    for report in two:
+        assert len([name for name, _ in report["steps"] if name != "collect"]) == steps
