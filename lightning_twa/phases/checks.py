@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_twa.config import DATA, Settings
+from lightning_twa.config import Settings
 from lightning_twa.phases.plan import (
     CollectPlan,
     check_enough_candidates,
@@ -22,18 +22,12 @@ from lightning_twa.trainer import (
     callback_names,
     has_length,
     has_validation_data,
-    hook_loader,
-    is_a,
-    is_empty,
     max_epochs,
     package_of,
     scales_loss,
     shards_parameters,
-    shares_of_data,
-    shuffled,
     steps_per_epoch,
     strategy_names,
-    validation_loader,
 )
 from lightning_twa.words import count
 
@@ -43,7 +37,6 @@ __all__ = [
     "check_package",
     "check_parameters",
     "check_trainer",
-    "request_loader",
 ]
 
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -235,60 +228,6 @@ def check_parameters(module: LightningModule) -> None:
             )
 
 
-def request_loader(settings: Settings, trainer: Trainer) -> Any:
-    """Get the data of the phase, early, so that what is wrong with it shows before training.
-
-    Returns:
-        A dataloader, or ``None`` when the phase uses the training data.
-
-    Raises:
-        ValueError: When there is none, or more than one.
-    """
-    if settings.data == "val":
-        loader = validation_loader(trainer)
-        if isinstance(loader, (list, tuple, dict)):
-            if len(loader) != 1:
-                raise ValueError(
-                    f"TWACallback(data='val') needs one validation dataloader, but there are "
-                    f"{len(loader)}. Return the one to use from a twa_dataloader() hook and pass "
-                    f"data='twa'."
-                )
-            loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
-        if loader is None:
-            raise ValueError(
-                "TWACallback(data='val') trains the coefficients on the validation data, but "
-                "val_dataloader() returned None. Return a dataloader, or use data='train'."
-            )
-        if is_a(loader, "CombinedLoader"):  # validation is using the very object
-            raise ValueError(
-                "TWACallback(data='val') needs one plain validation dataloader, but there is a "
-                "CombinedLoader. Return the loader to use from a twa_dataloader() hook and pass "
-                "data='twa'."
-            )
-        _check_not_empty(settings, loader)
-        return shuffled(loader, shares_of_data(trainer))
-    if settings.data == "twa":
-        loader = hook_loader(trainer, "twa_dataloader")
-        if loader is None:
-            raise ValueError(
-                "TWACallback(data='twa') needs a twa_dataloader() hook on the LightningModule or "
-                "LightningDataModule, but neither has one or it returned None. Define it, or use "
-                "data='train' or data='val'."
-            )
-        _check_not_empty(settings, loader)
-        return loader
-    return None
-
-
-def _check_not_empty(settings: Settings, loader: Any) -> None:
-    if is_empty(loader):
-        raise ValueError(
-            f"TWACallback(data={settings.data!r}) trains the coefficients on {DATA[settings.data]},"
-            f" but that dataloader has no batch. Give it data, or a smaller batch_size where "
-            f"drop_last=True, or use data='train'."
-        )
-
-
 def check_data(
     settings: Settings,
     plans: Sequence[CollectPlan],
@@ -303,7 +242,7 @@ def check_data(
         settings: The arguments of the callback.
         plans: From :func:`check_trainer`, of this cycle and those to come.
         trainer: With its training data set up.
-        loader: From :func:`request_loader`.
+        loader: From :func:`~lightning_twa.phases.phase_data.request_loader`.
         candidates: Number of snapshots a resumed run has already.
         files: Number of candidates from files.
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_twa.config import DATA, Settings
 from lightning_twa.machine import in_common
-from lightning_twa.phases.checks import request_loader
+from lightning_twa.phases.phase_data import request_loader
 from lightning_twa.trainer import (
     IdleOptimizer,
     TrainerSwitch,
@@ -37,7 +37,7 @@ class Switch:
 
     def request_data(self, trainer: Trainer) -> Any:
         """Get the data of the phase, early; see
-        :func:`lightning_twa.phases.checks.request_loader`.
+        :func:`lightning_twa.phases.phase_data.request_loader`.
         """
         self._loader = request_loader(self.settings, trainer)
         return self._loader
