@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers.common import Regressor, loader, mse, trainer, weights
+from helpers.common import Frozen, Regressor, loader, mse, trainer, weights
 from helpers.resume import differences, equal, ordered, run, state
 from helpers.runs import fit
-from lightning_twa import CollectConfig, StorageConfig, TWACallback, average
+from lightning_twa import CollectConfig, StorageConfig, SubspaceConfig, TWACallback, average
 from lightning_twa.candidates import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")
@@ -342,3 +342,28 @@ def test_backbone_that_is_unfrozen_while_collecting(tmp_path) -> None:
     beta = twa.averaging_weights[:, 0]
     exact = sum(b * recorder.epochs[e] for e, b in enumerate(beta))
     torch.testing.assert_close(weights(module), exact, rtol=1e-5, atol=1e-6)
+
+
+class Unfreezes(L.Callback):
+    """Unfreezes the first layer at the start of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            pl_module.net[0].requires_grad_(True)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", ["default", "groups"])
+def test_unfreezing_in_the_phase_is_told_to_have_no_effect(tmp_path, kind, first) -> None:
+    subspace = SubspaceConfig(group_size=2) if kind == "groups" else None
+    twa = TWACallback(4, collect=CollectConfig(start=0), subspace=subspace)
+    callbacks = [Unfreezes(5), twa] if first else [twa, Unfreezes(5)]
+    with pytest.warns(
+        UserWarning, match=r"unfrozen in the phase \(2, the first is 'net.0.w"
+    ) as all_:
+        trainer(tmp_path, callbacks=callbacks, max_epochs=8).fit(Frozen(), loader())
+    assert sum("unfrozen in the phase" in str(w.message) for w in all_) == 1
+    assert twa.phase == "done"

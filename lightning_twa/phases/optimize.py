@@ -16,6 +16,7 @@ from lightning_twa.machine import in_common
 from lightning_twa.phases import report, span
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.phases.guard import guard_step, raise_what_failed
+from lightning_twa.phases.parameters import ParameterWatch
 from lightning_twa.phases.start import Switch
 from lightning_twa.subspace import Subspace, SubspaceOptimizer
 from lightning_twa.trainer import shards_parameters
@@ -50,8 +51,7 @@ class Optimization:
         self.losses = report.LossRecord()
         self.failed = False
         self._groups: CandidateGroups | None = None
-        # of the parameters at the switch: whose they are, under which name, and themselves
-        self._places: dict[str, tuple[dict[str, Any], str, Any]] = {}
+        self._parameters: ParameterWatch | None = None
         self._choice: span.Choice | None = None
         self._steps_before = 0  # of the groups before the current one
         self._skipped_before = 0
@@ -121,12 +121,7 @@ class Optimization:
 
     def _make_optimizer(self, module: LightningModule, subspace: Subspace) -> SubspaceOptimizer:
         assert self._choice is not None
-        named = dict(module.named_parameters())
-        self._places = {}
-        for spec in subspace.layout.specs:
-            owner, _, own = spec.name.rpartition(".")
-            held = module.get_submodule(owner)._parameters
-            self._places[spec.name] = (held, own, named[spec.name])
+        self._parameters = ParameterWatch(module, subspace.layout)
         steps = self._choice.total_steps if self._groups is None else self._groups.steps
         return SubspaceOptimizer(
             module.named_parameters(),
@@ -145,14 +140,8 @@ class Optimization:
             Exception: What the optimizer's own work has failed with.
         """
         raise_what_failed(self.optimizer)
-        replaced = [n for n, (owner, own, p) in self._places.items() if owner[own] is not p]
-        if replaced:
-            raise ValueError(
-                f"Parameter {replaced[0]!r} is another tensor than when the phase began: the "
-                f"module, or a callback, has made it anew, so that no gradient reaches the "
-                f"coefficients. Make parameters anew before start_epoch, or write into them "
-                f"(parameter.copy_())."
-            )
+        if self._parameters is not None:
+            self._parameters.look()
         doubtful, self._doubtful = self._doubtful, []
         _warn_of_missing_gradients(doubtful, module)
         self._go_to_next_group(trainer, module, store)
@@ -208,8 +197,7 @@ class Optimization:
         weights = optimizer.averaging_weights
         if self._groups is not None:
             weights = self._groups.result(weights)
-        named = dict(module.named_parameters())
-        replaced = any(named.get(n) is not p for n, (_, _, p) in self._places.items())
+        replaced = self._parameters is not None and self._parameters.replaced_in(module)
         if self._groups is not None or optimizer.parametrization.samples or replaced:
             # of the candidates themselves, without the rounding of the basis
             try:
@@ -252,7 +240,7 @@ class Optimization:
     def forget(self) -> None:
         """Free the basis."""
         self.failed = False
-        self._places = {}
+        self._parameters = None
         self.optimizer = self._groups = self._choice = None
         self._steps_before = self._skipped_before = 0
 
