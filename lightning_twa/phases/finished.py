@@ -213,19 +213,20 @@ class FinishedAverage:
         now = weights_and_buffers(module)
         return [n for n, d in self._digests.items() if n not in now or _digest(now[n]) != d]
 
-    def bring_files_up_to_date(self, trainer: Trainer, module: LightningModule) -> None:
+    def bring_files_up_to_date(self, trainer: Trainer, module: LightningModule, key: str) -> None:
         """Write the last checkpoint again where it was written at the last step of the run, before
         the average was complete; every process calls it. A failure is a warning.
 
         Args:
             trainer: At the end of training.
             module: Nothing is written where it does not hold the average any more.
+            key: Of the callback's state in a checkpoint.
         """
         if not all(gather_objects(bool(self._digests) and not self._others_in(module))):
             return
         wait_for_files(trainer)
         for path, weights_only in last_files(trainer):
-            stale = rank() == 0 and os.path.isfile(path) and self._is_in(Path(path)) is False
+            stale = rank() == 0 and os.path.isfile(path) and self._is_stale(Path(path), key)
             if not gather_objects(stale)[0]:
                 continue
             try:
@@ -241,6 +242,14 @@ class FinishedAverage:
                     f"could not be written again ({type(error).__name__}: {error}). The average "
                     f"is in {self.path or 'the model'}."
                 )
+
+    def _is_stale(self, path: Path, key: str) -> bool:
+        """Whether a file holds other weights, or the same of a run that has not ended."""
+        held = self._is_in(path)
+        if not held:
+            return held is False
+        callbacks = load_checkpoint(path, objects=True).get("callbacks", {})
+        return bool(callbacks.get(key, {}).get("phase", "done") != "done")
 
     def tell_of_best(self, trainer: Trainer) -> None:
         """Say where ``ckpt_path="best"`` and ``"last"`` mean other weights; rank zero looks."""

@@ -187,7 +187,8 @@ class Run:
     def bring_files_up_to_date(self, trainer: Trainer, module: LightningModule) -> None:
         """At the end of training; see :class:`~lightning_twa.phases.finished.FinishedAverage`."""
         if self.stage.name is StageName.DONE:
-            self.averaging.finished.bring_files_up_to_date(trainer, module)
+            key = self.averaging.state_key
+            self.averaging.finished.bring_files_up_to_date(trainer, module, key)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on with; safe for ``torch.load(weights_only=True)``."""

@@ -214,3 +214,23 @@ def test_a_thread_that_writes_checkpoints_does_not_miss_the_result(
     assert (twa.average_path is None) is fails
     assert not list(tmp_path.glob(".*"))
     assert the_trainer.strategy.checkpoint_io is plugin
+
+
+@pytest.mark.parametrize("batchnorm", [True, False])
+def test_a_last_checkpoint_with_the_right_weights_is_of_a_finished_run(
+    tmp_path: Path, batchnorm: bool
+) -> None:
+    """Saved before the end was known, when the model held the average already."""
+    twa = TWACallback(start_epoch=4, collect=CollectConfig(start=0))
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    module = Regressor(batchnorm=batchnorm)
+    the_trainer = trainer(
+        tmp_path,
+        callbacks=[twa, StopIn("on_train_epoch_start"), saver],
+        enable_checkpointing=True,
+        max_epochs=8,
+    )
+    the_trainer.fit(module, loader(), loader(32, seed=1))
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert last["callbacks"][twa.state_key]["phase"] == "done"
+    assert equal(dict(last["state_dict"]), state(module))
