@@ -101,8 +101,10 @@ def _written_at_once(trainer: Trainer) -> Iterator[None]:
     """Let no thread write a checkpoint later, whose error would end the run."""
     strategy = trainer.strategy
     usual = strategy.checkpoint_io
-    if isinstance(usual, AsyncCheckpointIO) and usual.checkpoint_io is not None:
-        strategy.checkpoint_io = usual.checkpoint_io
+    if not isinstance(usual, AsyncCheckpointIO) or usual.checkpoint_io is None:
+        yield
+        return
+    strategy.checkpoint_io = usual.checkpoint_io
     try:
         yield
     finally:
