@@ -285,6 +285,7 @@ def test_running_averages_are_measured_beside_steps() -> None:
         assert each == pytest.approx(share / n, abs=0.1)
 
 
+@pytest.mark.long
 def test_plots_are_drawn(tmp_path) -> None:
     quick = ("--epochs", "7", "--start-epoch", "6", "--points", "3")
     written = run_example("plots.py", str(tmp_path), *quick).splitlines()[-2:]

@@ -83,7 +83,7 @@ class FinishedAverage:
             where: ``True``: beside the checkpoints, where there are any; else the file's name.
             states: Of callbacks, as in every checkpoint.
         """
-        target = self._target(trainer, where)
+        target = _target(trainer, where, self._base)
         if target is None:
             return
         own = None if self.path is None else Path(self.path)  # of an earlier cycle
@@ -121,13 +121,6 @@ class FinishedAverage:
         kept = {n: v for n, v in own.items() if not _is_whole_in(held.get(n), v)}
         self._left = {n: _digest(held[n]) for n in own.keys() - kept.keys()}
         self._state, self._in_file = kept, True
-
-    def _target(self, trainer: Trainer, where: str | os.PathLike[str] | bool) -> Path | None:
-        if where is True:
-            directory = checkpoint_directory(trainer)
-            directory = gather_objects(directory)[0]  # its name may have a time in it
-            return None if directory is None else Path(directory).absolute() / f"{NAME}.ckpt"
-        return None if where is False else self._base / where
 
     def restore(self, checkpoint: Mapping[str, Any], module: nn.Module) -> None:
         """Take it from the checkpoint of a finished run.
@@ -294,6 +287,15 @@ class FinishedAverage:
             k += 1
             path = target.with_name(f"{target.stem}-v{k}{target.suffix}")
         return _replace(path, temporary)
+
+
+def _target(trainer: Trainer, where: str | os.PathLike[str] | bool, base: Path) -> Path | None:
+    """The file of the average; ``None`` where there is to be none."""
+    if where is True:
+        directory = checkpoint_directory(trainer)
+        directory = gather_objects(directory)[0]  # its name may have a time in it
+        return None if directory is None else Path(directory).absolute() / f"{NAME}.ckpt"
+    return None if where is False else base / where
 
 
 def _temporary(target: Path) -> Path:
