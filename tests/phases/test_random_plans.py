@@ -22,19 +22,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from helpers.common import Regressor, trainer, weights
+from helpers.hooks import HOOKS
 from helpers.resume import equal, ordered, state
 from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
 from lightning_twa.candidates import find_files, read_file
 
-HOOKS = (
-    "on_train_start",
-    "on_train_epoch_start",
-    "on_train_batch_start",
-    "on_train_batch_end",
-    "on_validation_start",
-    "on_validation_end",
-    "on_train_epoch_end",
-)
 LOSING = ("on_train_epoch_start", "on_train_batch_start")  # resumed there, Lightning skips a part
 WITHIN = ("on_train_batch_start", "on_train_batch_end")
 CHECKPOINTS: dict[str, dict[str, Any]] = {

@@ -332,3 +332,28 @@ def test_buffers_are_equal_on_all_ranks_when_validated_and_saved(tmp_path) -> No
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
     saved = torch.load(tmp_path / "step=18.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(saved["net.1.running_mean"], first[0])
+
+
+class OnOneRank(Regressor):
+    """A layer with BatchNorm that one process runs only, and one that none runs."""
+
+    def __init__(self) -> None:
+        super().__init__(batchnorm=True)
+        self.sometimes = torch.nn.BatchNorm1d(6, affine=False)
+        self.never = torch.nn.BatchNorm1d(6, affine=False)
+        self.never.running_mean += 3.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.trainer.global_rank == 1:
+            self.sometimes(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+def test_statistics_are_of_the_processes_that_run_a_layer(tmp_path) -> None:
+    train = strided(2)
+    two = fit(tmp_path, twa(), OnOneRank(), train=train, use_distributed_sampler=False)
+    assert equal(two[0]["state"], two[1]["state"])
+    inputs = torch.stack([regression_data()[i][0] for i in range(1, 64, 2)]).double()
+    found = two[0]["state"]["sometimes.running_mean"].double()
+    torch.testing.assert_close(found, inputs.mean(0), rtol=1e-5, atol=1e-6)
+    assert torch.equal(two[0]["state"]["never.running_mean"], torch.full((6,), 3.0))

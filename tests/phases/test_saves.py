@@ -11,20 +11,12 @@ import pytest
 import torch
 
 from helpers.common import Regressor, loader, trainer
+from helpers.hooks import HOOKS
 from helpers.resume import equal, ordered, state
 from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 
-HOOKS = (
-    "on_train_start",
-    "on_train_epoch_start",
-    "on_train_batch_start",
-    "on_train_batch_end",
-    "on_validation_start",
-    "on_validation_end",
-    "on_train_epoch_end",
-)
 KINDS: dict[str, dict[str, Any]] = {
     "default": {},
     "uniform": {"solver": SolverConfig(name="uniform")},
@@ -159,3 +151,29 @@ def test_from_every_file_a_run_goes_on_as_if_it_had_not_been_interrupted(
             assert len(whole[2]) - len(found[2]) in range(lost + 1), number
         else:
             assert equal(found, whole), number
+
+
+@pytest.mark.parametrize("kind", ["default", "uniform", "groups"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_resumed_from_the_start_of_an_epoch_may_save_there_again(
+    tmp_path: Path, first: bool, kind: str
+) -> None:
+    """Lightning counts one epoch more as started than as ready from there on."""
+
+    def go(folder: Path, ckpt_path: Path | None = None) -> tuple[TWACallback, Save]:
+        L.seed_everything(1, verbose=False)
+        twa = TWACallback(**{"start_epoch": 5, "collect": CollectConfig(start=0), **KINDS[kind]})
+        saver = Save("on_train_epoch_start", folder)
+        callbacks = [saver, twa] if first else [twa, saver]
+        the_trainer = trainer(folder, callbacks=callbacks, max_epochs=8)
+        the_trainer.fit(
+            Regressor(batchnorm=True), ordered(), ordered(32, seed=1), ckpt_path=ckpt_path
+        )
+        return twa, saver
+
+    go(tmp_path)
+    for number in (3, 6, 7):
+        (tmp_path / f"from_{number}").mkdir()
+        twa, saver = go(tmp_path / f"from_{number}", tmp_path / f"{number}.ckpt")
+        assert twa.phase == "done"
+        assert saver.count == 8 - number + 1

@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from helpers.common import Regressor, loader, trainer
+from helpers.common import Regressor
+from helpers.recipes import KINDS, run, twa
 from helpers.resume import equal, state
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, TWACallback
-
-KINDS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "uniform": {"solver": SolverConfig(name="uniform")},
-    "validated": {"validate_average": True},
-    "uniform, validated": {"solver": SolverConfig(name="uniform"), "validate_average": True},
-}
-
-
-def twa(kind: str = "default", **kwargs: Any) -> TWACallback:
-    start = {"start_epoch": 3, "collect": CollectConfig(start=0)}
-    return TWACallback(**{**start, **KINDS[kind], **kwargs})
-
-
-def run(
-    path: Path, callback: TWACallback | None, module: L.LightningModule, *others: Any, **kwargs: Any
-) -> L.Trainer:
-    torch.manual_seed(1)
-    the_trainer = trainer(
-        path,
-        callbacks=[*([] if callback is None else [callback]), *others],
-        **{"max_epochs": 5, "enable_checkpointing": True, **kwargs},
-    )
-    the_trainer.fit(module, loader(), loader(32, seed=1))
-    return the_trainer
+from lightning_twa import StorageConfig
 
 
 class Freezes(Regressor):
