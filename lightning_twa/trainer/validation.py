@@ -83,8 +83,9 @@ class AroundValidation:
         """Whether a validation is under way, and somebody has put other weights into the model."""
         if self._look is None:
             return False
-        now = self._look()
-        return any(n not in now or not torch.equal(now[n], few) for n, few in self._seen.items())
+        now = {name: few.nan_to_num() for name, few in self._look().items()}  # NaN equals nothing
+        seen = {name: few.nan_to_num() for name, few in self._seen.items()}
+        return any(n not in now or not torch.equal(now[n], few) for n, few in seen.items())
 
     def remove(self) -> None:
         """Undo it. May be called again."""

@@ -166,6 +166,16 @@ def test_a_save_while_others_have_weights_in_the_model_does_not_make_them_the_av
     assert equal(*averages[1]), "the model holds it"
 
 
+def test_a_frozen_nan_is_nobody_else_s_weight(tmp_path) -> None:
+    """What is saved at the end of the last validation is the result, at once."""
+    callback, module = twa(), Regressor()
+    module.unused = nn.Parameter(torch.full((3,), torch.nan), requires_grad=False)
+    path = tmp_path / "saved.ckpt"
+    run(tmp_path, callback, module, Stops(), SavesIn("on_validation_end", path), max_epochs=8)
+    held = torch.load(path, weights_only=True)
+    assert held["callbacks"][callback.state_key]["phase"] == "done"
+
+
 def test_early_stopping_and_a_swap_in_the_module(tmp_path) -> None:
     """The recipe: stopping and saving at the end of a validation."""
     L.seed_everything(1, verbose=False)
