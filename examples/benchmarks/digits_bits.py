@@ -18,7 +18,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from lightning_twa import SubspaceConfig, SubspaceOptimizer, TWACallback
+from lightning_twa import SubspaceConfig, TWACallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import digits
@@ -32,8 +32,9 @@ class Error(L.Callback):
     value = float("nan")
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
-        optimizer = trainer.optimizers[0]
-        if isinstance(optimizer, SubspaceOptimizer):
+        (callback,) = (c for c in trainer.callbacks if isinstance(c, TWACallback))
+        optimizer = callback._run.optimization.optimizer
+        if optimizer is not None:
             self.value = optimizer.subspace.stored.error
 
 

@@ -23,6 +23,7 @@ from lightning_twa.phases.trajectory import Trajectory
 from lightning_twa.trainer import (
     AroundValidation,
     BatchWatch,
+    HeldModes,
     batches_seen,
     epoch_is_ending,
     run_is_ending,
@@ -47,6 +48,8 @@ class Averaging:
         trajectory: The way of the averaging weights through the phase.
         finished: The average, once it is complete.
         batches: Whether hooks change batches before ``training_step``.
+        modes: Keeps the finished average in the model, whatever mode its optimizers are told to
+            be in.
         around: What is told before and after each validation.
         block_names: Names of the coefficient blocks.
         learned: ``(n, B)`` the averaging weights of the last phase, while no optimizer has them.
@@ -67,6 +70,7 @@ class Averaging:
         self.trajectory = Trajectory()
         self.finished = FinishedAverage()
         self.batches = BatchWatch()
+        self.modes = HeldModes()
         self.around = AroundValidation()
         self.block_names: list[str] = []
         self.learned: Tensor | None = None
@@ -159,6 +163,7 @@ class Averaging:
 
     def begin_cycle(self, trainer: Trainer) -> None:
         """Train as usual from the learned average on, and collect anew."""
+        self.modes.release()
         self.optimization.switch.leave(trainer)
         self.optimization.forget()
         self.collector.begin_anew(trainer)

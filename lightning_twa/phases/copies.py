@@ -7,8 +7,9 @@ import copy
 from lightning_twa.phases import saved
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.collect import Collector
+from lightning_twa.phases.last_stages import Done, Suspended
 from lightning_twa.phases.optimize import Optimization
-from lightning_twa.phases.stages import Collecting, Done, Optimizing, Suspended
+from lightning_twa.phases.stages import Collecting, Optimizing
 from lightning_twa.phases.temporary import TemporaryAverage
 from lightning_twa.phases.transitions import Stage
 

@@ -75,7 +75,7 @@ def _fall_back(
             put_average(module, store)
     except Exception as second:
         raise error from second
-    averaging.optimization.stand_still(trainer, module)
+    averaging.optimization.stand_still(trainer)
     averaging.keep_uniform()
     then = (
         "The run ends with the uniform average of its"

@@ -11,7 +11,7 @@ from lightning_twa.phases import saved
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.fitting import fit_buffers
 from lightning_twa.phases.report import uniform_report
-from lightning_twa.trainer import was_stopped_early
+from lightning_twa.trainer import HeldModes, was_stopped_early
 from lightning_twa.words import count
 
 __all__ = ["complete_phase", "complete_uniform", "warn_of_no_average", "warn_of_too_few"]
@@ -82,6 +82,7 @@ def _keep_result(
             f"written before the phase ended need them."
         )
     averaging.temporary.validated = None  # checkpoints have what is in the model from here on
+    averaging.modes = HeldModes(trainer)
     averaging.finished.take(module)
     averaging.finished.write(
         trainer,

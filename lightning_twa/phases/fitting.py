@@ -55,5 +55,8 @@ def put_average_in(averaging: Averaging, trainer: Trainer, module: LightningModu
     moment = f"before a validation in epoch {trainer.current_epoch}"
     averaging.collector.check_form(module, moment)
     averaging.temporary.put_in(
-        module, averaging.store, lambda: fit_buffers(averaging, trainer, module, in_between=True)
+        module,
+        averaging.store,
+        lambda: fit_buffers(averaging, trainer, module, in_between=True),
+        trainer,
     )

@@ -19,7 +19,7 @@ from lightning_twa.phases.guard import guard_step, raise_what_failed
 from lightning_twa.phases.parameters import ParameterWatch
 from lightning_twa.phases.start import Switch
 from lightning_twa.subspace import Subspace, SubspaceOptimizer
-from lightning_twa.trainer import shards_parameters
+from lightning_twa.trainer import batches_seen, shards_parameters
 
 __all__ = ["Optimization"]
 
@@ -91,7 +91,8 @@ class Optimization:
         if kept is not None:
             self.optimizer.load_state_dict(kept["optimizer"])
         guard_step(self.optimizer)
-        self.switch.step_with(self.optimizer, gradients_stay=choice.share.gradients_stay)
+        outputs = self.optimizer.param_groups[0]["params"]
+        self.switch.step_with(self.optimizer, outputs, gradients_stay=choice.share.gradients_stay)
         self._local_buffers = choice.share.gradients_stay or shards_parameters(trainer)
         self._go_to_next_group(trainer, module, store)  # where it was saved before follow_batch()
         self._tell_what_begins(store)
@@ -133,6 +134,14 @@ class Optimization:
 
     # --- steps
 
+    def look_before_batch(self, trainer: Trainer) -> None:
+        """At the start of an epoch others may have put another optimizer into the Trainer, or other
+        weights into the model: those of the best checkpoint, say.
+        """
+        self.switch.follow_optimizer()
+        if self.optimizer is not None and batches_seen(trainer) <= 1:
+            self.optimizer.write_parameters()
+
     def follow_batch(self, trainer: Trainer, module: LightningModule, store: Store) -> None:
         """After a batch: go on with the next group of candidates where one is due.
 
@@ -163,7 +172,7 @@ class Optimization:
         self._skipped_before += optimizer.skipped_steps
         self.optimizer = self._make_optimizer(module, subspace)
         guard_step(self.optimizer)
-        self.switch.step_next(self.optimizer)
+        self.switch.step_next(self.optimizer, self.optimizer.param_groups[0]["params"])
 
     @property
     def averaging_weights(self) -> Tensor | None:
@@ -231,11 +240,11 @@ class Optimization:
         for line in lines:
             rank_zero_info(line)
 
-    def stand_still(self, trainer: Trainer, module: LightningModule) -> None:
+    def stand_still(self, trainer: Trainer) -> None:
         """Free the basis; the model keeps the weights that it has until the run ends."""
         self.forget()
         self.failed = True
-        self.switch.step_nothing(trainer, module.parameters())
+        self.switch.step_nothing(trainer)
 
     def forget(self) -> None:
         """Free the basis."""

@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from lightning_twa.candidates import Store
 from lightning_twa.config import Settings
-from lightning_twa.phases import stages
+from lightning_twa.phases import last_stages, stages
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.copies import copied
 from lightning_twa.phases.migrate import load_candidates, load_raw_weights
@@ -36,8 +36,8 @@ STAGES: dict[StageName, type[Stage]] = {
         stages.Collecting,
         stages.Resuming,
         stages.Optimizing,
-        stages.Suspended,
-        stages.Done,
+        last_stages.Suspended,
+        last_stages.Done,
     )
 }
 

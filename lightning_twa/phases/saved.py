@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_twa.checkpoint import FORMAT_VERSION, check_state
 from lightning_twa.config import Settings
@@ -19,6 +19,8 @@ __all__ = [
     "check_settings",
     "complete",
     "dump",
+    "go_back",
+    "is_of_phase",
     "load",
     "phase_to_keep",
     "unfreeze_as_before",
@@ -137,6 +139,19 @@ def load(averaging: Averaging, state: dict[str, Any]) -> None:
         averaging.trajectory.load_state_dict(state["path"])
     if phase != "collect":
         averaging.optimization.started = dict(state["started"])
+
+
+def is_of_phase(averaging: Averaging, state: Mapping[str, Any]) -> bool:
+    """Whether a state is of the phase that is under way."""
+    names = averaging.candidate_names
+    return state["phase"] == "optimize" and list(state["candidate_names"]) == names
+
+
+def go_back(averaging: Averaging, trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Within a phase: go on from a state of it."""
+    optimization, module = averaging.optimization, trainer.lightning_module
+    averaging.trajectory.load_state_dict(state["path"])
+    optimization.enter(trainer, module, averaging.store, {k: state[k] for k in KEPT if k in state})
 
 
 def check_settings(settings: Settings, kept: Mapping[str, Any], what: str) -> None:

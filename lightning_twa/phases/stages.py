@@ -1,11 +1,12 @@
-"""The stages of a run. Their methods are named by the event that they answer, and say what is done
-then; how it is done stands in what they call. See :mod:`lightning_twa.phases.transitions`.
+"""The stages of a run that trains. Their methods are named by the event that they answer, and say
+what is done then; how it is done stands in what they call. See
+:mod:`lightning_twa.phases.transitions`.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -28,7 +29,7 @@ from lightning_twa.trainer import (
     state_of_module,
 )
 
-__all__ = ["Collecting", "Done", "Optimizing", "Resuming", "Suspended"]
+__all__ = ["Collecting", "Optimizing", "Resuming"]
 
 
 class Collecting(Stage):
@@ -216,6 +217,29 @@ class Optimizing(Stage):
     name = StageName.OPTIMIZING
     phase = "optimize"
 
+    def checkpoint_loaded(self, trainer: Trainer | None, state: dict[str, Any]) -> StageName:
+        """Somebody (the learning rate finder) has trained meanwhile, and takes it back.
+
+        Raises:
+            RuntimeError: When the checkpoint is not of this phase.
+        """
+        averaging = self.averaging
+        if trainer is None or not saved.is_of_phase(averaging, state):
+            raise RuntimeError(
+                "A checkpoint of before the TWA phase, or of another run, was loaded within the "
+                "phase. Load checkpoints before start_epoch, or resume with fit(ckpt_path=...)."
+            )
+        saved.go_back(averaging, trainer, state)
+        return self.name
+
+    def batch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Others may have changed the Trainer's optimizer, or the weights, at the start of the
+        epoch.
+        """
+        if not self.averaging.optimization.failed:
+            self.averaging.optimization.look_before_batch(trainer)
+        return super().batch_begins(trainer, module)
+
     def batch_ended(self, trainer: Trainer, module: LightningModule, outputs: Any) -> StageName:
         """Log and record the step."""
         fallback.follow_phase(self.averaging, trainer, module, outputs)
@@ -278,108 +302,3 @@ class Optimizing(Stage):
         """What the phase goes on from; of one that has failed, the candidates."""
         failed = self.averaging.optimization.failed
         return saved.dump(self.averaging, "collect" if failed else self.phase)
-
-
-class Suspended(Stage):
-    """Something came in between: what was learned is kept, the Trainer has been given back, and
-    nothing big is on the device.
-    """
-
-    name = StageName.SUSPENDED
-
-    @property
-    def phase(self) -> Literal["collect", "optimize"]:
-        """What was interrupted."""
-        return "collect" if self.averaging.kept is None else "optimize"
-
-    def fit_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Go on.
-
-        Raises:
-            ValueError: When the phase was begun with other settings.
-        """
-        averaging = self.averaging
-        if averaging.kept is not None:
-            saved.check_settings(averaging.settings, averaging.kept, "phase that was interrupted")
-        averaging.collector.resolve(trainer, module)
-        return StageName.COLLECTING if averaging.kept is None else StageName.RESUMING
-
-    def checkpoint_written(
-        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], key: str
-    ) -> StageName:
-        """As before the interruption. Other ranks may not have had it: nothing is exchanged."""
-        if self.phase == "collect":
-            put_validated(self.averaging, trainer, module, checkpoint)
-        return super().checkpoint_written(trainer, module, checkpoint, key)
-
-    def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Nothing is left to be given back."""
-        return self.name
-
-
-class Done(Stage):
-    """The average is complete, and in the model."""
-
-    name = StageName.DONE
-    phase = "done"
-
-    def loops_begin(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Give the Trainer the data of the phase that has ended, for what is left of its epoch."""
-        super().loops_begin(trainer, module)
-        self.averaging.regain_trainer(trainer)
-        return self.name
-
-    def training_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Begin the next cycle where it is due."""
-        averaging = self.averaging
-        if not (at_epoch_start(trainer) and averaging.next_cycle_is_due(trainer)):
-            return self.name
-        averaging.meet_model(module)
-        averaging.begin_cycle(trainer)
-        averaging.start_collecting(trainer, module)
-        return StageName.COLLECTING
-
-    def epoch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Begin the next cycle where it is due.
-
-        Raises:
-            RuntimeError: After the last one.
-        """
-        self._refuse_to_go_on(trainer)
-        if not self.averaging.next_cycle_is_due(trainer):
-            return self.name
-        self.averaging.begin_cycle(trainer)
-        return StageName.COLLECTING
-
-    def batch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """A finished run that is resumed within an epoch has no start of the epoch.
-
-        Raises:
-            RuntimeError: After the last cycle.
-        """
-        self._refuse_to_go_on(trainer)
-        return super().batch_begins(trainer, module)
-
-    def _refuse_to_go_on(self, trainer: Trainer) -> None:
-        if self.averaging.in_last_cycle:
-            raise RuntimeError(
-                f"The TWA phase of this run was finished, but the Trainer goes on with epoch "
-                f"{trainer.current_epoch}. To train further from the averaged weights, load them "
-                f"into a new run (load_from_checkpoint, a new Trainer and a new TWACallback)."
-            )
-
-    def training_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Give the Trainer back."""
-        self.averaging.release()
-        return self.name
-
-    def fit_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Compare what the model and its files hold with the average."""
-        self.averaging.finished.compare(module, "At the end of the run")
-        self.averaging.finished.tell_of_best(trainer)
-        return self.raised(trainer, module)
-
-    def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Give the Trainer back."""
-        self.averaging.release()
-        return self.name

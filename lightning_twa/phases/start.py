@@ -13,7 +13,6 @@ from lightning_twa.config import DATA, Settings
 from lightning_twa.machine import in_common
 from lightning_twa.phases.phase_data import request_loader
 from lightning_twa.trainer import (
-    IdleOptimizer,
     TrainerSwitch,
     begin_stopping_anew,
     prepare_data,
@@ -114,36 +113,36 @@ class Switch:
                 validate_each_epoch=bool(started["validates_each_epoch"]),
             )
 
-    def step_with(self, optimizer: Optimizer, *, gradients_stay: bool) -> None:
+    def step_with(
+        self, optimizer: Optimizer, outputs: Iterable[Tensor], *, gradients_stay: bool
+    ) -> None:
         """Let the Trainer step the phase's optimizer from the next batch on.
 
         Args:
             optimizer: Of the phase.
+            outputs: The parameters that it moves.
             gradients_stay: Whether DDP is to exchange neither gradients nor buffers.
         """
         assert self._changes is not None
-        self._changes.install_optimizer(optimizer)
+        self._changes.install_optimizer(optimizer, outputs)
         if gradients_stay:
             self._changes.stop_gradient_sync()
 
-    def step_next(self, optimizer: Optimizer) -> None:
+    def step_next(self, optimizer: Optimizer, outputs: Iterable[Tensor]) -> None:
         """Let the Trainer step another optimizer of the same phase."""
         assert self._changes is not None
-        self._changes.replace_optimizer(optimizer)
+        self._changes.install_optimizer(optimizer, outputs)
 
-    def step_nothing(self, trainer: Trainer, params: Iterable[Tensor]) -> None:
-        """Let the Trainer's steps change nothing, whether it is borrowed or not.
+    def step_nothing(self, trainer: Trainer) -> None:
+        """Let the Trainer's steps change nothing, whether it is borrowed or not."""
+        if self._changes is None:
+            self._changes = TrainerSwitch(trainer)
+        self._changes.install_optimizer(None, ())
 
-        Args:
-            trainer: The Trainer.
-            params: Of the model.
-        """
-        idle = IdleOptimizer(params)
+    def follow_optimizer(self) -> None:
+        """See :meth:`~lightning_twa.trainer.switch.TrainerSwitch.look_for_another_optimizer`."""
         if self._changes is not None:
-            self._changes.replace_optimizer(idle)
-            return
-        self._changes = TrainerSwitch(trainer)
-        self._changes.install_optimizer(idle)
+            self._changes.look_for_another_optimizer()
 
     def training_data(self, trainer: Trainer) -> Any:
         """The user's prepared training data, whatever is installed now."""

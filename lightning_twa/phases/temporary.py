@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_twa.candidates import Store, is_dense, put_average, put_back, weights_and_buffers
+from lightning_twa.trainer import HeldModes
 
 __all__ = ["TemporaryAverage", "copies_of", "few_of"]
 
@@ -32,6 +34,7 @@ class TemporaryAverage:
         # of the average, until a validation has begun with it
         self._sample: dict[str, Tensor] | None = None
         self._warned = False
+        self._modes = HeldModes()
 
     @property
     def in_place(self) -> bool:
@@ -41,17 +44,26 @@ class TemporaryAverage:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_raw": None}  # a copy is in no model
 
-    def put_in(self, module: nn.Module, store: Store, reestimate: Callable[[], object]) -> None:
+    def put_in(
+        self,
+        module: nn.Module,
+        store: Store,
+        reestimate: Callable[[], object],
+        trainer: Trainer | None = None,
+    ) -> None:
         """Put the uniform average of the candidates in place; nothing without candidates.
 
         Args:
             module: The model.
             store: The candidates.
             reestimate: Computes BatchNorm statistics for the weights in place.
+            trainer: An optimizer of it that has other weights for evaluation gets at them when its
+                own are back.
         """
         if len(store) == 0:
             return
         self._raw = _copies(module)
+        self._modes = HeldModes(trainer, postpone=True)
         put_average(module, store)
         reestimate()
         trained = [name for name, p in module.named_parameters() if p.requires_grad]
@@ -90,6 +102,7 @@ class TemporaryAverage:
             self.validated = copies_of(state())
         put_back(module, self._raw)
         self._raw = self._sample = None
+        self._modes.release()
 
     @contextmanager
     def weights_in_place(self, module: nn.Module) -> Iterator[None]:

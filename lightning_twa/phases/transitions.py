@@ -64,7 +64,7 @@ C, R, O, S, D = StageName  # noqa: E741
 #: error, of this package or of a Trainer that does things in another order.
 TABLE: Mapping[Event, Mapping[StageName, tuple[StageName, ...]]] = {
     Event.FIT_BEGINS: {C: (C,), S: (C, R), D: (D,)},
-    Event.CHECKPOINT_LOADED: {C: (C, R, D), R: (C, R, D), S: (C, R, D), D: (C, R, D)},
+    Event.CHECKPOINT_LOADED: {C: (C, R, D), R: (C, R, D), O: (O,), S: (C, R, D), D: (C, R, D)},
     Event.LOOPS_BEGIN: {C: (C,), R: (R,), D: (D,)},
     Event.TRAINING_BEGINS: {C: (C, O), R: (O, C), D: (D, C)},
     Event.EPOCH_BEGINS: {C: (C, O), O: (O,), D: (D, C)},

@@ -1,6 +1,7 @@
 """Everything that reads or changes a Trainer, its private names included."""
 
 from lightning_twa.trainer.batch_watch import BatchWatch, batch_hooks
+from lightning_twa.trainer.borrowed_optimizer import HeldModes
 from lightning_twa.trainer.checkpoint_file import (
     best_paths,
     checkpoint_directory,
@@ -49,13 +50,13 @@ from lightning_twa.trainer.position import (
 from lightning_twa.trainer.progress_bar import show_progress
 from lightning_twa.trainer.replay import modules_in_training, training_steps, try_training_step
 from lightning_twa.trainer.stopping import StopWatch, begin_stopping_anew, was_stopped_early
-from lightning_twa.trainer.switch import IdleOptimizer, TrainerSwitch
+from lightning_twa.trainer.switch import TrainerSwitch
 from lightning_twa.trainer.validation import AroundValidation, state_of_module
 
 __all__ = [
     "AroundValidation",
     "BatchWatch",
-    "IdleOptimizer",
+    "HeldModes",
     "LoadHook",
     "StopWatch",
     "TrainerSwitch",

@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_twa.trainer.borrowed_optimizer import BorrowedOptimizer
 from lightning_twa.trainer.data import set_epoch, tear_down_fetcher
 from lightning_twa.trainer.stopping import put_to_sleep
 
-__all__ = ["IdleOptimizer", "TrainerSwitch"]
-
-
-class IdleOptimizer(Optimizer):
-    """Runs a training step and changes nothing.
-
-    Args:
-        params: Parameters, for those who look at them.
-    """
-
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        super().__init__(list(params), {"lr": 0.0})
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Call ``closure``, as the Trainer expects."""
-        if closure is None:
-            return None
-        with torch.enable_grad():
-            return closure()
+__all__ = ["TrainerSwitch"]
 
 
 class TrainerSwitch:
-    """Puts the phase's optimizer and data into a Trainer and takes them out again.
+    """Lets a Trainer step the phase's optimizer, on the phase's data, and undoes it.
 
-    The user's optimizers and schedulers are neither stepped nor lost meanwhile. Schedulers stay
-    visible (``self.lr_schedulers()`` in a module keeps working) with a frequency that never comes
-    round.
+    The user's optimizer stays where it is, and is not stepped meanwhile; its schedulers neither.
 
     Args:
         trainer: The Trainer to change.
@@ -50,37 +28,45 @@ class TrainerSwitch:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.user_optimizers: list[Optimizer] = []
+        self._borrowed: BorrowedOptimizer | None = None
+        self._outputs: list[Tensor] = []
         self.validates_each_epoch = False
         self._user_source: Any = None
         self._user_combined_loader: Any = None
         self._undo = ExitStack()
 
-    def install_optimizer(self, optimizer: Optimizer) -> None:
-        """Let the Trainer step ``optimizer`` from the next batch on, and no scheduler."""
-        strategy = self.trainer.strategy
-        self.user_optimizers = list(strategy.optimizers)
-        schedulers = strategy.lr_scheduler_configs
-        self._undo.callback(setattr, strategy, "optimizers", self.user_optimizers)
-        self._undo.callback(setattr, strategy, "lr_scheduler_configs", schedulers)
-        # Checkpoints keep the user's states: what is dumped for the phase's optimizer is theirs.
-        # Every strategy then stores it as it does without the phase, also in pieces.
-        dump = strategy.optimizer_state
+    def install_optimizer(self, optimizer: Optimizer | None, outputs: Iterable[Tensor]) -> None:
+        """Let the Trainer step ``optimizer`` from the next batch on, and no scheduler.
 
-        def dump_users(optimizer: Optimizer) -> dict[str, Any]:
-            return dump(self.user_optimizers[0])
+        Args:
+            optimizer: ``None``: steps change nothing.
+            outputs: The parameters that it moves.
+        """
+        if self._borrowed is None:
+            loop: Any = self.trainer.fit_loop.epoch_loop
+            loop.update_lr_schedulers = _update_no_scheduler
+            self._undo.callback(delattr, loop, "update_lr_schedulers")
+            self._undo.callback(self._give_optimizer_back)
+        self._outputs = list(outputs)
+        self._borrow_optimizer(optimizer)
 
-        self._undo.callback(delattr, strategy, "optimizer_state")
-        strategy.optimizer_state = dump_users  # type: ignore[method-assign]
-        # The setter rebuilds the wrappers that are stepped; changing the list in place would not.
-        strategy.optimizers = [optimizer]
-        strategy.lr_scheduler_configs = [
-            dataclasses.replace(config, frequency=sys.maxsize) for config in schedulers
-        ]
+    def _borrow_optimizer(self, optimizer: Optimizer | None) -> None:
+        self._give_optimizer_back()
+        self._borrowed = BorrowedOptimizer(self.trainer, self._outputs)
+        self._borrowed.steps = optimizer
 
-    def replace_optimizer(self, optimizer: Optimizer) -> None:
-        """Let the Trainer step another optimizer of the phase from the next batch on."""
-        self.trainer.strategy.optimizers = [optimizer]
+    def _give_optimizer_back(self) -> None:
+        if self._borrowed is not None:
+            self._borrowed.give_back()
+            self._borrowed = None
+
+    def look_for_another_optimizer(self) -> None:
+        """Before a batch: somebody may have put another optimizer into the Trainer."""
+        if self._borrowed is None:
+            return
+        optimizers = self.trainer.strategy.optimizers
+        if len(optimizers) == 1 and optimizers[0] is not self._borrowed.user:
+            self._borrow_optimizer(self._borrowed.steps)
 
     def put_early_stopping_to_sleep(self) -> None:
         """See :func:`~lightning_twa.trainer.stopping.put_to_sleep`."""
@@ -187,3 +173,7 @@ class TrainerSwitch:
     def restore(self) -> None:
         """Undo everything, last change first. May be called again."""
         self._undo.close()
+
+
+def _update_no_scheduler(interval: str, update_plateau_schedulers: bool) -> None:
+    """In the place of the loop's method."""

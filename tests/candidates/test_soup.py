@@ -130,7 +130,7 @@ def test_frozen_parameters_come_from_the_files(tmp_path) -> None:
 def test_a_soup_may_go_as_far_as_a_single_run(tmp_path, soup) -> None:
     class Budget(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-            self.radius = trainer.optimizers[0].radius
+            self.radius = twa._run.optimization.optimizer.radius
 
     folder, models = soup
     paths = [folder / name for name in ("a.ckpt", "b.pt", "c.safetensors")]

@@ -18,7 +18,15 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from helpers.common import Regressor, loader, trainer, weights
 from helpers.resume import equal
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
+from helpers.runs import is_borrowed
+from lightning_twa import (
+    CollectConfig,
+    SolverConfig,
+    StorageConfig,
+    SubspaceConfig,
+    SubspaceOptimizer,
+    TWACallback,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 
@@ -48,7 +56,9 @@ class AtStart(L.Callback):
 
 def note(trainer: L.Trainer, module: Any) -> Any:
     """Weights, and the state and the settings of the optimizer that steps."""
-    optimizer = trainer.optimizers[0]
+    (callback,) = (c for c in trainer.callbacks if isinstance(c, TWACallback))
+    optimizer = callback._run.optimization.optimizer or trainer.optimizers[0]
+    assert is_borrowed(trainer) == isinstance(optimizer, SubspaceOptimizer)
     lrs = [group["lr"] for group in optimizer.param_groups]
     return type(optimizer).__name__, copy.deepcopy(optimizer.state_dict()), lrs, weights(module)
 
@@ -136,7 +146,7 @@ def test_nothing_big_is_kept_after_an_interruption(tmp_path: Path, error: Any) -
 
     class Look(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-            optimizer = trainer.optimizers[0]
+            optimizer = callback._run.optimization.optimizer
             if callback.phase == "optimize" and not held:
                 held.append(weakref.ref(optimizer))
                 held.append(weakref.ref(optimizer.subspace))
@@ -155,7 +165,7 @@ def test_nothing_big_is_kept_after_an_interruption(tmp_path: Path, error: Any) -
     assert [what() for what in held] == [None] * 4
     assert callback.phase == "optimize"
     assert callback.averaging_weights.shape == (5, 1)
-    assert type(the_trainer.optimizers[0]) is torch.optim.SGD
+    assert not is_borrowed(the_trainer)
     the_trainer.fit(module, loader())
     assert callback.phase == "done"
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from helpers.common import Regressor, trainer, weights
 from helpers.hooks import HOOKS
 from helpers.resume import equal, ordered, state
+from helpers.runs import is_borrowed
 from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
 from lightning_twa.candidates import find_files, read_file
 
@@ -273,7 +274,7 @@ def check_left_behind(plan: Plan, folder: Path) -> None:
 
 def check_interrupted(plan: Plan, run: Run, plain: Run) -> None:
     """The Trainer is the user's again, with the weights that training goes on from."""
-    assert all(type(o) is torch.optim.SGD for o in run.trainer.optimizers)
+    assert not (run.trainer.optimizers and is_borrowed(run.trainer))
     assert [type(c.scheduler).__name__ for c in run.trainer.lr_scheduler_configs] == (
         ["StepLR"] if run.trainer.optimizers else []
     )

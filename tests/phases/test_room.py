@@ -244,7 +244,7 @@ def test_what_is_expected_is_what_is_taken(tmp_path, bits, basis) -> None:
 
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             if callback.phase == "optimize":
-                subspace = self.trainer.optimizers[0].subspace
+                subspace = callback._run.optimization.optimizer.subspace
                 seen.append(subspace.nbytes)
                 assert subspace.stored.nbytes == stored_bytes(
                     subspace.layout, subspace.num_directions, bits

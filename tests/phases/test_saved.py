@@ -18,7 +18,6 @@ from lightning_twa import (
     CollectConfig,
     SolverConfig,
     SubspaceConfig,
-    SubspaceOptimizer,
     TWACallback,
 )
 
@@ -175,8 +174,9 @@ def test_a_phase_of_another_length_keeps_within_the_radius(
 
     class Look(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-            (optimizer,) = trainer.optimizers
-            if isinstance(optimizer, SubspaceOptimizer):
+            (callback,) = (c for c in trainer.callbacks if isinstance(c, TWACallback))
+            optimizer = callback._run.optimization.optimizer
+            if optimizer is not None:
                 lengths.append((optimizer.path_length.max().item(), optimizer.last_lr))
 
     def fit(path: Path) -> Tensor:

@@ -153,6 +153,7 @@ def with_a_phase(bench: Bench) -> None:
     bench.fit(twa(), In("on_fit_start", 0, save(bench.path / "x.ckpt")), ckpt_path=path)
     bench.fit(twa(), ckpt_path=path, max_epochs=3)  # nothing is left to be trained
     bench.fit(twa(), In("on_train_batch_end", 2, leave_as_a_tuner))
+    bench.fit(twa(), In("on_train_epoch_start", 3, lambda t, _: back_to(t, path)))
     bench.fit(twa(), again=True)
     bench.fit(twa(), then=one_epoch_more)
     bench.fit(twa(), In("on_train_batch_end", 2, boom), then=other_settings)
@@ -169,6 +170,11 @@ def with_a_phase(bench: Bench) -> None:
             In("on_train_batch_end", 2, boom),
             then=lambda t, m, state=state: t.callbacks[0].load_state_dict(state),
         )
+
+
+def back_to(the_trainer: L.Trainer, path: Path) -> None:
+    """As the learning rate finder does."""
+    the_trainer._checkpoint_connector.restore(path)
 
 
 def leave_as_a_tuner(*args: Any) -> None:

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 
 from helpers.common import Regressor, loader, trainer, weights
 from helpers.resume import EpochOrder, equal, state
-from lightning_twa import CollectConfig, SolverConfig, SubspaceOptimizer, TWACallback
+from helpers.runs import is_borrowed
+from lightning_twa import CollectConfig, SolverConfig, TWACallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 
@@ -108,9 +109,9 @@ class Counting(TWACallback):
         in_phase = trainer.current_epoch >= START
         assert self.phase == ("optimize" if in_phase else "collect")
         assert self.switches == int(in_phase)
-        kind = SubspaceOptimizer if in_phase else torch.optim.SGD
-        assert type(trainer.optimizers[0]) is kind
-        assert type(trainer.strategy._lightning_optimizers[0]._optimizer) is kind
+        assert is_borrowed(trainer) == in_phase
+        assert type(trainer.optimizers[0]) is torch.optim.SGD
+        assert trainer.strategy._lightning_optimizers[0]._optimizer is trainer.optimizers[0]
         assert len(trainer.lr_scheduler_configs) == 1, "schedulers stay visible"
 
     def on_train_epoch_end(self, trainer: L.Trainer, *args: Any) -> None:
@@ -129,8 +130,7 @@ class Counting(TWACallback):
         assert self.phase == "done"
         assert trainer.accumulate_grad_batches == ACCUMULATE
         assert trainer.num_training_batches == BATCHES
-        assert type(trainer.optimizers[0]) is torch.optim.SGD
-        assert type(trainer.strategy._lightning_optimizers[0]._optimizer) is torch.optim.SGD
+        assert not is_borrowed(trainer)
         config = trainer.lr_scheduler_configs[0]
         assert config.frequency == 1
         assert config.interval == pl_module.interval
@@ -244,7 +244,7 @@ def test_the_basis_is_freed_when_the_run_is_finished(tmp_path) -> None:
     class Watch(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
             if trainer.current_epoch == 4 and not kept:
-                kept.append(weakref.ref(trainer.optimizers[0].subspace))
+                kept.append(weakref.ref(twa._run.optimization.optimizer.subspace))
 
     twa = TWACallback(start_epoch=4)
     trainer(tmp_path, callbacks=[twa, Watch()]).fit(Regressor(), loader())

@@ -27,13 +27,14 @@ def test_logged_values_and_learning_rate_monitor(tmp_path) -> None:
     lrs = [float(r["twa/lr"]) for r in table if r["twa/lr"]]
     norms = [float(r["twa/coefficient_norm"]) for r in table if r["twa/coefficient_norm"]]
     counts = [float(r["twa/num_candidates"]) for r in table if r["twa/num_candidates"]]
-    monitored = [float(r["lr-SubspaceOptimizer"]) for r in table if r["lr-SubspaceOptimizer"]]
+    monitored = [float(r["lr-SGD"]) for r in table if r["lr-SGD"]]
     assert len(lrs) == len(norms) == 8
     assert sum(lrs) == pytest.approx(2.0, rel=1e-6), "the radius is the sum of the learning rates"
     assert norms[-1] <= 2.0
     assert norms[-1] > 0
     assert counts == [0, 0, 1, 2, 2, 2]
-    assert monitored == pytest.approx(lrs)
+    rates = [0.05 * 0.7 ** (min(epoch, 4) // 2) for epoch in range(6)]
+    assert monitored == pytest.approx([rate for rate in rates for _ in range(4)])
     assert the_trainer.callback_metrics["twa/num_candidates"] == 2
 
 

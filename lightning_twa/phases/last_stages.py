@@ -1,0 +1,122 @@
+"""The stages of a run that is interrupted, or has its average; see
+:mod:`lightning_twa.phases.transitions`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_twa.phases import saved
+from lightning_twa.phases.into_checkpoint import put_validated
+from lightning_twa.phases.transitions import Stage, StageName
+from lightning_twa.trainer import at_epoch_start
+
+__all__ = ["Done", "Suspended"]
+
+
+class Suspended(Stage):
+    """Something came in between: what was learned is kept, the Trainer has been given back, and
+    nothing big is on the device.
+    """
+
+    name = StageName.SUSPENDED
+
+    @property
+    def phase(self) -> Literal["collect", "optimize"]:
+        """What was interrupted."""
+        return "collect" if self.averaging.kept is None else "optimize"
+
+    def fit_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Go on.
+
+        Raises:
+            ValueError: When the phase was begun with other settings.
+        """
+        averaging = self.averaging
+        if averaging.kept is not None:
+            saved.check_settings(averaging.settings, averaging.kept, "phase that was interrupted")
+        averaging.collector.resolve(trainer, module)
+        return StageName.COLLECTING if averaging.kept is None else StageName.RESUMING
+
+    def checkpoint_written(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], key: str
+    ) -> StageName:
+        """As before the interruption. Other ranks may not have had it: nothing is exchanged."""
+        if self.phase == "collect":
+            put_validated(self.averaging, trainer, module, checkpoint)
+        return super().checkpoint_written(trainer, module, checkpoint, key)
+
+    def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Nothing is left to be given back."""
+        return self.name
+
+
+class Done(Stage):
+    """The average is complete, and in the model."""
+
+    name = StageName.DONE
+    phase = "done"
+
+    def loops_begin(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Give the Trainer the data of the phase that has ended, for what is left of its epoch."""
+        super().loops_begin(trainer, module)
+        self.averaging.regain_trainer(trainer)
+        return self.name
+
+    def training_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Begin the next cycle where it is due."""
+        averaging = self.averaging
+        if not (at_epoch_start(trainer) and averaging.next_cycle_is_due(trainer)):
+            return self.name
+        averaging.meet_model(module)
+        averaging.begin_cycle(trainer)
+        averaging.start_collecting(trainer, module)
+        return StageName.COLLECTING
+
+    def epoch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Begin the next cycle where it is due.
+
+        Raises:
+            RuntimeError: After the last one.
+        """
+        self._refuse_to_go_on(trainer)
+        if not self.averaging.next_cycle_is_due(trainer):
+            return self.name
+        self.averaging.begin_cycle(trainer)
+        return StageName.COLLECTING
+
+    def batch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """A finished run that is resumed within an epoch has no start of the epoch.
+
+        Raises:
+            RuntimeError: After the last cycle.
+        """
+        self._refuse_to_go_on(trainer)
+        return super().batch_begins(trainer, module)
+
+    def _refuse_to_go_on(self, trainer: Trainer) -> None:
+        if self.averaging.in_last_cycle:
+            raise RuntimeError(
+                f"The TWA phase of this run was finished, but the Trainer goes on with epoch "
+                f"{trainer.current_epoch}. To train further from the averaged weights, load them "
+                f"into a new run (load_from_checkpoint, a new Trainer and a new TWACallback)."
+            )
+
+    def training_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Give the Trainer back."""
+        self.averaging.release()
+        return self.name
+
+    def fit_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Compare what the model and its files hold with the average."""
+        self.averaging.finished.compare(module, "At the end of the run")
+        self.averaging.finished.tell_of_best(trainer)
+        return self.raised(trainer, module)
+
+    def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Give the Trainer back."""
+        self.averaging.modes.release()
+        self.averaging.release()
+        return self.name

@@ -1,0 +1,199 @@
+"""Optimizers that others change within a run: fine-tuning schedules, the learning rate finder,
+schedule-free optimizers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelCheckpoint
+from torch import Tensor, nn
+
+from helpers.common import Regressor, loader, trainer, weights
+from helpers.short import holds_its_average, short_run
+from lightning_twa import SolverConfig, SubspaceConfig, TWACallback
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Parameters were unfrozen in the phase",
+    "ignore:Parameters that were trained are frozen now",
+    "ignore:.*callbacks used to create the checkpoint need to be",
+)
+
+
+# --- fine-tuning
+
+
+class Backbone(Regressor):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(6, 6)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step((batch[0] + 0.1 * self.backbone(batch[0]), batch[1]), 0)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 0.01)
+
+
+@pytest.mark.parametrize(
+    "unfreeze", [4, *(pytest.param(e, marks=pytest.mark.long) for e in (1, 3, 5))]
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_backbone_finetuning_resumes_from_every_epoch(tmp_path, unfreeze, before) -> None:
+    def fit(saver: Any = None, ckpt: Any = None) -> tuple[TWACallback, Backbone, L.Trainer]:
+        tuning = BackboneFinetuning(unfreeze, lambda epoch: 1.0, verbose=False)
+        others = [tuning, *([saver] if saver else [])]
+        how = {"trainer": {"enable_checkpointing": bool(saver)}, "before": before}
+        return short_run(tmp_path, Backbone, *others, ckpt_path=ckpt, **how)
+
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    twa, whole, the_trainer = fit(saver)
+    holds_its_average(twa, whole)
+    assert len(the_trainer.optimizers[0].param_groups) == 2
+    for epoch in range(1, 6):
+        _, resumed, again = fit(ckpt=tmp_path / f"epoch={epoch}.ckpt")
+        assert len(again.optimizers[0].param_groups) == 2
+        if epoch < unfreeze or epoch >= 4:  # later it stays frozen, with and without a phase
+            assert torch.equal(weights(whole), weights(resumed)), epoch
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("epoch", [3, 5])
+@pytest.mark.parametrize(
+    "how", [{}, {"subspace": SubspaceConfig(group_size=2)}, {"subspace": SubspaceConfig(bits=4)}]
+)
+def test_the_learning_rate_finder_within_a_run(tmp_path, before, epoch, how) -> None:
+    class Finder(LearningRateFinder):
+        def on_fit_start(self, *args: Any) -> None:
+            pass
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == epoch:
+                self.lr_find(trainer, pl_module)
+
+    _, plain, _ = short_run(tmp_path, Regressor, twa=how)
+    finder = Finder(num_training_steps=12, update_attr=False)
+    twa, finding, _ = short_run(tmp_path, Regressor, finder, before=before, twa=how)
+    holds_its_average(twa, finding)
+    if epoch == 5:
+        assert torch.equal(weights(plain), weights(finding))
+
+
+def test_a_checkpoint_of_before_the_phase_is_not_loaded_within_it(tmp_path) -> None:
+    class Rewinds(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.current_epoch == 5:
+                trainer._checkpoint_connector.restore(tmp_path / "epoch=2.ckpt")
+
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    with pytest.raises(RuntimeError, match="A checkpoint of before the TWA phase"):
+        short_run(tmp_path, Regressor, Rewinds(), saver, trainer={"enable_checkpointing": True})
+
+
+def test_weights_that_are_restored_within_the_phase_make_way_for_the_phases(tmp_path) -> None:
+    class Restores(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch >= 4:
+                with torch.no_grad():
+                    for parameter in pl_module.parameters():
+                        parameter.fill_(0.1)
+
+    _, plain, _ = short_run(tmp_path, Regressor)
+    _, restored, _ = short_run(tmp_path, Regressor, Restores())
+    assert torch.equal(weights(plain), weights(restored))
+
+
+# --- real ones
+
+
+HOW = {
+    "phase": {},
+    "validated": {"validate_average": True},
+    "uniform": {"solver": SolverConfig(name="uniform")},
+    "uniform, validated": {"solver": SolverConfig(name="uniform"), "validate_average": True},
+    "cycles": {"start_epoch": 2, "cycles": 2},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("interval", [1.0, 2])
+@pytest.mark.parametrize("by_module", [False, True])
+def test_schedule_free(tmp_path, how, interval, by_module) -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+
+    class Free(Regressor):
+        def its(self) -> Any:
+            return self.optimizers() if by_module else self.trainer.optimizers[0]
+
+        def configure_optimizers(self) -> Any:
+            return schedulefree.AdamWScheduleFree(self.parameters(), 0.05)
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.its().train()
+
+        def on_validation_epoch_start(self) -> None:
+            self.its().eval()
+
+        def on_train_end(self) -> None:
+            self.its().eval()
+
+        def on_before_zero_grad(self, *args: Any) -> None:
+            seen.append(weights(self))
+
+    seen: list[Tensor] = []
+    L.seed_everything(3, verbose=False)
+    module = Free()
+    trainer(tmp_path, val_check_interval=interval).fit(module, loader(), loader(32, seed=1))
+    plain, ordinary = seen, 8 if how == "cycles" else 16
+    seen = []
+    twa, module, the_trainer = short_run(
+        tmp_path, Free, twa=HOW[how], trainer={"val_check_interval": interval}
+    )
+    assert len(seen) == len(plain) == 24
+    for now, then in zip(seen[:ordinary], plain[:ordinary], strict=True):
+        assert torch.equal(now, then), "ordinary training is as it was"
+    holds_its_average(twa, module)
+    (optimizer,) = the_trainer.optimizers
+    assert optimizer.param_groups[0]["train_mode"] is False
+    before = weights(module)
+    optimizer.train()
+    assert not torch.equal(weights(module), before), "the fit is over: it may switch again"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("transition", [2, 4, 5])
+@pytest.mark.parametrize("before", [False, True])
+def test_finetuning_scheduler(tmp_path, best, transition, before) -> None:
+    fts = pytest.importorskip("finetuning_scheduler")
+
+    class Deep(Regressor):
+        def configure_optimizers(self) -> Any:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, 0.01)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.7)]
+
+    schedule = tmp_path / "schedule.yaml"
+    schedule.write_text(
+        f"0: {{params: [net.2.weight, net.2.bias], max_transition_epoch: {transition}}}\n"
+        f"1: {{params: [net.0.weight, net.0.bias], max_transition_epoch: -1}}\n"
+    )
+
+    def fit(folder: str, ckpt: Any = None) -> tuple[TWACallback, Deep, L.Trainer]:
+        own = [
+            fts.FinetuningScheduler(ft_schedule=str(schedule), restore_best=best),
+            fts.FTSCheckpoint(tmp_path / folder, "{epoch}", monitor="val_loss", save_top_k=-1),
+            fts.FTSEarlyStopping(monitor="val_loss", patience=100),
+        ]
+        how = {"enable_checkpointing": True}
+        return short_run(tmp_path, Deep, *own, before=before, trainer=how, ckpt_path=ckpt)
+
+    twa, whole, the_trainer = fit("whole")
+    holds_its_average(twa, whole)
+    assert [len(g["params"]) for g in the_trainer.optimizers[0].param_groups] == [2, 2]
+    _, resumed, again = fit("again", tmp_path / "whole" / "epoch=4.ckpt")
+    assert len(again.optimizers[0].param_groups) == 2
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-5, atol=1e-6)
