@@ -11,6 +11,7 @@ from lightning_twa.trainer import (
     hook_loader,
     is_a,
     is_empty,
+    own_copy,
     shares_of_data,
     shuffled,
     validation_loader,
@@ -59,8 +60,13 @@ def request_loader(settings: Settings, trainer: Trainer) -> Any:
                 "LightningDataModule, but neither has one or it returned None. Define it, or use "
                 "data='train' or data='val'."
             )
+        if is_a(loader, "CombinedLoader") and loader._mode == "sequential":
+            raise ValueError(
+                "The twa_dataloader() hook returned a CombinedLoader(mode='sequential'), on which "
+                "a Trainer cannot train. Use mode='min_size', 'max_size' or 'max_size_cycle'."
+            )
         _check_not_empty(settings, loader)
-        return loader
+        return own_copy(loader)
     return None
 
 

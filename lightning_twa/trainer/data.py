@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "hook_loader",
     "is_empty",
     "loader_batches",
+    "own_copy",
     "prepare_data",
     "set_epoch",
     "shares_of_data",
@@ -53,20 +56,38 @@ def hook_loader(trainer: Trainer, name: str) -> Any:
     return None
 
 
+def own_copy(loader: Any) -> Any:
+    """A loader with an iterator of its own: the same ``DataLoader`` may be in the middle of an
+    epoch elsewhere, and with persistent workers a second iteration would restart the first.
+
+    Args:
+        loader: A dataloader or a ``CombinedLoader``; others, and other iterables, are returned as
+            they are.
+    """
+    if not isinstance(loader, (CombinedLoader, DataLoader)):
+        return loader
+    twin: Any = copy.copy(loader)
+    twin._iterator = None
+    if isinstance(loader, CombinedLoader):
+        twin.flattened = [own_copy(part) for part in loader.flattened]
+    return twin
+
+
 def shuffled(loader: Any, processes: int = 1) -> Any:
     """A validation loader as training uses it: in random order, without a last batch of one sample.
     What a process gets decides: each has one batch at least.
 
     Validation sets are often sorted by class, and a batch of one sample breaks BatchNorm in
-    training mode. Anything but a plain ``DataLoader`` in sequential order is returned as it is.
+    training mode. Anything but a plain ``DataLoader`` in sequential order is used as it is.
     """
     plain = (
         type(loader) is DataLoader
         and type(loader.sampler) is SequentialSampler
         and type(loader.batch_sampler) is BatchSampler
+        and loader.batch_size is not None  # else the batch sampler is the user's
     )
     if not plain:
-        return loader
+        return own_copy(loader)
     own = math.ceil(len(loader.dataset) / processes)
     leftover = own % loader.batch_size
     return DataLoader(

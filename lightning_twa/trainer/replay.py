@@ -16,9 +16,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lightning_twa.trainer.data import own_copy
 from lightning_twa.trainer.progress_bar import show_progress
 
 __all__ = ["modules_in_training", "training_steps", "try_training_step"]
@@ -132,21 +132,9 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
 
 
 def _second_pass(combined_loader: Any, at_exit: Callable[..., Any]) -> Iterator[Any]:
-    """Batches of a loader that may be in the middle of an epoch, which is not disturbed.
-
-    The loaders are shallow copies: iterating a ``DataLoader`` with persistent workers a second time
-    would restart its first iterator.
-    """
-    second = copy.copy(combined_loader)
-    copies = []
-    for loader in combined_loader.flattened:
-        clone = copy.copy(loader)
-        if isinstance(clone, DataLoader):
-            clone._iterator = None
-        copies.append(clone)
-    second.flattened = copies
-    second._iterator = None
-    for restore in [r for loader in copies for r in _random_states(loader)]:
+    """Batches of a loader that may be in the middle of an epoch, which is not disturbed."""
+    second = own_copy(combined_loader)
+    for restore in [r for loader in second.flattened for r in _random_states(loader)]:
         at_exit(restore)
     at_exit(second.reset)
     for batch, _, _ in iter(second):
