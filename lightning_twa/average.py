@@ -22,7 +22,7 @@ from lightning_twa.candidates import (
 )
 from lightning_twa.config import check_choice, is_int, is_real
 from lightning_twa.results import RunResults
-from lightning_twa.subspace import check_finite
+from lightning_twa.subspace import check_finite, in_float64
 
 __all__ = ["average"]
 
@@ -216,7 +216,9 @@ class _Sum:
         """The sum, in the candidates' dtypes; of what has none the newest."""
         share = total_weight(self.factors)
         result = {
-            key: (share * _wide(self.first[key]) + self.total.get(key, 0.0)).to(tensor.dtype)
+            key: (share * _wide(self.first[key]) + self.total.get(key, 0.0))
+            .to(tensor.dtype)
+            .to(tensor.device)
             if _is_averaged(tensor)
             else tensor.detach().clone()
             for key, tensor in self.newest.items()
@@ -232,7 +234,8 @@ def _is_averaged(tensor: Tensor) -> bool:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
+    whole = tensor.detach()
+    return whole.to(torch.complex128) if tensor.is_complex() else in_float64(whole)
 
 
 def _check_alike(name: str, state: State, first: str, other: State) -> None:

@@ -25,6 +25,7 @@ from lightning_twa.candidates.into_model import (
     weights_and_buffers,
 )
 from lightning_twa.candidates.keep import keep_in_files
+from lightning_twa.candidates.parked import Parked
 from lightning_twa.candidates.readers import (
     load_checkpoint,
     read_candidate_from,
@@ -40,6 +41,7 @@ __all__ = [
     "SUFFIX",
     "Candidate",
     "CandidateFileError",
+    "Parked",
     "Reference",
     "RunningAverages",
     "Store",

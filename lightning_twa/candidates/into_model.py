@@ -17,7 +17,7 @@ from lightning_twa.candidates.candidate import (
     put_buffer,
 )
 from lightning_twa.candidates.spectral import fit_singular_vectors_
-from lightning_twa.subspace import TensorSpec, local_part, to_shards
+from lightning_twa.subspace import TensorSpec, in_float64, local_part, to_shards
 
 __all__ = [
     "affine_sum",
@@ -77,11 +77,11 @@ def affine_sum(values: Sequence[Tensor], weights: Sequence[float], divisor: int 
         weights: Where they do not sum to ``d``, ``x_0`` is multiplied by their sum.
         divisor: ``d``.
     """
-    first = values[0].double()
+    first = in_float64(values[0])
     total: Tensor | None = None
     for value, weight in zip(values[1:], weights[1:], strict=True):
         if weight != 0:
-            wide = value.double()
+            wide = in_float64(value)
             term = torch.where(wide == first, 0.0, wide - first).mul_(weight)
             total = term if total is None else total.add_(term)
     share = total_weight(weights, divisor)
@@ -171,7 +171,7 @@ def copy_into(module: nn.Module, values: Mapping[str, Tensor]) -> None:
         if name in parameters:
             own = local_part(parameters[name])
             if not is_expanded(own):
-                own.copy_(value)
+                own.copy_(value.to(own.dtype))
             elif not torch.equal(own, value.to(own)):
                 parameters[name].data = value.to(own).contiguous().clone()
         else:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_twa.subspace import local_part, to_shards
+
 __all__ = ["RunningAverages", "average_name"]
 
 
@@ -17,7 +19,8 @@ def average_name(decay: float) -> str:
 
 
 class RunningAverages:
-    """Exponential moving averages of a module's trainable weights, one for each decay.
+    """Exponential moving averages of a module's trainable weights, one for each decay; of sharded
+    ones this process's part.
 
     After ``t`` updates an average is ``sum_s d^(t-s) w_s / sum_s d^(t-s)``: with Adam's bias
     correction the weights from before the first update have no part in it, and a decay close to 1
@@ -53,11 +56,13 @@ class RunningAverages:
         if not self.decays:
             return
         self.updates += 1
+        to_shards(module)
         averages: list[list[Tensor]] = []
         current: list[Tensor] = []
-        for name, parameter in module.named_parameters():
-            if not (parameter.requires_grad and parameter.is_floating_point()):
+        for name, whole in module.named_parameters():
+            if not (whole.requires_grad and whole.is_floating_point()):
                 continue
+            parameter = local_part(whole)
             if name not in self._averages:  # at the first update, or trainable only now
                 self._averages[name] = [self._copy(parameter) for _ in self.decays]
             elif self._averages[name][0].device != (self.device or parameter.device):  # resumed

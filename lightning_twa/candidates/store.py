@@ -32,13 +32,13 @@ from lightning_twa.candidates.frozen import (
 from lightning_twa.config import StorageConfig
 from lightning_twa.machine import all_ranks, free_bytes, in_common
 
-__all__ = ["Store", "misfit_of", "take_anew"]
+__all__ = ["Entry", "Store", "entry_state", "misfit_of", "take_anew"]
 
 SMALL = 0.25  # of free memory that candidates may take there
 
 
 @dataclass(frozen=True, eq=False)
-class _Entry:
+class Entry:
     """A candidate and, where it is on disk, its files. A checkpoint may leave out parameters that
     are as in the module that it holds. Compared by identity: tensors have no truth value.
     """
@@ -82,14 +82,14 @@ class Store:
         on_disk = self.config.kind != "memory" and root is not None
         self.disk = Disk(root, shards=shards) if on_disk and root is not None else None
         self._dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else None
-        self._given: list[_Entry] = []  # not taken from this run's training: no window
-        self._window: list[_Entry] = []
-        self._frozen: _Entry | None = None
-        self._dropped: list[_Entry] = []  # out of the window, but a checkpoint may need them
+        self._given: list[Entry] = []  # not taken from this run's training: no window
+        self._window: list[Entry] = []
+        self._frozen: Entry | None = None
+        self._dropped: list[Entry] = []  # out of the window, but a checkpoint may need them
         self._checkpoints: list[set[str]] = []  # files named by checkpoints, oldest first
 
     @property
-    def _entries(self) -> list[_Entry]:
+    def _entries(self) -> list[Entry]:
         return [*self._given, *self._window]
 
     def __len__(self) -> int:
@@ -167,7 +167,7 @@ class Store:
         name: str,
         weights: Mapping[str, Tensor],
         buffers: dict[str, Tensor],
-    ) -> _Entry:
+    ) -> Entry:
         check_weights(module, name, weights)
         to_disk = self._goes_to_disk(module)
         entry = self._write(module, name, weights, buffers) if to_disk else None
@@ -175,7 +175,7 @@ class Store:
             return entry
         previous = self._entries[-1].candidate if len(self) else None
         with in_common():
-            return _Entry(take(module, name, buffers, previous, self._dtype, weights))
+            return Entry(take(module, name, buffers, previous, self._dtype, weights))
 
     def _keep_newest(self) -> None:
         if self.max_candidates is not None:
@@ -209,12 +209,12 @@ class Store:
         name: str,
         weights: Mapping[str, Tensor],
         buffers: dict[str, Tensor],
-    ) -> _Entry | None:
+    ) -> Entry | None:
         """Write a candidate to a file, and what is frozen to one of its own, once."""
         assert self.disk is not None
         try:
             if self._frozen is None and not all(p.requires_grad for p in module.parameters()):
-                self._frozen = _Entry(*self.disk.write(lambda: frozen_part(module, weights)))
+                self._frozen = Entry(*self.disk.write(lambda: frozen_part(module, weights)))
             frozen = {} if self._frozen is None else self._frozen.candidate.parameters
             known = Candidate(FROZEN, frozen, {})
 
@@ -224,7 +224,7 @@ class Store:
                 return Candidate(name, own, whole.buffers)
 
             own, files = self.disk.write(changing)
-            return _Entry(_joined(own, frozen), files)
+            return Entry(_joined(own, frozen), files)
         except OSError as error:
             rank_zero_warn(
                 f"Candidate {name!r} could not be written to {self.disk.root} ({error}). It is "
@@ -258,11 +258,11 @@ class Store:
         return {
             "given": self._states(self._given),
             "window": self._states(self._window),
-            "frozen": None if self._frozen is None else _entry_state(self._frozen),
+            "frozen": None if self._frozen is None else entry_state(self._frozen),
         }
 
-    def _states(self, entries: list[_Entry]) -> list[dict[str, Any]]:
-        return [_entry_state(e) for e in entries if e.files is not None or not self.shards]
+    def _states(self, entries: list[Entry]) -> list[dict[str, Any]]:
+        return [entry_state(e) for e in entries if e.files is not None or not self.shards]
 
     def leave_out_frozen(self, state: Mapping[str, Any], module: nn.Module) -> None:
         """See :func:`lightning_twa.candidates.frozen.leave_out_frozen`."""
@@ -287,17 +287,17 @@ class Store:
         self._window = [self._read(entry, shared) for entry in state["window"]]
         self._keep_newest()
 
-    def _read(self, state: dict[str, Any], frozen: dict[str, Tensor]) -> _Entry:
+    def _read(self, state: dict[str, Any], frozen: dict[str, Tensor]) -> Entry:
         if "files" not in state:
             candidate = Candidate(state["name"], dict(state["parameters"]), state["buffers"])
-            return _Entry(candidate, as_in_module=tuple(state.get("as_in_module", ())))
+            return Entry(candidate, as_in_module=tuple(state.get("as_in_module", ())))
         files = [Reference.from_state(reference) for reference in state["files"]]
         if self.disk is None:
             raise ValueError(
                 f"The checkpoint's candidates are in files ({files[0].file}), but this callback "
                 f"has StorageConfig(kind='memory'). Resume with kind='auto' or 'disk'."
             )
-        return _Entry(_joined(self.disk.read(files), frozen), files)
+        return Entry(_joined(self.disk.read(files), frozen), files)
 
 
 def misfit_of(store: Store, module: nn.Module) -> str | None:
@@ -338,7 +338,8 @@ def _tensors(candidates: Iterator[Candidate] | Any) -> dict[int, int]:
     }
 
 
-def _entry_state(entry: _Entry) -> dict[str, Any]:
+def entry_state(entry: Entry) -> dict[str, Any]:
+    """What a checkpoint has of a candidate."""
     candidate = entry.candidate
     if entry.files is not None:
         files = [reference.state_dict() for reference in entry.files]

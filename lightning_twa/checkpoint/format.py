@@ -108,6 +108,10 @@ def _check_averages(averages: Any) -> None:
     checks = {"updates": _is_count, "decays": _is_list, "averages": _is_list}
     _check(averages, "candidates.averages.", checks)
     tensors = averages["averages"]
+    if tensors and all(_is_dict(t) and "files" in t for t in tensors):  # of sharded parameters
+        for i, entry in enumerate(tensors):
+            _check_candidate(f"candidates.averages.averages[{i}]", entry)
+        return
     names = [set(t) for t in tensors if _is_tensors(t)]
     if len(names) != len(averages["decays"]) or any(n != names[0] for n in names):
         raise damaged("candidates.averages.averages", tensors)

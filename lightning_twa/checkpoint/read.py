@@ -63,12 +63,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def candidate_entries(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The candidates that a checkpoint holds or names, and what is frozen in all of them."""
+    """The candidates that a checkpoint holds or names, what is frozen in all of them, and running
+    averages that are in files.
+    """
     if state["phase"] == "done":
         return []
     held = state["candidates"]
     frozen = [] if held["frozen"] is None else [held["frozen"]]
-    return [*held.get("given", []), *held["window"], *frozen]
+    averages = [a for a in held.get("averages", {}).get("averages", []) if "files" in a]
+    return [*held.get("given", []), *held["window"], *frozen, *averages]
 
 
 def file_references(state: Mapping[str, Any]) -> Iterator[Reference]:

@@ -81,6 +81,7 @@ def _where(state: Mapping[str, Any]) -> str:
     entries = candidate_entries(state)
     held = [e for e in entries if "files" not in e]
     averages = state["candidates"].get("averages", {}).get("averages", [])
+    averages = [average for average in averages if "files" not in average]
     tensors = {
         t.data_ptr() if t.layout == torch.strided else id(t): t.numel() * t.element_size()
         for part in [*(e[key] for e in held for key in ("parameters", "buffers")), *averages]

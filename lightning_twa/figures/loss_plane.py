@@ -79,13 +79,15 @@ def plot_subspace(
     start = torch.full_like(weights, 1 / n)[None]
     way = plane.places(torch.cat([start, weights[None]]) if path is None else path)
     places, average, learned = (
-        plane.places(w) for w in (torch.eye(n, dtype=torch.float64), start, weights[None])
+        plane.places(w)
+        for w in (torch.eye(n, dtype=torch.float64, device="cpu"), start, weights[None])
     )
     spread = torch.cat([places, way, learned])
     low, high = spread.amin(dim=0), spread.amax(dim=0)
     room = margin * (high - low)
     xs, ys = (
-        torch.linspace(float(low[i] - room[i]), float(high[i] + room[i]), points) for i in (0, 1)
+        torch.linspace(float(low[i] - room[i]), float(high[i] + room[i]), points, device="cpu")
+        for i in (0, 1)
     )
     values = losses(module, candidates, plane, xs, ys, loss)
     _draw_losses(axes, xs, ys, values)
@@ -117,7 +119,8 @@ def _draw_losses(axes: Any, xs: Tensor, ys: Tensor, values: Tensor) -> None:
     # A few far corners would take all colours; they get the last one
     far = most - low > 4 * (high - low) > 0
     high = max(high if far else most, low + 1e-6 * max(abs(low), 1e-6))
-    levels = low + (high - low) * torch.linspace(0, 1, LEVELS + 1, dtype=torch.float64).square()
+    steps = torch.linspace(0, 1, LEVELS + 1, dtype=torch.float64, device="cpu")
+    levels = low + (high - low) * steps.square()
     axes.set_facecolor("lightgrey")  # where the loss is not finite
     filled = axes.contourf(
         xs.numpy(),
@@ -134,7 +137,7 @@ def _draw_losses(axes: Any, xs: Tensor, ys: Tensor, values: Tensor) -> None:
 def _colors(count: int) -> Any:
     from matplotlib import colormaps
 
-    return colormaps["viridis"](torch.linspace(0, 1, count).numpy())
+    return colormaps["viridis"](torch.linspace(0, 1, count, device="cpu").numpy())
 
 
 def _name_ends(axes: Any, candidates: Sequence[Candidate], places: Tensor) -> None:

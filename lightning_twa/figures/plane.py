@@ -43,8 +43,8 @@ class Plane:
         """
         n = len(candidates)
         blocks = _blocks_of(candidates, block_names)
-        gram = torch.zeros(n, n, dtype=torch.float64)
-        products = torch.zeros(len(block_names), n, n, dtype=torch.float64)
+        gram = torch.zeros(n, n, dtype=torch.float64, device="cpu")
+        products = torch.zeros(len(block_names), n, n, dtype=torch.float64, device="cpu")
         for name, block in blocks.items():
             for columns in zip(
                 *(torch.split(c.parameters[name].flatten(), COLUMNS) for c in candidates),
@@ -116,7 +116,7 @@ def losses(
     """``(ys, xs)`` the loss at each point of a grid; the model is put back."""
     named = dict(module.named_parameters())
     parts = {name: _directions(candidates, name, plane.mix) for name in plane.blocks}
-    values = torch.empty(len(ys), len(xs), dtype=torch.float64)
+    values = torch.empty(len(ys), len(xs), dtype=torch.float64, device="cpu")
     for i, y in enumerate(ys.tolist()):
         for j, x in enumerate(xs.tolist()):
             with _put_back(module):

@@ -267,7 +267,7 @@ class Averaging:
     def keep_uniform(self) -> None:
         """The averaging weights are those of the uniform average, which the model holds."""
         n = len(self.store)
-        self.learned = torch.full((n, 1), 1 / n, dtype=torch.float64)
+        self.learned = torch.full((n, 1), 1 / n, dtype=torch.float64, device="cpu")
         self.block_names = ["global"]
         self.trajectory.clear()
 

@@ -36,7 +36,7 @@ class CandidateGroups:
         self.n, self.total_steps = n, total_steps
         self.count = math.ceil(n / size)
         self.current = 0
-        self.start = torch.full((n, num_blocks), 1 / n, dtype=torch.float64)
+        self.start = torch.full((n, num_blocks), 1 / n, dtype=torch.float64, device="cpu")
         self.results: list[Tensor] = []
 
     @property

@@ -168,14 +168,6 @@ def _check_strategy(settings: Settings, trainer: Trainer) -> None:
             f"checkpoint holds the callback state of one process, and with it a part of each "
             f"candidate. Use 'auto' or 'disk'."
         )
-    for name in ("ema_decays", "checkpoints"):
-        value = getattr(settings.collect, name)
-        if value:
-            raise ValueError(
-                f"CollectConfig.{name}={value!r} does not go with "
-                f"{type(trainer.strategy).__name__}, which leaves each process a part of the "
-                f"parameters. Leave it out, or use strategy='ddp'."
-            )
 
 
 def check_package(callback: Callback, trainer: Trainer) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_twa.candidates import (
+    Parked,
     RunningAverages,
     Store,
     average_name,
@@ -24,6 +25,7 @@ from lightning_twa.machine import in_common
 from lightning_twa.phases.checks import check_data, check_trainer
 from lightning_twa.phases.plan import CollectPlan
 from lightning_twa.phases.room import check_directories, check_memory
+from lightning_twa.subspace import own_part
 from lightning_twa.trainer import (
     at_epoch_start,
     keeps_older_checkpoints,
@@ -52,6 +54,7 @@ class Collector:
         self.settings = settings
         self.store = Store()
         self.averages = RunningAverages(settings.collect.ema_decays, settings.collect.ema_device)
+        self._parked = Parked()
         self.cycle = 0
         self.root = Path()
         self._plans: list[CollectPlan] = []
@@ -139,7 +142,8 @@ class Collector:
                 expected = {**parameters, **persistent_buffers(module)}
                 with in_common(ValueError):
                     read = read_candidate_from(path, expected, parameters)
-                self.store.give(module, name, read.parameters, read.buffers)
+                own = {key: own_part(t, parameters[key]) for key, t in read.parameters.items()}
+                self.store.give(module, name, own, read.buffers)
 
     def follow_step(self, trainer: Trainer, module: LightningModule) -> bool:
         """After an optimizer step, once: update running averages; take a candidate where one is due
@@ -192,9 +196,25 @@ class Collector:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the candidates."""
         state = self.store.state_dict()
-        if self.averages.updates:
+        if self.averages.updates and not self.store.shards:
             state["averages"] = self.averages.state_dict()
         return state
+
+    def add_sharded_averages(self, state: dict[str, Any]) -> None:
+        """Write running averages of sharded parameters, and name them in what a checkpoint is about
+        to hold; every process calls it.
+
+        Args:
+            state: From :meth:`state_dict`; changed in place.
+        """
+        averages = self.averages
+        if not (self.store.shards and averages.updates):
+            return
+        parts = {name: averages.weights(i) for i, name in enumerate(averages.names)}
+        files = self._parked.dump(self.store, averages.updates, parts)
+        if files is not None:
+            shared = {"decays": list(averages.decays), "updates": averages.updates}
+            state["averages"] = {**shared, "averages": files}
 
     def load_state_dict(self, state: Mapping[str, Any], *, complete: bool) -> None:
         """Go on from :meth:`state_dict`.
@@ -207,8 +227,12 @@ class Collector:
             self.store.max_candidates = None
         self.store.load_state_dict(dict(state))
         averages = state.get("averages")
-        if averages is not None and not complete:
-            self.averages.load_state_dict(averages)
+        if averages is None or complete:
+            return
+        tensors = averages["averages"]
+        if any("files" in part for part in tensors):
+            tensors = self._parked.load(self.store, averages["updates"], tensors)
+        self.averages.load_state_dict({**averages, "averages": tensors})
 
 
 def file_candidate_names(files: Sequence[Path], *, soup: bool) -> list[str]:

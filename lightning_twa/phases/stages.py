@@ -140,7 +140,10 @@ class Collecting(Stage):
                 state = self.state_dict()
                 if state:
                     checkpoint["callbacks"][key] = state
-            saved.complete(self.averaging, module, checkpoint["callbacks"].get(key, {}))
+            own = checkpoint["callbacks"].get(key, {})
+            if "candidates" in own:
+                averaging.collector.add_sharded_averages(own["candidates"])
+            saved.complete(self.averaging, module, own)
         put_validated(self.averaging, trainer, module, checkpoint)
         return following
 

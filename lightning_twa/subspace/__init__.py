@@ -7,7 +7,7 @@ from lightning_twa.subspace.columns import Columns, cut_evenly, held_everywhere,
 from lightning_twa.subspace.directions import stored_bytes
 from lightning_twa.subspace.layout import ParameterLayout, TensorSpec
 from lightning_twa.subspace.subspace import Subspace
-from lightning_twa.subspace.tensors import check_finite, local_part, to_shards
+from lightning_twa.subspace.tensors import check_finite, in_float64, local_part, own_part, to_shards
 from lightning_twa.subspace.training import (
     Exchange,
     FullMatrixAdam,
@@ -36,8 +36,10 @@ __all__ = [
     "cut_evenly",
     "held_everywhere",
     "held_locally",
+    "in_float64",
     "kept_by_mask",
     "local_part",
+    "own_part",
     "stored_bytes",
     "to_shards",
 ]

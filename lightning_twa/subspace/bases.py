@@ -41,7 +41,7 @@ def mix(config: SubspaceConfig, gram: Tensor, norm2: Tensor) -> Tensor:
     if config.rank is not None:
         per_block = [m[: config.rank] for m in per_block]
     k = max(1, max(m.shape[0] for m in per_block))
-    result = torch.zeros(num_blocks, k, n, dtype=torch.float64)
+    result = gram.new_zeros(num_blocks, k, n)
     for b, m in enumerate(per_block):
         result[b, : m.shape[0]] = m
     return result
@@ -77,7 +77,7 @@ def _gram_schmidt(gram: Tensor, floor: float) -> Tensor:
     n = gram.shape[0]
     rows: list[Tensor] = []
     for i in range(n):
-        row = torch.zeros(n, dtype=gram.dtype)
+        row = gram.new_zeros(n)
         row[i] = 1.0
         for _ in range(2):  # twice is enough for orthogonality to rounding
             for other in rows:

@@ -84,7 +84,7 @@ def build_subspace(
     origin = tiles if start is None else _CandidateTiles(layout, [start], columns, tick)
     with together():
         _check(config, held, members, start)
-        center = torch.empty(tiles.layout.numel, dtype=layout.dtype)
+        center = torch.empty(tiles.layout.numel, dtype=layout.dtype, device="cpu")
         for part, _, rows in origin.tiles():
             center[part] = _mean(rows).to(layout.dtype)
     if mixing is None:
@@ -179,7 +179,7 @@ class _CandidateTiles:
             for start in range(spec.start, spec.stop, TILE_COLUMNS):
                 stop = min(start + TILE_COLUMNS, spec.stop)
                 local = slice(start - spec.start, stop - spec.start)
-                parts = [values[local].to(device="cpu", dtype=torch.float64) for values in flat]
+                parts = [values[local].cpu().double() for values in flat]
                 rows = torch.stack(parts)
                 if centered:
                     rows -= _mean(rows)
@@ -198,8 +198,8 @@ def _mixing(
 ) -> Tensor:
     """``(B, k, n)`` the mix of candidates that gives each block's directions."""
     n, num_blocks = len(tiles.members), tiles.layout.num_blocks
-    gram = torch.zeros(num_blocks, n, n, dtype=torch.float64)
-    norm2 = torch.zeros(num_blocks, dtype=torch.float64)
+    gram = torch.zeros(num_blocks, n, n, dtype=torch.float64, device="cpu")
+    norm2 = torch.zeros(num_blocks, dtype=torch.float64, device="cpu")
     for part, spec, rows in tiles.tiles(centered=config.basis != "orthonormal", counted=True):
         gram[spec.block] += rows @ rows.T
         norm2[spec.block] += center[part].double().square().sum()
@@ -208,7 +208,7 @@ def _mixing(
     result = mix(config, gram, norm2)
     if tiles.columns is not None:
         # Eigenvectors of the same matrix, and how many count, may differ between machines.
-        padded = torch.zeros(num_blocks, n, n, dtype=torch.float64)
+        padded = torch.zeros(num_blocks, n, n, dtype=torch.float64, device="cpu")
         padded[:, : result.shape[1]] = result
         padded = from_rank_zero(padded, carrier)
         used = padded.abs().amax(dim=(0, 2)).nonzero()

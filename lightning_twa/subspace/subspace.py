@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_twa.config import SubspaceConfig
 from lightning_twa.subspace.directions import Directions
 from lightning_twa.subspace.layout import ParameterLayout
-from lightning_twa.subspace.tensors import to_dense
+from lightning_twa.subspace.tensors import to_dense, without_autocast
 
 __all__ = ["Subspace"]
 
@@ -109,7 +109,8 @@ class Subspace:
             ``(k, B)`` float64 on the CPU: of the columns held here, to be summed over processes
             that share the subspace.
         """
-        return self.stored.project([to_dense(gradient) for gradient in gradients])
+        with without_autocast(self.center.device):
+            return self.stored.project([to_dense(gradient) for gradient in gradients])
 
     @torch.no_grad()
     def expand(self, coefficients: Tensor, out: Sequence[Tensor]) -> None:
@@ -120,7 +121,8 @@ class Subspace:
             out: One per tensor of ``local_layout``, in its order and the tensor's shape; any
                 floating-point dtype, to which the result is rounded.
         """
-        self.stored.expand(coefficients, self.center, out)
+        with without_autocast(self.center.device):
+            self.stored.expand(coefficients, self.center, out)
 
     def averaging_weights(self, coefficients: Tensor) -> Tensor:
         """The weights ``beta`` with ``theta_b = sum_i beta[i, b] * w_i``.

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_finite", "flat_view", "local_part", "to_dense", "to_shards"]
+__all__ = [
+    "check_finite",
+    "flat_view",
+    "in_float64",
+    "local_gradient",
+    "local_part",
+    "own_part",
+    "to_dense",
+    "to_shards",
+    "without_autocast",
+]
+
+
+WITHOUT_FLOAT64 = {"mps"}  # types of devices: Apple's
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
@@ -55,6 +71,58 @@ def local_part(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         part: Tensor = to_local()
     return part
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, where its device has that, else on the CPU."""
+    return (tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor).double()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Have products in the dtype of their tensors, also where autocast is on."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that this process holds of ``like``, a view; all of it where that
+    is a plain tensor.
+
+    Args:
+        whole: The same on every process.
+        like: Of its shape.
+    """
+    placements = getattr(like, "placements", None)
+    if placements is None:
+        return whole
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    shape, offset = _shape_and_offset()(whole.shape, mesh, placements)
+    for dimension, (size, start) in enumerate(zip(shape, offset, strict=True)):
+        whole = whole.narrow(dimension, min(start, whole.shape[dimension]), size)
+    return whole
+
+
+def _shape_and_offset() -> Any:
+    torch_2_4 = not hasattr(torch.distributed, "tensor")
+    where = "torch.distributed._tensor" if torch_2_4 else "torch.distributed.tensor"
+    return import_module(f"{where}._utils").compute_local_shape_and_global_offset
+
+
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """What this process holds of a parameter's gradient, in the parameter's own placements.
+
+    With sequence parallelism each process has the gradient of its part of the batch (``Partial``)
+    of a parameter that all of them have: these are summed here, so every process calls it.
+    """
+    gradient = parameter.grad
+    if gradient is None:
+        return None
+    placements = getattr(parameter, "placements", None)
+    if placements is not None and getattr(gradient, "placements", placements) != placements:
+        with torch.no_grad():
+            gradient = gradient.redistribute(placements=placements)  # type: ignore[attr-defined]
+    return local_part(gradient)
 
 
 def to_shards(module: nn.Module) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
-from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+from lightning_twa.trainer.features import is_a
 
 __all__ = [
     "has_length",
@@ -64,11 +65,12 @@ def own_copy(loader: Any) -> Any:
         loader: A dataloader or a ``CombinedLoader``; others, and other iterables, are returned as
             they are.
     """
-    if not isinstance(loader, (CombinedLoader, DataLoader)):
+    combined = is_a(loader, "CombinedLoader")  # of either package of Lightning
+    if not (combined or isinstance(loader, DataLoader)):
         return loader
     twin: Any = copy.copy(loader)
     twin._iterator = None
-    if isinstance(loader, CombinedLoader):
+    if combined:
         twin.flattened = [own_copy(part) for part in loader.flattened]
     return twin
 

@@ -19,6 +19,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from lightning_twa.trainer.data import own_copy
+from lightning_twa.trainer.features import is_a
 from lightning_twa.trainer.progress_bar import show_progress
 
 __all__ = ["modules_in_training", "training_steps", "try_training_step"]
@@ -94,7 +95,7 @@ def try_training_step(trainer: Trainer, module: LightningModule, loader: Any) ->
         Exception: What the step raises.
     """
     combined = loader
-    if not isinstance(loader, CombinedLoader):
+    if not is_a(loader, "CombinedLoader"):
         combined = CombinedLoader(loader, "max_size_cycle")
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())  # a step may need gradients of its own

@@ -76,7 +76,8 @@ def begin_stopping_anew(trainer: Trainer) -> None:
     """Let ``EarlyStopping`` wait as long as at the start of a run, for what is best from now on."""
     for callback in _early_stopping(trainer):
         callback.wait_count = 0
-        callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+        worst = torch.inf if callback.mode == "min" else -torch.inf
+        callback.best_score = torch.tensor(worst, device="cpu")
 
 
 def was_stopped_early(trainer: Trainer) -> bool:

@@ -77,11 +77,11 @@ class DenseDirections:
             for part, rows in self._columns(slice(spec.start, spec.stop)):
                 local = flat[part.start - spec.start : part.stop - spec.start]
                 result[:, spec.block] += rows @ local
-        return result.to(device="cpu", dtype=torch.float64)
+        return result.cpu().double()
 
     def expand(self, coefficients: Tensor, center: Tensor, out: Sequence[Tensor]) -> None:
         """See :meth:`Subspace.expand`."""
-        x = coefficients.to(center)
+        x = coefficients.to(center.dtype).to(center.device)
         for spec, target in zip(self.layout.specs, out, strict=True):
             flat = flat_view(target, center)
             staged = flat if flat is not None else center.new_empty(spec.stop - spec.start)

@@ -66,7 +66,8 @@ class SquaredErrors:
     """Of columns as they are stored, summed up while they are written."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64)  # of errors, and of exact values
+        # of errors, and of exact values
+        self._sums = torch.zeros(2, dtype=torch.float64, device="cpu")
 
     def add(self, stored: Tensor, exact: Tensor) -> None:
         """Count some columns, ``(k, columns)``."""

@@ -24,7 +24,7 @@ from lightning_twa.subspace.directions.codec import (
 from lightning_twa.subspace.directions.interface import SquaredErrors, Total
 from lightning_twa.subspace.directions.tiles import TILE, TILE_GROUPS, pad
 from lightning_twa.subspace.layout import ParameterLayout
-from lightning_twa.subspace.tensors import flat_view
+from lightning_twa.subspace.tensors import flat_view, in_float64
 
 __all__ = ["PackedDirections", "stored_bytes"]
 
@@ -60,7 +60,7 @@ class PackedDirections:
         self._chunks = self._padded.chunks(CHUNK_TILES.get(device.type, 64))
         tiles = self._padded.num_tiles
         k = num_directions
-        codes = torch.zeros(1, k, TILE_GROUPS, GROUP, dtype=torch.uint8)
+        codes = torch.zeros(1, k, TILE_GROUPS, GROUP, dtype=torch.uint8, device="cpu")
         self.planes = tuple(
             torch.zeros(tiles, *plane.shape[1:], dtype=torch.uint8, device=device)
             for plane in pack(codes, bits)
@@ -71,8 +71,9 @@ class PackedDirections:
         self._path = path
         self._squares = SquaredErrors()
         self._tile = 0
-        self._buffer = torch.zeros(k, TILE, dtype=torch.float64)
-        self._real = torch.zeros(TILE, dtype=torch.bool)  # which of its columns are no padding
+        self._buffer = torch.zeros(k, TILE, dtype=torch.float64, device="cpu")
+        # which of its columns are no padding
+        self._real = torch.zeros(TILE, dtype=torch.bool, device="cpu")
         self._tensor = 0
 
     @property
@@ -110,7 +111,7 @@ class PackedDirections:
         pull the group's scale.
         """
         first = (stop - 1) // GROUP * GROUP
-        padding = torch.arange(stop, first + GROUP)
+        padding = torch.arange(stop, first + GROUP, device="cpu")
         self._buffer[:, padding] = self._buffer[:, first + (padding - stop) % (stop - first)]
 
     def _flush(self) -> None:
@@ -178,12 +179,12 @@ class PackedDirections:
             tiles = buffer.view(-1, TILE_GROUPS, GROUP)
             found = self._run(0, chunk.first, chunk.last, tiles)
             parts[chunk.first + chunk.covered : chunk.last] = found[chunk.covered :]
-        sums = [parts[tiles].sum(0, dtype=torch.float64) for tiles in self._padded.block_tiles]
-        return torch.stack(sums, dim=1).to("cpu")
+        sums = [in_float64(parts[tiles]).sum(0) for tiles in self._padded.block_tiles]
+        return torch.stack(sums, dim=1).cpu()
 
     def expand(self, coefficients: Tensor, center: Tensor, out: Sequence[Tensor]) -> None:
         """See :meth:`Subspace.expand`."""
-        by_block = coefficients.to(center).T
+        by_block = coefficients.to(center.dtype).to(center.device).T
         counts = [tiles.stop - tiles.start for tiles in self._padded.block_tiles]
         x = by_block.repeat_interleave(
             torch.tensor(counts, device=center.device), dim=0, output_size=sum(counts)

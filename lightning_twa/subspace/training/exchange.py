@@ -30,7 +30,7 @@ from lightning_twa.machine import (
 )
 from lightning_twa.subspace.columns import Columns
 from lightning_twa.subspace.subspace import Subspace
-from lightning_twa.subspace.tensors import flat_view, local_part, to_dense
+from lightning_twa.subspace.tensors import flat_view, local_gradient, local_part, to_dense
 
 __all__ = ["Exchange", "LocalShards", "OneProcess", "Replicate", "Shard"]
 
@@ -206,9 +206,10 @@ class LocalShards:
 
     def project(self, subspace: Subspace, parameters: Sequence[Tensor]) -> Tensor | None:
         """See :meth:`Exchange.project`."""
+        parts = [local_gradient(parameter) for parameter in parameters]
         own = [
-            local_part(parameter.grad) if counted and parameter.grad is not None else None
-            for parameter, counted in zip(parameters, self.columns.counted, strict=True)
+            part if counted else None
+            for part, counted in zip(parts, self.columns.counted, strict=True)
         ]
         some = any(parameter.grad is not None for parameter in parameters)
         return _sum(lambda: subspace.project(own), some, subspace, self.device)
@@ -273,7 +274,7 @@ def _sum(
     except Exception as error:
         problem = error
     shape = (subspace.num_directions, subspace.num_blocks)
-    message = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.float64)
+    message = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.float64, device="cpu")
     if found is not None:
         message[:-1] = found.reshape(-1)
     message[-1] = float(some) if problem is None else math.nan

@@ -76,7 +76,7 @@ class SubspaceOptimizer(Optimizer):
         self.steps = 0
         self.skipped_steps = 0
         self.last_lr = 0.0
-        self.path_length = torch.zeros(subspace.num_blocks, dtype=torch.float64)
+        self.path_length = torch.zeros(subspace.num_blocks, dtype=torch.float64, device="cpu")
         self.radius = RADIUS if solver.radius is None else solver.radius
         if solver.lr is not None:
             self.peak_lr = float(solver.lr)
@@ -84,7 +84,7 @@ class SubspaceOptimizer(Optimizer):
             assert total_steps is not None
             self.peak_lr = peak_within(solver, self.radius, 0, total_steps)
         self.parametrization = make_parametrization(subspace)
-        self.raw = torch.zeros(self.parametrization.shape, dtype=torch.float64)
+        self.raw = torch.zeros(self.parametrization.shape, dtype=torch.float64, device="cpu")
         self._solver = make_solver(solver, self.raw, self.peak_lr)
         # lr, momentum and weight_decay are in the group for those who log them.
         defaults = {

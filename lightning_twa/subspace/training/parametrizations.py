@@ -142,7 +142,7 @@ class Mask(Simplex):
         logits = self.n**0.5 * raw
         logits = logits + self._shift(logits)
         generator = torch.Generator().manual_seed(SEED + step)
-        uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype)
+        uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device="cpu")
         noise = torch.logit(uniform, eps=1e-9)
         temperature = HOT * (COLD / HOT) ** progress
         mask = torch.sigmoid((logits + noise) / temperature)

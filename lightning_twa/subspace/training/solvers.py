@@ -60,7 +60,7 @@ class FullMatrixAdam(Optimizer):
                 state = self.state[x]
                 if not state:
                     k, b = x.shape
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = torch.tensor(0.0, device="cpu")
                     state["exp_avg"] = torch.zeros_like(x)
                     state["second_moment"] = x.new_zeros(b, k, k)
                 state["step"] += 1
