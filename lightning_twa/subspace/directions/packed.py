@@ -75,11 +75,14 @@ class PackedDirections:
         # which of its columns are no padding
         self._real = torch.zeros(TILE, dtype=torch.bool, device="cpu")
         self._tensor = 0
+        # Codes have no zero: columns in which all directions are zero, if there are any
+        self._still: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales, padding included."""
-        return sum(plane.nbytes for plane in self.planes) + self.scales.nbytes
+        still = 0 if self._still is None else self._still.nbytes
+        return sum(plane.nbytes for plane in self.planes) + self.scales.nbytes + still
 
     @property
     def path(self) -> str:
@@ -122,8 +125,15 @@ class PackedDirections:
         for plane, packed in zip(self.planes, pack(codes, self.bits), strict=True):
             plane[self._tile] = packed.to(plane.device)
         self.scales[self._tile] = scales.to(self.scales.device)
-        stored = dequantize(codes, scales, self.bits, torch.float64).flatten(1)[:, self._real]
-        self._squares.add(stored, self._buffer[:, self._real])
+        stored = dequantize(codes, scales, self.bits, torch.float64).flatten(1)
+        still = (self._buffer == 0).all(dim=0)
+        if bool((still & self._real).any()):
+            stored[:, still] = 0.0
+            if self._still is None:
+                shape = (self.scales.shape[0], TILE)
+                self._still = torch.zeros(shape, dtype=torch.bool, device=self.scales.device)
+            self._still[self._tile] = still.to(self._still.device)
+        self._squares.add(stored[:, self._real], self._buffer[:, self._real])
         self._buffer.zero_()
         self._real.zero_()
 
@@ -176,6 +186,8 @@ class PackedDirections:
                 gradient = flat[span.tensor]
                 if gradient is not None:
                     buffer[span.target] = gradient[span.source]
+            if self._still is not None:
+                buffer.masked_fill_(self._still[chunk.first : chunk.last].view(-1), 0.0)
             tiles = buffer.view(-1, TILE_GROUPS, GROUP)
             found = self._run(0, chunk.first, chunk.last, tiles)
             parts[chunk.first + chunk.covered : chunk.last] = found[chunk.covered :]
@@ -192,6 +204,8 @@ class PackedDirections:
         staged: dict[int, Tensor] = {}
         for chunk in self._chunks:
             values = self._run(1, chunk.first, chunk.last, x[chunk.first : chunk.last]).reshape(-1)
+            if self._still is not None:
+                values.masked_fill_(self._still[chunk.first : chunk.last].view(-1), 0.0)
             for span in chunk.scatter:
                 spec, target = self.layout.specs[span.tensor], out[span.tensor]
                 flat = flat_view(target, center)
@@ -209,6 +223,8 @@ class PackedDirections:
         for tile in range(self.scales.shape[0]):
             codes = unpack(tuple(plane[tile] for plane in self.planes), self.bits)
             values = dequantize(codes, self.scales[tile], self.bits, dtype).flatten(1)
+            if self._still is not None:
+                values.masked_fill_(self._still[tile], 0.0)
             for span in self._padded.spans(tile * TILE, (tile + 1) * TILE, tile * TILE):
                 first = self.layout.specs[span.tensor].start
                 columns = slice(first + span.source.start, first + span.source.stop)
