@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.common import Regressor
-from helpers.short import holds_its_average, short_run
+from helpers.short import holds_its_average, short_run, twa_of
 from lightning_twa import SolverConfig, SubspaceConfig
 
 SIMPLEX = {
@@ -21,7 +21,10 @@ BOUND = 0.15
 class Clamped(Regressor):
     """All weights within bounds, and the first layer's at least zero."""
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if twa_of(self.trainer).phase != "collect":
+            return  # nothing is to be done in the phase
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.clamp_(-BOUND, BOUND)
