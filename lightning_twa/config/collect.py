@@ -28,7 +28,8 @@ class CollectConfig:
             mostly make the average worse.
         every_n_epochs: Keep the weights at the end of every epoch ``e`` with
             ``(e + 1) % every_n_epochs == 0``, as ``ModelCheckpoint`` counts.
-        every_n_train_steps: Keep them after every so many optimizer steps instead of at epoch ends.
+        every_n_train_steps: Keep them after every so many optimizer steps (``trainer.global_step``,
+            which counts those of several optimizers together) instead of at epoch ends.
         max_candidates: Keep only the newest so many candidates. ``None`` keeps all. Running
             averages and files are not counted.
         ema_decays: Decays of exponential moving averages of the weights, updated after every

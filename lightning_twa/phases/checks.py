@@ -66,12 +66,12 @@ def check_trainer(
         ValueError: Naming the setting that does not fit this Trainer, and what to do instead.
     """
     _check_strategy(settings, trainer)
-    if not module.automatic_optimization:
+    if not (module.automatic_optimization or settings.uniform):
         raise ValueError(
             "TWACallback needs automatic optimization: with automatic_optimization=False, and with "
             "several optimizers, the module steps its own optimizers and the phase could not "
-            "replace them. Average the weights in your own loop with build_subspace() and "
-            "SubspaceOptimizer."
+            "replace them. Use SolverConfig(name='uniform'), which has no phase; or average the "
+            "weights in your own loop with build_subspace() and SubspaceOptimizer."
         )
     for name in callback_names(trainer) & AVERAGING_CALLBACKS:
         raise ValueError(
@@ -186,12 +186,15 @@ def check_package(callback: Callback, trainer: Trainer) -> None:
     )
 
 
-def check_optimizers(trainer: Trainer) -> None:
-    """The phase's optimizer stands for one of the user's.
+def check_optimizers(settings: Settings, trainer: Trainer) -> None:
+    """The phase's optimizer steps in the place of one of the user's; without a phase there may be
+    several.
 
     Raises:
         ValueError: When there is another number of them.
     """
+    if settings.uniform and not trainer.lightning_module.automatic_optimization:
+        return
     # For configure_optimizers() that returns None Lightning makes an optimizer without groups.
     found = sum(bool(optimizer.param_groups) for optimizer in trainer.optimizers)
     if found != 1:

@@ -155,10 +155,10 @@ class Collector:
         epoch, steps = trainer.current_epoch, trainer.global_step
         if steps == self._followed or not step_was_taken(trainer):
             return False
-        self._followed = steps
+        before, self._followed = self._followed, steps
         if self.plan.collect_start <= epoch < self.plan.start_epoch:
             self.averages.update(module)
-        if self.plan.takes_step(epoch, steps):
+        if self.plan.takes_step(epoch, steps, before):
             self._take(module, f"step={steps}", f"after step {steps}, in epoch {epoch}")
         return True
 

@@ -64,13 +64,21 @@ class CollectPlan:
             and (epoch + 1) % self.every_n_epochs == 0
         )
 
-    def takes_step(self, epoch: int, steps_taken: int) -> bool:
-        """Whether the weights after ``steps_taken`` optimizer steps become a candidate."""
+    def takes_step(self, epoch: int, steps_taken: int, before: int | None = None) -> bool:
+        """Whether the weights after ``steps_taken`` optimizer steps become a candidate.
+
+        Args:
+            epoch: That the steps are in.
+            steps_taken: Of the run.
+            before: How many there were when this was asked last: several optimizers may step in one
+                batch. One less if not given.
+        """
         return (
             self.every_n_train_steps is not None
             and self.collect_start <= epoch < self.start_epoch
             and steps_taken > 0
-            and steps_taken % self.every_n_train_steps == 0
+            and steps_taken // self.every_n_train_steps
+            > (steps_taken - 1 if before is None else before) // self.every_n_train_steps
         )
 
     def count_ahead(self, epoch: int, steps_taken: int, steps_per_epoch: int | None) -> int | None:

@@ -232,7 +232,8 @@ def _need(
     settings: Settings, trainer: Trainer, module: LightningModule, snapshots: int, others: int
 ) -> _Need | None:
     """What the phase will keep at least; ``None`` where nothing is trained yet."""
-    held_by_user = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    held_by_user = {id(p) for group in groups for p in group["params"]}
     trained = {
         name: p
         for name, p in module.named_parameters()

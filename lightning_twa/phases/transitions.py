@@ -150,7 +150,7 @@ class Stage(ABC):
 
     def loops_begin(self, trainer: Trainer, module: LightningModule) -> StageName:
         """The model and the optimizer are there; the Trainer's loops are about to start."""
-        check_optimizers(trainer)
+        check_optimizers(self.averaging.settings, trainer)
         check_parameters(module)
         return self.name
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["BorrowedOptimizer", "HeldModes"]
+__all__ = ["BorrowedOptimizer", "HeldModes", "replace_attribute"]
 
 UNSCALES = "_step_supports_amp_scaling"  # a fused optimizer divides by the loss scale itself
 
@@ -49,9 +49,9 @@ class BorrowedOptimizer:
 
         self.borrowed = True
         self._undo.callback(setattr, self, "borrowed", False)
-        _replace(self._undo, user, "step", MethodType(step, user))
+        replace_attribute(self._undo, user, "step", MethodType(step, user))
         if getattr(user, UNSCALES, False):
-            _replace(self._undo, user, UNSCALES, False)
+            replace_attribute(self._undo, user, UNSCALES, False)
         self._modes = HeldModes(trainer)
         self._undo.callback(self._modes.release)
         held = {id(p) for group in user.param_groups for p in group["params"]}
@@ -70,7 +70,7 @@ class BorrowedOptimizer:
             for parameter in self._others:
                 parameter.grad = None
 
-        _replace(self._undo, optimizer, "zero_grad", MethodType(zero_grad, optimizer))
+        replace_attribute(self._undo, optimizer, "zero_grad", MethodType(zero_grad, optimizer))
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         phase = self.steps
@@ -136,7 +136,7 @@ class HeldModes:
             self._postponed.append(call)
             return None
 
-        _replace(self._undo, optimizer, name, MethodType(held, optimizer))
+        replace_attribute(self._undo, optimizer, name, MethodType(held, optimizer))
 
     def release(self) -> None:
         """Give the methods back, and do what was postponed. May be called again."""
@@ -170,7 +170,7 @@ def _keeping_weights(optimizer: Optimizer, call: Callable[[], Any]) -> Any:
             parameter.copy_(value)
 
 
-def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+def replace_attribute(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
     """Set an attribute of an instance; ``undo`` takes it away unless somebody has set another."""
     before = vars(owner).get(name, undo)
 

@@ -48,7 +48,11 @@ def steps_for(trainer: Trainer, batches: int | None) -> int | None:
 
 
 def steps_per_epoch(trainer: Trainer) -> int | None:
-    """Optimizer steps of the current training loader per epoch, ``None`` when it has no length."""
+    """Optimizer steps of the current training loader per epoch, ``None`` when it has no length, or
+    the module steps its optimizers itself.
+    """
+    if not trainer.lightning_module.automatic_optimization:
+        return None
     return steps_for(trainer, batches_per_epoch(trainer))
 
 

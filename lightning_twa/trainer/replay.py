@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_twa.trainer.borrowed_optimizer import replace_attribute
 from lightning_twa.trainer.data import own_copy
 from lightning_twa.trainer.features import is_a
 from lightning_twa.trainer.progress_bar import show_progress
@@ -70,6 +71,8 @@ def training_steps(
         stack.enter_context(_modes(module, training))
         stack.enter_context(_logging_off(module))
         stack.enter_context(_metrics_kept(module))
+        if not module.automatic_optimization:
+            stack.enter_context(_manual_steps_off(trainer, module))
         what = "re-estimating BatchNorm statistics"
         tick = stack.enter_context(show_progress(trainer, what, " batches", max_batches))
         for batch in _second_pass(combined_loader, stack.callback):
@@ -188,6 +191,31 @@ def _logging_off(module: LightningModule) -> Iterator[None]:
         for name in LOGGING:
             del attributes[name]
         attributes.update(hidden)
+
+
+@contextmanager
+def _manual_steps_off(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """A module that steps its own optimizers steps nothing: closures are evaluated, gradients are
+    neither computed nor cleared, schedulers stay.
+    """
+
+    def ignore(*args: Any, **kwargs: Any) -> None: ...
+
+    def evaluate(closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        return None if closure is None else closure()
+
+    strategy = trainer.strategy
+    with ExitStack() as stack:
+        changes: list[tuple[Any, str, Any]] = [
+            (module, "manual_backward", ignore),
+            (module, "clip_gradients", ignore),
+            *((config.scheduler, "step", ignore) for config in strategy.lr_scheduler_configs),
+        ]
+        for optimizer in (*strategy.optimizers, *strategy._lightning_optimizers):
+            changes += [(optimizer, "step", evaluate), (optimizer, "zero_grad", ignore)]
+        for owner, name, value in changes:
+            replace_attribute(stack, owner, name, value)
+        yield
 
 
 @contextmanager

@@ -187,7 +187,8 @@ def test_a_schedule_needs_the_length_of_the_phase_s_own_data(tmp_path, data) -> 
 MANUAL = (
     "TWACallback needs automatic optimization: with automatic_optimization=False, and with "
     "several optimizers, the module steps its own optimizers and the phase could not replace them. "
-    "Average the weights in your own loop with build_subspace() and SubspaceOptimizer."
+    "Use SolverConfig(name='uniform'), which has no phase; or average the weights in your own loop "
+    "with build_subspace() and SubspaceOptimizer."
 )
 
 
