@@ -15,6 +15,7 @@ PRIVATE_NAMES = (
     "strategy.checkpoint_io",
     "strategy.optimizers",
     "strategy._lightning_optimizers",
+    "strategy.lr_scheduler_configs",
     "strategy.lightning_module_state_dict",
     "strategy.restore_checkpoint_after_setup",
     "strategy.batch_to_device",
