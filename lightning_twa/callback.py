@@ -69,6 +69,11 @@ class TWAHooks(RunResults, Hooks):
             would have taken, and then the run ends; never later than ``max_epochs``. Without
             ``CollectConfig.start``, candidates are kept from the first epoch on, as many of the
             newest as there would have been.
+        continue_from: What a finished run goes on from when it is trained on (``fit`` again with
+            more ``max_epochs``, in the same Trainer or from its last checkpoint): the average that
+            it ended with, or ``"raw"``, the weights that ordinary training ended with, of which a
+            copy is kept in memory and in checkpoints. Candidates are then collected anew, and the
+            phase comes at ``start_epoch`` of the longer run. ``None``: that is an error.
 
     Raises:
         ValueError: When an argument is outside its range or two contradict each other.
@@ -91,6 +96,7 @@ class TWAHooks(RunResults, Hooks):
         batchnorm_batches: int | None = None,
         cycles: int = 1,
         start_on_early_stopping: bool = False,
+        continue_from: Literal["average", "raw"] | None = None,
     ) -> None:
         super().__init__()
         self.settings = Settings(
@@ -106,6 +112,7 @@ class TWAHooks(RunResults, Hooks):
             batchnorm_batches=batchnorm_batches,
             cycles=cycles,
             start_on_early_stopping=start_on_early_stopping,
+            continue_from=continue_from,
         )
         self._run = Run(self.settings, self.state_key)
         self._fitting = False  # in a fit that concerns us; other functions of a Trainer do not

@@ -54,6 +54,7 @@ def check_state(state: Mapping[str, Any]) -> None:
         weights, blocks = state["averaging_weights"], state["block_names"]
         if 0 in weights.shape or weights.shape != (len(state["candidate_names"]), len(blocks)):
             raise damaged("averaging_weights", weights)
+    _check({"raw": {}, **state}, "", {"raw": _is_tensors})
     if "path" in state:
         _check(state, "", {"path": _is_dict})
         path = {"points": _is_numbers(3), "stride": _is_count, "steps": _is_count}

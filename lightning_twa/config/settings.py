@@ -44,6 +44,7 @@ class Settings:
     batchnorm_batches: int | None = None
     cycles: int = 1
     start_on_early_stopping: bool = False
+    continue_from: Literal["average", "raw"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start_epoch", as_epoch(self.start_epoch))
@@ -70,6 +71,8 @@ class Settings:
             raise ValueError(
                 f"Invalid batchnorm_batches={batches!r}. Must be an int >= 1, or None."
             )
+        if self.continue_from is not None:
+            check_choice("continue_from", self.continue_from, ("average", "raw"))
         _check_cycles(self)
         _check_uniform(self)
         check_unit_of_steps(self.subspace, self.solver)
@@ -119,6 +122,11 @@ def _check_cycles(settings: Settings) -> None:
         raise ValueError(
             f"cycles={cycles} does not go with CollectConfig.checkpoints: candidates from files "
             f"belong to one phase. Use cycles=1."
+        )
+    if settings.continue_from is not None:
+        raise ValueError(
+            f"cycles={cycles} does not go with continue_from={settings.continue_from!r}: a longer "
+            f"run would have other cycles. Use one of them."
         )
     if settings.start_on_early_stopping:
         raise ValueError(

@@ -59,6 +59,8 @@ class Averaging:
             before that are those of an earlier fit.
         early_stopped: Whether ``EarlyStopping`` wanted to end the run: the phase is due.
         epoch_batches: Batches of the last whole epoch of collecting.
+        raw: The weights and buffers that ordinary training ended with, on the CPU, where a finished
+            run is to go on from them.
     """
 
     def __init__(self, settings: Settings, state_key: str = "TWACallback") -> None:
@@ -79,6 +81,7 @@ class Averaging:
         self.has_trained = False
         self.early_stopped = False
         self.epoch_batches: int | None = None
+        self.raw: dict[str, Tensor] | None = None
         self.restored_names: list[str] = []  # of a finished run that was restored without them
         self._model: weakref.ref[LightningModule] | None = None  # None: of whichever comes
 
@@ -160,17 +163,6 @@ class Averaging:
         """Whether the epoch that begins belongs to the next part of the run."""
         end = self.plan.end
         return not self.in_last_cycle and end is not None and trainer.current_epoch >= end
-
-    def begin_cycle(self, trainer: Trainer) -> None:
-        """Train as usual from the learned average on, and collect anew."""
-        self.modes.release()
-        self.optimization.switch.leave(trainer)
-        self.optimization.forget()
-        self.collector.begin_anew(trainer)
-        # what was learned and validated belongs to other candidates
-        self.learned, self.block_names, self.restored_names = None, [], []
-        self.trajectory.clear()
-        self.temporary = TemporaryAverage()
 
     def has_enough_candidates(self) -> bool:
         """Whether a phase could begin now; candidates whose file has changed are left out."""

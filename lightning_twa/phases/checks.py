@@ -162,6 +162,12 @@ def _check_strategy(settings: Settings, trainer: Trainer) -> None:
             f"distribute='replicate' does not go with {type(trainer.strategy).__name__}, which "
             f"leaves each process a part of the parameters. Use 'auto' or 'shard'."
         )
+    if settings.continue_from == "raw":
+        raise ValueError(
+            f"continue_from='raw' does not go with {type(trainer.strategy).__name__}: a checkpoint "
+            f"holds the callback state of one process, and with it a part of the weights. Use "
+            f"'average', or keep a checkpoint of before the phase."
+        )
     if settings.storage.kind == "memory":
         raise ValueError(
             f"StorageConfig(kind='memory') does not go with {type(trainer.strategy).__name__}: a "

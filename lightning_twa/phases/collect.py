@@ -104,26 +104,30 @@ class Collector:
             device=trainer.strategy.root_device,
         )
 
-    def check_length(self, trainer: Trainer, loader: Any) -> None:
+    def check_length(self, trainer: Trainer, loader: Any, *, anew: bool = False) -> None:
         """See :func:`lightning_twa.phases.checks.check_data` and
         :func:`lightning_twa.phases.room.check_memory`.
+
+        Args:
+            trainer: The Trainer.
+            loader: Of the phase.
+            anew: Whether the candidates that are there do not count.
         """
-        given = len(self.store.given_names)
-        plans, window = self._plans[self.cycle :], len(self.store) - given
+        given = len(self._files if anew else self.store.given_names)
+        plans, window = self._plans[self.cycle :], 0 if anew else len(self.store) - given
         most = check_data(self.settings, plans, trainer, loader, window, given)
         if most is not None and not self.settings.start_on_early_stopping:  # fewer may be enough
             others = given + len(self.settings.collect.ema_decays)
             check_memory(self.settings, trainer, trainer.lightning_module, most, others)
 
     def begin_anew(self, trainer: Trainer) -> None:
-        """Forget the candidates, and collect anew in the next cycle."""
+        """Forget the candidates, and collect anew."""
         self._followed = trainer.global_step
         self.store.clear()
         self.store.max_candidates = self.settings.collect.max_candidates  # a resumed phase had none
         self.averages.clear()
-        self.cycle += 1
 
-    def catch_up(self, trainer: Trainer, module: LightningModule) -> None:
+    def catch_up(self, trainer: Trainer, module: LightningModule, *, anew: bool = False) -> None:
         """At the start of training: take the candidate that a resumed run would miss, and those in
         files.
 
@@ -134,7 +138,7 @@ class Collector:
             ValueError: Naming a file that does not hold weights of this module.
         """
         self._followed = trainer.global_step
-        if at_epoch_start(trainer):
+        if at_epoch_start(trainer) and not anew:
             self.take_epoch_end(module, trainer.current_epoch - 1)
         for path, name in zip(self._files, self._names, strict=True):
             if not {name, path.stem} & set(self.store.given_names):

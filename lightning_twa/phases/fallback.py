@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_twa.candidates import check_complete, keep_in_files, put_average
 from lightning_twa.machine import in_common
+from lightning_twa.phases.anew import keep_raw
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.fitting import fit_buffers
 from lightning_twa.phases.guard import is_common
@@ -25,6 +26,7 @@ def begin_phase(averaging: Averaging, trainer: Trainer, module: LightningModule)
     of a ``fit`` an error is an error: nothing is lost by it.
     """
     try:
+        keep_raw(averaging, module)
         averaging.begin_phase(trainer, module)
         fit_buffers(averaging, trainer, module, in_between=True)
     except Exception as error:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_twa.candidates import check_complete, put_average
 from lightning_twa.phases import saved
+from lightning_twa.phases.anew import keep_raw
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.fitting import fit_buffers
 from lightning_twa.phases.report import uniform_report
@@ -61,6 +62,7 @@ def complete_uniform(averaging: Averaging, trainer: Trainer, module: LightningMo
 
 def _put_uniform(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
     check_complete(averaging.store, module)
+    keep_raw(averaging, module)
     put_average(module, averaging.store)
     batches = fit_buffers(averaging, trainer, module)
     averaging.keep_uniform()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_twa.phases import saved
+from lightning_twa.phases.anew import begin_cycle, go_on
 from lightning_twa.phases.into_checkpoint import put_validated
 from lightning_twa.phases.transitions import Stage, StageName
 from lightning_twa.trainer import at_epoch_start
@@ -66,12 +67,16 @@ class Done(Stage):
         return self.name
 
     def training_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Begin the next cycle where it is due."""
-        averaging = self.averaging
-        if not (at_epoch_start(trainer) and averaging.next_cycle_is_due(trainer)):
+        """Begin the next cycle where it is due, or go on with a finished run."""
+        averaging, at_start = self.averaging, at_epoch_start(trainer)
+        goes_on = averaging.in_last_cycle and averaging.settings.continue_from is not None
+        if not (at_start and (goes_on or averaging.next_cycle_is_due(trainer))):
             return self.name
         averaging.meet_model(module)
-        averaging.begin_cycle(trainer)
+        if goes_on:
+            go_on(averaging, trainer, module)
+            return StageName.COLLECTING
+        begin_cycle(averaging, trainer)
         averaging.start_collecting(trainer, module)
         return StageName.COLLECTING
 
@@ -81,10 +86,12 @@ class Done(Stage):
         Raises:
             RuntimeError: After the last one.
         """
-        self._refuse_to_go_on(trainer)
-        if not self.averaging.next_cycle_is_due(trainer):
+        averaging = self.averaging
+        if averaging.in_last_cycle:
+            self._refuse_to_go_on(trainer)
+        if not averaging.next_cycle_is_due(trainer):
             return self.name
-        self.averaging.begin_cycle(trainer)
+        begin_cycle(averaging, trainer)
         return StageName.COLLECTING
 
     def batch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
@@ -100,8 +107,10 @@ class Done(Stage):
         if self.averaging.in_last_cycle:
             raise RuntimeError(
                 f"The TWA phase of this run was finished, but the Trainer goes on with epoch "
-                f"{trainer.current_epoch}. To train further from the averaged weights, load them "
-                f"into a new run (load_from_checkpoint, a new Trainer and a new TWACallback)."
+                f"{trainer.current_epoch}. Pass TWACallback(continue_from='average') or 'raw' to "
+                f"train on from the average or from the weights before it, from the start of an "
+                f"epoch on; or load the averaged weights into a new run (load_from_checkpoint, a "
+                f"new Trainer and a new TWACallback)."
             )
 
     def training_ended(self, trainer: Trainer, module: LightningModule) -> StageName:

@@ -61,6 +61,8 @@ def dump(
         state["started"] = dict(averaging.optimization.started)
     if phase == "optimize":
         state.update(phase_to_keep(averaging) if averaging.kept is None else averaging.kept)
+    if phase != "collect" and averaging.raw is not None:
+        state["raw"] = averaging.raw
     weights = averaging.averaging_weights
     if weights is not None:
         state.update(averaging_weights=weights, block_names=list(averaging.block_names))
@@ -134,6 +136,7 @@ def load(averaging: Averaging, state: dict[str, Any]) -> None:
     if "candidates" in state:
         averaging.collector.load_state_dict(state["candidates"], complete=phase != "collect")
     averaging.learned = state.get("averaging_weights")
+    averaging.raw = state.get("raw")
     averaging.block_names = list(state.get("block_names", []))
     if "path" in state:
         averaging.trajectory.load_state_dict(state["path"])

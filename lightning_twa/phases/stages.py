@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_twa.phases import fallback, saved
+from lightning_twa.phases.anew import begin_cycle
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.finish import (
     complete_phase,
@@ -51,7 +52,7 @@ class Collecting(Stage):
         averaging, at_start = self.averaging, at_epoch_start(trainer)
         averaging.meet_model(module)
         if at_start and averaging.next_cycle_is_due(trainer):
-            averaging.begin_cycle(trainer)
+            begin_cycle(averaging, trainer)
         averaging.start_collecting(trainer, module)
         if averaging.settings.start_on_early_stopping and not averaging.early_stopped:
             self._watch = StopWatch(trainer, lambda: self._could_begin(trainer))
@@ -64,7 +65,7 @@ class Collecting(Stage):
     def epoch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Begin the next cycle, or the phase, where they are due."""
         if self.averaging.next_cycle_is_due(trainer):  # there was no phase in this one
-            self.averaging.begin_cycle(trainer)
+            begin_cycle(self.averaging, trainer)
             self._had_too_few = False
         return self._begin_phase_if_due(trainer, module)
 
@@ -204,7 +205,7 @@ class Resuming(Stage):
         if not (at_epoch_start(trainer) and averaging.next_cycle_is_due(trainer)):
             return StageName.OPTIMIZING
         complete_phase(averaging, trainer, module)
-        averaging.begin_cycle(trainer)
+        begin_cycle(averaging, trainer)
         averaging.start_collecting(trainer, module)
         return StageName.COLLECTING
 
