@@ -35,7 +35,9 @@ class TWAHooks(RunResults, Hooks):
 
     Args:
         start_epoch: First epoch (0-based) of the phase that trains the coefficients; a float is a
-            fraction of ``max_epochs``. 0 with ``CollectConfig.checkpoints``: a soup.
+            fraction of ``max_epochs`` or, of a run with ``max_steps`` alone, of ``max_steps``: the
+            phase then begins at that optimizer step, within an epoch too. 0 with
+            ``CollectConfig.checkpoints``: a soup. By default 0.8, unless ``phase_steps`` is given.
         data: What the coefficients are trained on: ``"train"``, the training data (TWA-t);
             ``"val"``, the validation dataloader, in random order (TWA-v); ``"twa"``, what a
             ``twa_dataloader()`` hook of the module or datamodule returns. ``training_step`` is used
@@ -69,6 +71,10 @@ class TWAHooks(RunResults, Hooks):
             would have taken, and then the run ends; never later than ``max_epochs``. Without
             ``CollectConfig.start``, candidates are kept from the first epoch on, as many of the
             newest as there would have been.
+        phase_steps: Length of the phase in optimizer steps, or as a fraction of the run's. Ordinary
+            training goes on until so many are left, within an epoch too (with ``data="val"`` or
+            ``"twa"`` to the start of the epoch in which that falls). With ``start_epoch`` as well
+            the run ends when the phase has taken them.
         continue_from: What a finished run goes on from when it is trained on (``fit`` again with
             more ``max_epochs``, in the same Trainer or from its last checkpoint): the average that
             it ended with, or ``"raw"``, the weights that ordinary training ended with, of which a
@@ -84,7 +90,7 @@ class TWAHooks(RunResults, Hooks):
 
     def __init__(
         self,
-        start_epoch: int | float = 0.8,
+        start_epoch: int | float | None = None,
         data: Literal["train", "val", "twa"] = "train",
         collect: CollectConfig | None = None,
         subspace: SubspaceConfig | None = None,
@@ -97,6 +103,7 @@ class TWAHooks(RunResults, Hooks):
         cycles: int = 1,
         start_on_early_stopping: bool = False,
         continue_from: Literal["average", "raw"] | None = None,
+        phase_steps: int | float | None = None,
     ) -> None:
         super().__init__()
         self.settings = Settings(
@@ -113,6 +120,7 @@ class TWAHooks(RunResults, Hooks):
             cycles=cycles,
             start_on_early_stopping=start_on_early_stopping,
             continue_from=continue_from,
+            phase_steps=phase_steps,
         )
         self._run = Run(self.settings, self.state_key)
         self._fitting = False  # in a fit that concerns us; other functions of a Trainer do not

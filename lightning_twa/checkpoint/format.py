@@ -49,7 +49,9 @@ def check_state(state: Mapping[str, Any]) -> None:
         _check(state, "", {"started": _is_dict})
         started = {"epoch": _is_count, "step": _is_count, "validates_each_epoch": _is_bool}
         _check(state["started"], "started.", {**started, "epoch_batches": _optional(_is_count)})
-        _check({"stops_at": 0, **state["started"]}, "started.", {"stops_at": _is_count})
+        later = {"stops_at": 0, "stops_at_step": 0, "steps_in_epoch": 0, **state["started"]}
+        later_checks = dict.fromkeys(("stops_at", "stops_at_step", "steps_in_epoch"), _is_count)
+        _check(later, "started.", later_checks)
         _check(state, "", {"averaging_weights": _is_numbers(2), "block_names": _is_names})
         weights, blocks = state["averaging_weights"], state["block_names"]
         if 0 in weights.shape or weights.shape != (len(state["candidate_names"]), len(blocks)):

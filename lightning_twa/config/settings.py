@@ -15,6 +15,7 @@ from lightning_twa.config.values import as_epoch, check_choice, check_epoch_or_f
 __all__ = ["DATA", "Settings"]
 
 SAVED = (".ckpt", ".pt", ".pth", ".bin")  # what may hold an average
+START = 0.8  # of the run, where neither start_epoch nor phase_steps is given
 DISTRIBUTE = ("auto", "replicate", "shard")
 DATA = {  # what the coefficients can be trained on, in words
     "train": "the training data",
@@ -32,7 +33,7 @@ class Settings:
         TypeError: When a configuration is not of its class.
     """
 
-    start_epoch: int | float
+    start_epoch: int | float | None
     data: Literal["train", "val", "twa"]
     collect: CollectConfig
     subspace: SubspaceConfig
@@ -45,10 +46,16 @@ class Settings:
     cycles: int = 1
     start_on_early_stopping: bool = False
     continue_from: Literal["average", "raw"] | None = None
+    phase_steps: int | float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "start_epoch", as_epoch(self.start_epoch))
-        check_epoch_or_fraction("start_epoch", self.start_epoch)
+        if self.start_epoch is not None:
+            object.__setattr__(self, "start_epoch", as_epoch(self.start_epoch))
+            check_epoch_or_fraction("start_epoch", self.start_epoch)
+        elif self.phase_steps is None:
+            object.__setattr__(self, "start_epoch", START)
+        object.__setattr__(self, "phase_steps", as_epoch(self.phase_steps))
+        _check_phase_steps(self.phase_steps)
         check_choice("data", self.data, tuple(DATA))
         check_choice("distribute", self.distribute, DISTRIBUTE)
         kinds = {
@@ -81,6 +88,19 @@ class Settings:
     def uniform(self) -> bool:
         """Whether the average is uniform, and no phase is trained."""
         return self.solver.name == "uniform"
+
+
+def _check_phase_steps(value: object) -> None:
+    """
+    Raises:
+        ValueError: When it is no number of steps.
+    """
+    share = isinstance(value, float) and 0.0 < value < 1.0
+    if not (value is None or share or (is_int(value) and value >= 1)):  # type: ignore[operator]
+        raise ValueError(
+            f"Invalid phase_steps={value!r}. Must be a number of optimizer steps (int >= 1), a "
+            f"fraction of the run's (float in (0, 1)), or None."
+        )
 
 
 def _check_save_average(where: object) -> None:
@@ -148,6 +168,7 @@ def _check_uniform(settings: Settings) -> None:
         "subspace": (settings.subspace, SubspaceConfig()),
         "distribute": (settings.distribute, "auto"),
         "start_on_early_stopping": (settings.start_on_early_stopping, False),
+        "phase_steps": (settings.phase_steps, None),
         "CollectConfig.checkpoints": (settings.collect.checkpoints, None),
     }
     for name, (value, default) in values.items():

@@ -16,6 +16,7 @@ def begin_cycle(averaging: Averaging, trainer: Trainer) -> None:
     """Train as usual from the learned average on, and collect for the next part of the run."""
     _collect_anew(averaging, trainer)
     averaging.collector.cycle += 1
+    averaging.collector.place(trainer, averaging.epoch_batches, within_epoch=False)
 
 
 def go_on(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
@@ -26,6 +27,7 @@ def go_on(averaging: Averaging, trainer: Trainer, module: LightningModule) -> No
     """
     switch = averaging.optimization.switch
     switch.leave(trainer)
+    averaging.collector.place(trainer, averaging.epoch_batches, within_epoch=False)
     averaging.collector.check_length(trainer, switch.request_data(trainer), anew=True)
     _collect_anew(averaging, trainer)
     averaging.early_stopped = False

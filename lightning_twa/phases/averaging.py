@@ -24,6 +24,7 @@ from lightning_twa.trainer import (
     AroundValidation,
     BatchWatch,
     HeldModes,
+    at_epoch_start,
     batches_seen,
     epoch_is_ending,
     run_is_ending,
@@ -156,6 +157,8 @@ class Averaging:
         Raises:
             ValueError: When there will be too few candidates, or a file is not this module's.
         """
+        within = not at_epoch_start(trainer)
+        self.collector.place(trainer, self.epoch_batches, within_epoch=within)
         self.collector.catch_up(trainer, module)
         self.collector.check_length(trainer, self.optimization.switch.request_data(trainer))
 
@@ -168,25 +171,6 @@ class Averaging:
         """Whether a phase could begin now; candidates whose file has changed are left out."""
         self.store.drop_damaged()
         return self.collector.count >= 2
-
-    def begin_phase(self, trainer: Trainer, module: LightningModule) -> None:
-        """Switch into the phase, at the start of an epoch. On an error the Trainer is as it was."""
-        plan, epoch = self.plan, trainer.current_epoch
-        stops_at = None
-        if self.early_stopped and epoch < plan.start_epoch and plan.end is not None:
-            stops_at = epoch + plan.end - plan.start_epoch
-        self.collector.add_running_averages(module)
-        phase = self.optimization
-        phase.end = plan.end
-        try:
-            phase.started = phase.switch.borrow(trainer, self.epoch_batches, stops_at)
-            phase.enter(trainer, module, self.store)
-        except BaseException:
-            self.release()
-            raise
-        self.learned, self.block_names = None, phase.block_names
-        self.trajectory.clear()
-        self._record()
 
     def regain_trainer(self, trainer: Trainer) -> None:
         """Before the Trainer's loops start: give it the data that the phase has, or had."""
@@ -227,10 +211,11 @@ class Averaging:
         if not (self.has_trained and was_trained(trainer) and self.trajectory.waits):
             return False
         if self.trajectory.due():
-            self._record()
+            self.record()
         return True
 
-    def _record(self) -> None:
+    def record(self) -> None:
+        """Record the averaging weights of the weights in the model."""
         now = self.averaging_weights
         assert now is not None
         self.trajectory.record(now)

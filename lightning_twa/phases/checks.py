@@ -11,10 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_twa.config import Settings
+from lightning_twa.phases.by_steps import begins_by_steps, check_limits, plan_by_steps
 from lightning_twa.phases.plan import (
     CollectPlan,
     check_enough_candidates,
     check_something,
+    cycle_bounds,
     resolve_plans,
 )
 from lightning_twa.trainer import (
@@ -97,6 +99,11 @@ def check_trainer(
             "TWACallback(start_on_early_stopping=True) needs an EarlyStopping callback, but the "
             "Trainer has none. Add one, or leave the argument out."
         )
+    check_limits(settings, epochs, trainer.max_steps)
+    if begins_by_steps(settings, epochs, trainer.max_steps):
+        bounds = cycle_bounds(settings.cycles, epochs)
+        return [plan_by_steps(settings, a, b) for a, b in bounds]
+    assert settings.start_epoch is not None
     return resolve_plans(
         settings.start_epoch,
         settings.collect,
@@ -105,6 +112,7 @@ def check_trainer(
         settings.uniform,
         settings.cycles,
         settings.start_on_early_stopping,
+        trainer.max_steps,
     )
 
 
@@ -280,10 +288,12 @@ def check_data(
         return most
     _warn_of_rank(settings, most, averages + files)
     solver = settings.solver
-    known = solver.lr is not None and solver.schedule == "constant"
+    given = plans[0].phase_steps is not None
+    known = given or (solver.lr is not None and solver.schedule == "constant")
     sized = settings.data == "train" or has_length(loader)
     endless = max_epochs(trainer) is None or not sized
-    remedy = "max_epochs or max_steps" if sized else "max_steps (the data has no length)"
+    limit = "max_epochs" if sized else "phase_steps"
+    remedy = f"{limit} or max_steps" + ("" if sized else " (the data has no length)")
     if endless and trainer.max_steps == -1 and not known:
         raise ValueError(
             f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
@@ -291,7 +301,7 @@ def check_data(
             f"schedule={solver.schedule!r} needs it. Set {remedy}, or use "
             f"SolverConfig(schedule='constant', lr=...)."
         )
-    if endless and trainer.max_steps == -1 and settings.subspace.group_size is not None:
+    if endless and trainer.max_steps == -1 and not given and settings.subspace.group_size:
         raise ValueError(
             f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
             f"max_steps={trainer.max_steps}, data={settings.data!r}), but "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_twa.candidates import (
 )
 from lightning_twa.config import Settings
 from lightning_twa.machine import in_common
+from lightning_twa.phases.by_steps import Position, check_placed, place
 from lightning_twa.phases.checks import check_data, check_trainer
 from lightning_twa.phases.plan import CollectPlan
 from lightning_twa.phases.room import check_directories, check_memory
@@ -31,6 +33,9 @@ from lightning_twa.trainer import (
     keeps_older_checkpoints,
     shards_parameters,
     step_was_taken,
+    steps_for,
+    steps_in_epoch,
+    steps_per_epoch,
 )
 
 __all__ = ["Collector", "file_candidate_names"]
@@ -104,6 +109,40 @@ class Collector:
             device=trainer.strategy.root_device,
         )
 
+    def position(
+        self, trainer: Trainer, epoch_batches: int | None, *, within_epoch: bool
+    ) -> Position:
+        """Where the run is, in optimizer steps.
+
+        Args:
+            trainer: The Trainer.
+            epoch_batches: Batches of the last whole epoch of training.
+            within_epoch: Between two batches, and not at the start of an epoch.
+        """
+        per_epoch = steps_per_epoch(trainer)
+        return Position(
+            epoch=trainer.current_epoch,
+            steps=trainer.global_step,
+            steps_in_epoch=steps_in_epoch(trainer) if within_epoch else 0,
+            per_epoch=steps_for(trainer, epoch_batches) if per_epoch is None else per_epoch,
+            max_steps=trainer.max_steps,
+        )
+
+    def place(self, trainer: Trainer, epoch_batches: int | None, *, within_epoch: bool) -> None:
+        """Place what is counted in steps in the plans; see
+        :func:`lightning_twa.phases.by_steps.place`.
+        """
+        now = self.position(trainer, epoch_batches, within_epoch=within_epoch)
+        for i in range(self.cycle, len(self._plans)):
+            plan = self._plans[i]
+            if i > self.cycle:  # where it will be if all epochs have as many steps
+                now = replace(
+                    now, epoch=plan.first, steps=plan.first * (now.per_epoch or 0), steps_in_epoch=0
+                )
+            self._plans[i] = place(plan, self.settings, now)
+        if self.store.max_candidates is None:
+            self.store.max_candidates = self.plan.max_candidates
+
     def check_length(self, trainer: Trainer, loader: Any, *, anew: bool = False) -> None:
         """See :func:`lightning_twa.phases.checks.check_data` and
         :func:`lightning_twa.phases.room.check_memory`.
@@ -113,6 +152,7 @@ class Collector:
             loader: Of the phase.
             anew: Whether the candidates that are there do not count.
         """
+        check_placed(self.plan, self.settings)
         given = len(self._files if anew else self.store.given_names)
         plans, window = self._plans[self.cycle :], 0 if anew else len(self.store) - given
         most = check_data(self.settings, plans, trainer, loader, window, given)
@@ -160,7 +200,7 @@ class Collector:
         if steps == self._followed or not step_was_taken(trainer):
             return False
         before, self._followed = self._followed, steps
-        if self.plan.collect_start <= epoch < self.plan.start_epoch:
+        if self.plan.covers(epoch, steps):
             self.averages.update(module)
         if self.plan.takes_step(epoch, steps, before):
             self._take(module, f"step={steps}", f"after step {steps}, in epoch {epoch}")
@@ -168,7 +208,7 @@ class Collector:
 
     def take_epoch_end(self, module: LightningModule, epoch: int) -> None:
         """Take the weights at the end of an epoch where they are due."""
-        if self.plan.takes_epoch_end(epoch):
+        if self.plan.takes_epoch_end(epoch, self._followed):
             self._take(module, f"epoch={epoch}", f"at the end of epoch {epoch}")
 
     def _take(self, module: LightningModule, name: str, moment: str) -> None:

@@ -13,6 +13,7 @@ from lightning_twa.candidates import check_complete, keep_in_files, put_average
 from lightning_twa.machine import in_common
 from lightning_twa.phases.anew import keep_raw
 from lightning_twa.phases.averaging import Averaging
+from lightning_twa.phases.beginning import enter_phase
 from lightning_twa.phases.fitting import fit_buffers
 from lightning_twa.phases.guard import is_common
 from lightning_twa.trainer import prepare_data, shards_parameters, step_was_taken
@@ -21,13 +22,25 @@ from lightning_twa.words import count
 __all__ = ["begin_phase", "follow_phase"]
 
 
-def begin_phase(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
+def begin_phase(
+    averaging: Averaging,
+    trainer: Trainer,
+    module: LightningModule,
+    *,
+    within_epoch: bool = False,
+) -> None:
     """Switch into the phase, or, where that fails, to its uniform average. Before the first batch
     of a ``fit`` an error is an error: nothing is lost by it.
+
+    Args:
+        averaging: The run.
+        trainer: The Trainer.
+        module: The module.
+        within_epoch: Between two batches, and not at the start of an epoch.
     """
     try:
         keep_raw(averaging, module)
-        averaging.begin_phase(trainer, module)
+        enter_phase(averaging, trainer, module, within_epoch=within_epoch)
         fit_buffers(averaging, trainer, module, in_between=True)
     except Exception as error:
         if not averaging.has_trained or not is_common(error):

@@ -119,19 +119,20 @@ def warn_of_no_average(averaging: Averaging, trainer: Trainer, had_too_few: bool
             f"average of part {averaging.cycle}."
         )
         return
-    candidates, start = len(averaging.candidate_names), averaging.plan.start_epoch
+    candidates, start = len(averaging.candidate_names), averaging.plan.describe_start()
+    sooner = "Lower start_epoch" if "epoch" in start else "Raise phase_steps, or pass start_epoch,"
     found = f"there {'was' if candidates == 1 else 'were'} {count(candidates, 'candidate')}"
     ordinary = "The weights are those of ordinary training."
     if had_too_few:
         rank_zero_warn(
-            f"TWA never ran: {found} at start_epoch={start}, and it needs two. {ordinary} "
+            f"TWA never ran: {found} at {start}, and it needs two. {ordinary} "
             f"Collect earlier, or more often (CollectConfig)."
         )
         return
     text = (
         f"TWA never ran: training stopped after {count(trainer.current_epoch, 'epoch')} and "
-        f"{count(trainer.global_step, 'optimizer step')}, before start_epoch={start} began "
-        f"the phase. {ordinary} Lower start_epoch to run it"
+        f"{count(trainer.global_step, 'optimizer step')}, before {start} began "
+        f"the phase. {ordinary} {sooner} to run it"
     )
     if was_stopped_early(trainer) and not averaging.settings.start_on_early_stopping:
         text += (

@@ -102,8 +102,8 @@ class Optimization:
         assert self.optimizer is not None
         if self._choice.share.text is not None:
             rank_zero_info(self._choice.share.text)
-        data, epoch = self.settings.data, self.started["epoch"]
-        rank_zero_info(report.switch_report(self.optimizer, store.names, DATA[data], epoch))
+        data = self.settings.data
+        rank_zero_info(report.switch_report(self.optimizer, store.names, DATA[data], self.started))
         if self._groups is not None:
             rank_zero_info(report.groups_report(self._groups))
         if data == "val":

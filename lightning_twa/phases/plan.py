@@ -10,7 +10,7 @@ from lightning_twa.config import CollectConfig
 
 NEVER = sys.maxsize  # an epoch that does not come
 
-__all__ = ["CollectPlan", "resolve_epoch", "resolve_plans"]
+__all__ = ["CollectPlan", "cycle_bounds", "resolve_epoch", "resolve_plans"]
 
 
 def resolve_epoch(name: str, value: int | float, max_epochs: int | None) -> int:
@@ -28,9 +28,9 @@ def resolve_epoch(name: str, value: int | float, max_epochs: int | None) -> int:
         return value
     if max_epochs is None:
         raise ValueError(
-            f"{name}={value} is a fraction of max_epochs, but this Trainer has none "
-            f"(max_epochs=-1, or max_steps alone). Pass {name} as an int, or set "
-            f"Trainer(max_epochs=...)."
+            f"{name}={value} is a fraction of the run, but this Trainer has no limit "
+            f"(max_epochs=-1, max_steps=-1). Pass {name} as an int, or set "
+            f"Trainer(max_epochs=...) or max_steps."
         )
     # 0.7 * 10 is 7.000000000000001 and 0.29 * 100 is 28.999999999999996: round off the float noise.
     return int(round(value * max_epochs, 6))
@@ -47,6 +47,11 @@ class CollectPlan:
         every_n_epochs: See :class:`~lightning_twa.CollectConfig`.
         every_n_train_steps: See :class:`~lightning_twa.CollectConfig`.
         max_candidates: See :class:`~lightning_twa.CollectConfig`.
+        first: The epoch that the part of the run begins with.
+        start_step: Optimizer step at which the phase begins, where it does not begin with an epoch:
+            ``start_epoch`` is then the epoch that it falls into.
+        collect_start_step: First optimizer step that gives candidates.
+        phase_steps: Optimizer steps of the phase, where they are known.
     """
 
     collect_start: int
@@ -55,11 +60,35 @@ class CollectPlan:
     every_n_epochs: int
     every_n_train_steps: int | None
     max_candidates: int | None
+    first: int = 0
+    start_step: int | None = None
+    collect_start_step: int | None = None
+    phase_steps: int | None = None
 
-    def takes_epoch_end(self, epoch: int) -> bool:
-        """Whether the weights at the end of ``epoch`` become a candidate."""
+    def covers(self, epoch: int, steps_taken: int) -> bool:
+        """Whether weights after ``steps_taken`` optimizer steps, in ``epoch``, are collected."""
+        if self.start_step is None:
+            before_phase = epoch < self.start_epoch
+        else:
+            before_phase = steps_taken <= self.start_step
+        begun = self.collect_start_step is None or steps_taken >= self.collect_start_step
+        return before_phase and begun and epoch >= self.collect_start
+
+    def takes_epoch_end(self, epoch: int, steps_taken: int | None = None) -> bool:
+        """Whether the weights at the end of ``epoch`` become a candidate.
+
+        Args:
+            epoch: That ends.
+            steps_taken: Optimizer steps of the run; ``None`` where only epochs count.
+        """
+        early = (
+            steps_taken is not None
+            and self.collect_start_step is not None
+            and steps_taken < self.collect_start_step
+        )
         return (
             self.every_n_train_steps is None
+            and not early
             and self.collect_start <= epoch < self.start_epoch
             and (epoch + 1) % self.every_n_epochs == 0
         )
@@ -75,7 +104,7 @@ class CollectPlan:
         """
         return (
             self.every_n_train_steps is not None
-            and self.collect_start <= epoch < self.start_epoch
+            and self.covers(epoch, steps_taken)
             and steps_taken > 0
             and steps_taken // self.every_n_train_steps
             > (steps_taken - 1 if before is None else before) // self.every_n_train_steps
@@ -97,13 +126,27 @@ class CollectPlan:
             if self.start_epoch == NEVER:
                 return None
             n, first = self.every_n_epochs, max(epoch, self.collect_start)
+            if self.collect_start_step is not None and steps_per_epoch:
+                first = max(first, -(-self.collect_start_step // steps_per_epoch) - 1)
             return max(self.start_epoch // n - first // n, 0)
+        if self.start_step is not None and self.collect_start_step is not None:
+            n = self.every_n_train_steps
+            return max(self.start_step // n - max(steps_taken, self.collect_start_step - 1) // n, 0)
         if steps_per_epoch is None or self.start_epoch == NEVER:
             return None
         first = steps_taken + max(self.collect_start - epoch, 0) * steps_per_epoch
         last = steps_taken + max(self.start_epoch - epoch, 0) * steps_per_epoch
+        last = last if self.start_step is None else self.start_step
         n = self.every_n_train_steps
         return max(last // n - first // n, 0)
+
+    def describe_start(self) -> str:
+        """When the phase begins, in words."""
+        if self.start_step is not None:
+            return f"optimizer step {self.start_step}"
+        if self.start_epoch == NEVER:
+            return "the last steps"
+        return f"start_epoch={self.start_epoch}"
 
     def describe(self) -> str:
         """The window in words, for errors and reports."""
@@ -113,6 +156,9 @@ class CollectPlan:
             )
         else:
             how = f"every {self.every_n_train_steps} optimizer steps"
+        if self.collect_start_step is not None:
+            end = "" if self.start_step is None else f" to {self.start_step}"
+            return f"{how} from optimizer step {self.collect_start_step}{end}"
         return f"{how} of epochs {self.collect_start} to {self.start_epoch - 1}"
 
 
@@ -124,6 +170,7 @@ def resolve_plans(
     uniform: bool = False,
     cycles: int = 1,
     on_early_stopping: bool = False,
+    max_steps: int = -1,
 ) -> list[CollectPlan]:
     """Turn the user's settings into epochs of this run, one plan for each cycle.
 
@@ -137,29 +184,49 @@ def resolve_plans(
         cycles: Parts of equal length that the run is divided into.
         on_early_stopping: Whether the phase may begin earlier: collecting begins with the run, and
             keeps as many of the newest candidates as there would have been.
+        max_steps: Optimizer steps of the run, of which ``CollectConfig.start`` is a fraction where
+            there is no limit in epochs; -1 without a limit.
 
     Raises:
         ValueError: When the phase would never start, or the window cannot hold two candidates.
     """
     if cycles == 1:
-        plan = _resolve(start_epoch, collect, 0, max_epochs, files, uniform)
+        share = collect.start if max_epochs is None and max_steps != -1 else None
+        by_steps = isinstance(share, float) and not uniform
+        epochs = replace(collect, start=0) if by_steps else collect
+        plan = _resolve(start_epoch, epochs, 0, max_epochs, files, uniform)
+        if by_steps and share is not None:
+            return [replace(plan, collect_start_step=int(round(share * max_steps, 6)))]
         return [_from_the_start(plan) if on_early_stopping and collect.start is None else plan]
+    try:
+        return [
+            _resolve(start_epoch, collect, a, b, files, uniform)
+            for a, b in cycle_bounds(cycles, max_epochs)
+        ]
+    except ValueError as error:
+        if max_epochs is None:
+            raise
+        raise ValueError(
+            f"cycles={cycles} gives cycles of {max_epochs // cycles} epochs, within which "
+            f"start_epoch and CollectConfig.start count. {error}"
+        ) from None
+
+
+def cycle_bounds(cycles: int, max_epochs: int | None) -> list[tuple[int, int | None]]:
+    """The first epoch of each part of a run, and the one behind its last.
+
+    Raises:
+        ValueError: When there are several of a run without a limit in epochs.
+    """
+    if cycles == 1:
+        return [(0, max_epochs)]
     if max_epochs is None:
         raise ValueError(
             f"cycles={cycles} divides the run's epochs, but this Trainer has no limit in epochs "
             f"(max_epochs=-1, or max_steps alone). Set Trainer(max_epochs=...)."
         )
     bounds = [max_epochs * i // cycles for i in range(cycles + 1)]
-    try:
-        return [
-            _resolve(start_epoch, collect, a, b, files, uniform)
-            for a, b in itertools.pairwise(bounds)
-        ]
-    except ValueError as error:
-        raise ValueError(
-            f"cycles={cycles} gives cycles of {bounds[1]} epochs, within which start_epoch and "
-            f"CollectConfig.start count. {error}"
-        ) from None
+    return list(itertools.pairwise(bounds))
 
 
 def _resolve(
@@ -203,6 +270,7 @@ def _resolve(
         collect_start=collect_start,
         start_epoch=first + start,
         end=end,
+        first=first,
         every_n_epochs=collect.every_n_epochs,
         every_n_train_steps=collect.every_n_train_steps,
         max_candidates=collect.max_candidates,
@@ -243,6 +311,7 @@ def _plan_to_the_end(
         collect_start=collect_start,
         start_epoch=NEVER if end is None else end,
         end=end,
+        first=first,
         every_n_epochs=collect.every_n_epochs,
         every_n_train_steps=collect.every_n_train_steps,
         max_candidates=collect.max_candidates,
@@ -302,7 +371,7 @@ def check_enough_candidates(
         )
     if expected is None or expected + others >= 2:
         return
-    if plan.start_epoch == 0:
+    if plan.start_epoch == 0 and plan.start_step is None:
         raise ValueError(
             f"TWA needs at least two candidates, but CollectConfig.checkpoints names {others} "
             f"file(s), and start_epoch=0 leaves no epoch to collect in. Name more files."
@@ -310,7 +379,6 @@ def check_enough_candidates(
     also = f", and there are {others} from files and running averages" if others else ""
     raise ValueError(
         f"TWA needs at least two candidates, but collecting {plan.describe()} gives {expected} "
-        f"before start_epoch={plan.start_epoch}{also}. Start collecting earlier "
-        f"(CollectConfig.start), "
+        f"before {plan.describe_start()}{also}. Start collecting earlier (CollectConfig.start), "
         f"collect more often (every_n_epochs, every_n_train_steps), or raise start_epoch."
     )

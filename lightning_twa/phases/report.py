@@ -69,14 +69,16 @@ class LossRecord:
         return f"loss {first:.4g} in the first {batches}, {last:.4g} in the last"
 
 
-def switch_report(optimizer: SubspaceOptimizer, names: list[str], data: str, epoch: int) -> str:
+def switch_report(
+    optimizer: SubspaceOptimizer, names: list[str], data: str, started: Mapping[str, Any]
+) -> str:
     """What the phase starts with, in one line.
 
     Args:
         optimizer: The phase's optimizer.
         names: Names of the candidates.
         data: What the coefficients are trained on, in words.
-        epoch: Epoch at which the phase starts.
+        started: When the phase started; see :class:`~lightning_twa.phases.optimize.Optimization`.
     """
     subspace, config = optimizer.subspace, optimizer.config
     steps = optimizer.total_steps
@@ -89,8 +91,11 @@ def switch_report(optimizer: SubspaceOptimizer, names: list[str], data: str, epo
         kept = "full precision"
     size = f"{subspace.nbytes / 2**20:.1f} MiB on {subspace.center.device}"
     directions = count(subspace.num_directions, "direction")
+    begin = f"epoch {started['epoch']}"
+    if started.get("steps_in_epoch", 0):
+        begin = f"optimizer step {started['step']} (in {begin})"
     return (
-        f"TWA: from epoch {epoch} only averaging coefficients are trained{length}, on {data}. "
+        f"TWA: from {begin} only averaging coefficients are trained{length}, on {data}. "
         f"{len(names)} candidates ({names[0]} .. {names[-1]}), "
         f"{directions} ({subspace.config.basis}; {kept}) of {subspace.layout.numel:,} parameters "
         f"in "

@@ -123,12 +123,12 @@ def steps_of_phase(
     per_epoch = steps_per_epoch(trainer)
     if per_epoch is None and settings.data == "train":
         per_epoch = steps_for(trainer, started["epoch_batches"])
-    limits = []
+    limits = [started["stops_at_step"] - started["step"]] if "stops_at_step" in started else []
     if trainer.max_steps != -1:
         limits.append(trainer.max_steps - started["step"])
     end = started.get("stops_at", max_epochs(trainer) if end is None else end)
     if end is not None and per_epoch is not None:
-        limits.append((end - started["epoch"]) * per_epoch)
+        limits.append((end - started["epoch"]) * per_epoch - started.get("steps_in_epoch", 0))
     return max(min(limits), 1) if limits else None
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_twa.phases import fallback, saved
 from lightning_twa.phases.anew import begin_cycle
 from lightning_twa.phases.averaging import Averaging
+from lightning_twa.phases.beginning import phase_is_due
 from lightning_twa.phases.finish import (
     complete_phase,
     complete_uniform,
@@ -28,6 +29,7 @@ from lightning_twa.trainer import (
     at_epoch_start,
     shards_parameters,
     state_of_module,
+    step_was_taken,
 )
 
 __all__ = ["Collecting", "Optimizing", "Resuming"]
@@ -44,6 +46,7 @@ class Collecting(Stage):
         self._watch: StopWatch | None = None
         self._had_too_few = False  # candidates, when the phase was due
         self._tried = False  # whether training_step takes the phase's data
+        self._between_steps = True  # no gradient is accumulated
 
     def training_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Check the data. What is due at the start of an epoch happens here too, for a checkpoint
@@ -67,13 +70,25 @@ class Collecting(Stage):
         if self.averaging.next_cycle_is_due(trainer):  # there was no phase in this one
             begin_cycle(self.averaging, trainer)
             self._had_too_few = False
+        averaging = self.averaging
+        averaging.collector.place(trainer, averaging.epoch_batches, within_epoch=False)
+        self._between_steps = True
         return self._begin_phase_if_due(trainer, module)
 
-    def _begin_phase_if_due(self, trainer: Trainer, module: LightningModule) -> StageName:
+    def batch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """Begin the phase within an epoch, where it is due at an optimizer step."""
+        super().batch_begins(trainer, module)
+        if not self._between_steps or self._had_too_few:
+            return self.name
+        return self._begin_phase_if_due(trainer, module, within_epoch=True)
+
+    def _begin_phase_if_due(
+        self, trainer: Trainer, module: LightningModule, *, within_epoch: bool = False
+    ) -> StageName:
         averaging = self.averaging
         averaging.early_stopped = self.wants_to_stop()
-        due = trainer.current_epoch >= averaging.plan.start_epoch
-        if not (due or averaging.early_stopped):
+        due = phase_is_due(averaging, trainer, within_epoch=within_epoch)
+        if not (due or (averaging.early_stopped and not within_epoch)):
             return self.name
         if not averaging.has_enough_candidates():
             if not self._had_too_few:
@@ -81,7 +96,7 @@ class Collecting(Stage):
             self._had_too_few = True
             return self.name
         self._stop_watching()
-        fallback.begin_phase(averaging, trainer, module)
+        fallback.begin_phase(averaging, trainer, module, within_epoch=within_epoch)
         return StageName.OPTIMIZING
 
     def wants_to_stop(self) -> bool:
@@ -98,6 +113,7 @@ class Collecting(Stage):
         if not self._tried:
             self._tried = True
             self.averaging.optimization.switch.try_data(trainer)
+        self._between_steps = step_was_taken(trainer)
         self.averaging.collector.follow_step(trainer, module)
         return self._finish_if_due(trainer, module)
 

@@ -15,6 +15,7 @@ from lightning_twa.phases.phase_data import request_loader
 from lightning_twa.trainer import (
     TrainerSwitch,
     begin_stopping_anew,
+    has_length,
     prepare_data,
     try_training_step,
 )
@@ -33,6 +34,11 @@ class Switch:
         self.settings = settings
         self._loader: Any = None
         self._changes: TrainerSwitch | None = None
+
+    @property
+    def sized(self) -> bool:
+        """Whether the phase's data has a length, or is the training data."""
+        return self._loader is None or has_length(self._loader)
 
     def request_data(self, trainer: Trainer) -> Any:
         """Get the data of the phase, early; see
@@ -63,14 +69,21 @@ class Switch:
                 ) from error
 
     def borrow(
-        self, trainer: Trainer, epoch_batches: int | None, stops_at: int | None
+        self,
+        trainer: Trainer,
+        epoch_batches: int | None,
+        stops: Mapping[str, int],
+        steps_in_epoch: int,
     ) -> dict[str, Any]:
-        """Give the Trainer the phase's data, at the start of an epoch.
+        """Give the Trainer the phase's data, at the start of an epoch; of the training data, within
+        one too.
 
         Args:
             trainer: The Trainer.
             epoch_batches: Batches of the last whole epoch of training.
-            stops_at: Epoch at which the run is to end, where that is not the Trainer's.
+            stops: Where the run is to end, if that is not the Trainer's own end: an epoch under
+                ``stops_at``, or an optimizer step under ``stops_at_step``.
+            steps_in_epoch: Optimizer steps that were taken in this epoch.
 
         Returns:
             When the phase began, and what is needed to borrow the Trainer again.
@@ -81,10 +94,10 @@ class Switch:
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "epoch_batches": epoch_batches,
+            "steps_in_epoch": steps_in_epoch,
+            **stops,
         }
-        if stops_at is not None:
-            started["stops_at"] = stops_at
-            self._changes.limit_epochs(stops_at)
+        self._limit(started)
         if self._loader is None:
             self.request_data(trainer)  # of another cycle than the first
         if self._loader is not None:
@@ -103,8 +116,7 @@ class Switch:
         self.give_back()
         self._changes = TrainerSwitch(trainer)
         self._changes.put_early_stopping_to_sleep()
-        if "stops_at" in started:
-            self._changes.limit_epochs(started["stops_at"])
+        self._limit(started)
         self.request_data(trainer)
         if self._loader is not None:
             self._changes.install_loader(
@@ -112,6 +124,13 @@ class Switch:
                 set_up=False,
                 validate_each_epoch=bool(started["validates_each_epoch"]),
             )
+
+    def _limit(self, started: Mapping[str, Any]) -> None:
+        assert self._changes is not None
+        if "stops_at" in started:
+            self._changes.limit_epochs(started["stops_at"])
+        if "stops_at_step" in started:
+            self._changes.limit_steps(started["stops_at_step"])
 
     def step_with(
         self, optimizer: Optimizer, outputs: Iterable[Tensor], *, gradients_stay: bool

@@ -45,6 +45,7 @@ from lightning_twa.trainer.position import (
     run_is_ending,
     step_was_taken,
     steps_for,
+    steps_in_epoch,
     steps_per_epoch,
     was_trained,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "state_of_module",
     "step_was_taken",
     "steps_for",
+    "steps_in_epoch",
     "steps_per_epoch",
     "strategy_names",
     "training_steps",

@@ -17,6 +17,7 @@ __all__ = [
     "run_is_ending",
     "step_was_taken",
     "steps_for",
+    "steps_in_epoch",
     "steps_per_epoch",
     "was_trained",
 ]
@@ -60,6 +61,12 @@ def at_epoch_start(trainer: Trainer) -> bool:
     """In ``on_train_start``: whether the run starts at the beginning of an epoch."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return progress.current.ready == 0 or progress.is_last_batch
+
+
+def steps_in_epoch(trainer: Trainer) -> int:
+    """Optimizer steps of the epoch that is under way, between two batches of it."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(progress.processed) // trainer.accumulate_grad_batches
 
 
 def batches_seen(trainer: Trainer) -> int:

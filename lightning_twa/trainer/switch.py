@@ -78,6 +78,12 @@ class TrainerSwitch:
         self._undo.callback(setattr, loop, "max_epochs", loop.max_epochs)
         loop.max_epochs = end
 
+    def limit_steps(self, end: int) -> None:
+        """Let the run end after optimizer step ``end``."""
+        loop = self.trainer.fit_loop.epoch_loop
+        self._undo.callback(setattr, loop, "max_steps", loop.max_steps)
+        loop.max_steps = end
+
     def stop_gradient_sync(self) -> None:
         """Let DDP exchange neither gradients nor buffers from the next forward pass on."""
         model: Any = self.trainer.strategy.model

@@ -130,8 +130,8 @@ def test_fewer_than_two_candidates_after_data_without_a_length_trains_on_with_a_
 
 def test_a_fraction_of_epochs_needs_max_epochs(tmp_path) -> None:
     message = (
-        "{}=0.5 is a fraction of max_epochs, but this Trainer has none (max_epochs=-1, or "
-        "max_steps alone). Pass {} as an int, or set Trainer(max_epochs=...)."
+        "{}=0.5 is a fraction of the run, but this Trainer has no limit (max_epochs=-1, "
+        "max_steps=-1). Pass {} as an int, or set Trainer(max_epochs=...) or max_steps."
     )
     name = "start_epoch"
     fit_fails(
@@ -139,15 +139,13 @@ def test_a_fraction_of_epochs_needs_max_epochs(tmp_path) -> None:
         TWACallback(start_epoch=0.5),
         message.format(name, name),
         max_epochs=-1,
-        max_steps=12,
     )
     name = "CollectConfig.start"
     fit_fails(
         tmp_path,
         TWACallback(start_epoch=4, collect=CollectConfig(start=0.5)),
         message.format(name, name),
-        max_epochs=None,
-        max_steps=20,
+        max_epochs=-1,
     )
 
 
@@ -177,8 +175,8 @@ def test_a_schedule_needs_the_length_of_the_phase_s_own_data(tmp_path, data) -> 
         tmp_path,
         TWACallback(start_epoch=4, data=data),
         f"The length of the phase is not known (max_epochs=6, max_steps=-1, data='{data}'), but "
-        f"schedule='cosine' needs it. Set max_steps (the data has no length), or use "
-        f"SolverConfig(schedule='constant', lr=...).",
+        f"schedule='cosine' needs it. Set phase_steps or max_steps (the data has no length), or "
+        f"use SolverConfig(schedule='constant', lr=...).",
         module=WithHook(),
         val=stream(),
     )

@@ -24,7 +24,7 @@ def test_epochs_and_fractions(value, epochs, expected) -> None:
 
 
 def test_a_fraction_needs_a_number_of_epochs() -> None:
-    with pytest.raises(ValueError, match=r"start_epoch=0\.5 is a fraction of max_epochs, but this"):
+    with pytest.raises(ValueError, match=r"start_epoch=0\.5 is a fraction of the run, but this"):
         resolve_epoch("start_epoch", 0.5, None)
 
 

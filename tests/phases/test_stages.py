@@ -69,9 +69,10 @@ def test_max_steps_before_the_phase_warns_and_leaves_the_weights(tmp_path, steps
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 def test_a_finished_run_cannot_go_on(tmp_path) -> None:
     message = (
-        "The TWA phase of this run was finished, but the Trainer goes on with epoch 6. To train "
-        "further from the averaged weights, load them into a new run (load_from_checkpoint, a new "
-        "Trainer and a new TWACallback)."
+        "The TWA phase of this run was finished, but the Trainer goes on with epoch 6. Pass "
+        "TWACallback(continue_from='average') or 'raw' to train on from the average or from the "
+        "weights before it, from the start of an epoch on; or load the averaged weights into a new "
+        "run (load_from_checkpoint, a new Trainer and a new TWACallback)."
     )
     twa, module = TWACallback(start_epoch=4), Regressor()
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)

@@ -153,6 +153,7 @@ def with_a_phase(bench: Bench) -> None:
     bench.fit(twa(), In("on_fit_start", 0, save(bench.path / "x.ckpt")), ckpt_path=path)
     bench.fit(twa(), ckpt_path=path, max_epochs=3)  # nothing is left to be trained
     bench.fit(twa(), In("on_train_batch_end", 2, leave_as_a_tuner))
+    bench.fit(TWACallback(phase_steps=2), max_epochs=6)  # it begins within an epoch
     bench.fit(twa(), In("on_train_epoch_start", 3, lambda t, _: back_to(t, path)))
     bench.fit(twa(), again=True)
     bench.fit(twa(), then=one_epoch_more)

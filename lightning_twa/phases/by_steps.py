@@ -1,0 +1,250 @@
+"""A schedule in optimizer steps: of a run that has no limit in epochs, and of a phase of so many
+steps. Where they fall is known once the data is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lightning_twa.config import Settings
+from lightning_twa.phases.plan import NEVER, CollectPlan, resolve_epoch
+
+__all__ = [
+    "Position",
+    "begins_by_steps",
+    "check_limits",
+    "check_placed",
+    "phase_stops",
+    "place",
+    "plan_by_steps",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run is, and what is known of its length.
+
+    Args:
+        epoch: That is under way, or begins.
+        steps: Optimizer steps taken.
+        steps_in_epoch: Those of them in this epoch.
+        per_epoch: Optimizer steps of an epoch of training; ``None`` where that is not known.
+        max_steps: Of the run; -1 without a limit.
+    """
+
+    epoch: int
+    steps: int
+    steps_in_epoch: int
+    per_epoch: int | None
+    max_steps: int
+
+
+def begins_by_steps(settings: Settings, max_epochs: int | None, max_steps: int) -> bool:
+    """Whether the phase (or, without one, collecting) begins at an optimizer step and not with an
+    epoch.
+    """
+    if settings.start_epoch is None:
+        return True
+    only_steps = max_epochs is None and max_steps != -1
+    start = settings.start_epoch
+    if settings.uniform and settings.collect.start is not None:
+        start = settings.collect.start
+    return isinstance(start, float) and only_steps
+
+
+def check_limits(settings: Settings, max_epochs: int | None, max_steps: int) -> None:
+    """Check that the phase's steps can be counted from the end of the run.
+
+    Raises:
+        ValueError: When the run has none.
+    """
+    steps = settings.phase_steps
+    if steps is None or max_epochs is not None or max_steps != -1:
+        return
+    if settings.start_epoch is None or isinstance(steps, float):
+        raise ValueError(
+            f"phase_steps={steps!r} is counted from the end of the run, but this Trainer has no "
+            f"limit (max_epochs=-1, max_steps=-1). Set Trainer(max_epochs=...) or max_steps, or "
+            f"pass start_epoch and phase_steps, an int."
+        )
+
+
+def check_placed(plan: CollectPlan, settings: Settings) -> None:
+    """Check that it will be known where the phase falls: of data without a length, behind the first
+    epoch.
+
+    Args:
+        plan: Placed at the start of training.
+        settings: The arguments of the callback.
+
+    Raises:
+        ValueError: When it would be known too late.
+    """
+    waits = (
+        plan.start_step is None and settings.phase_steps is not None and plan.start_epoch == NEVER
+    )
+    if waits and plan.end is not None and plan.end - plan.first < 2:
+        raise ValueError(
+            f"phase_steps={settings.phase_steps} is counted from the end of the run, but the "
+            f"training data has no length, and there is one epoch. Set Trainer(max_steps=...)."
+        )
+
+
+def plan_by_steps(settings: Settings, first: int, end: int | None) -> CollectPlan:
+    """The schedule before it is known where the steps fall; see :func:`place`.
+
+    Args:
+        settings: The arguments of the callback.
+        first: The epoch that the part of the run begins with.
+        end: The one that ends it; ``None`` without a limit in epochs.
+    """
+    collect = settings.collect
+    start = collect.start if isinstance(collect.start, int) else 0
+    if isinstance(collect.start, float) and end is not None:
+        start = resolve_epoch("CollectConfig.start", collect.start, end - first)
+    return CollectPlan(
+        collect_start=first + start,
+        start_epoch=NEVER,
+        end=end,
+        every_n_epochs=collect.every_n_epochs,
+        every_n_train_steps=collect.every_n_train_steps,
+        max_candidates=collect.max_candidates,
+        first=first,
+    )
+
+
+def place(plan: CollectPlan, settings: Settings, now: Position) -> CollectPlan:
+    """The schedule with the steps where they fall, as far as that is known.
+
+    Args:
+        plan: From :func:`plan_by_steps`, or placed before.
+        settings: The arguments of the callback.
+        now: In the part of the run that the plan is of, before its phase.
+
+    Raises:
+        ValueError: When the phase would leave nothing to collect in.
+    """
+    max_epochs = plan.end  # None without a limit, with cycles or without
+    if not begins_by_steps(settings, max_epochs, now.max_steps):
+        return _with_length(plan, settings, now)
+    if settings.uniform:
+        start = settings.start_epoch if settings.collect.start is None else settings.collect.start
+        assert isinstance(start, float)
+        return replace(plan, collect_start_step=_round(start * now.max_steps))
+    length, left = _length(plan, now), _left(plan, now)
+    if length is None or left is None:
+        return plan
+    phase = _phase_steps(settings, length)
+    first_step = now.steps + left - length
+    if settings.start_epoch is not None:
+        start = _round(settings.start_epoch * now.max_steps)
+        phase = min(phase or length, now.max_steps - start)
+    else:
+        assert phase is not None
+        start = first_step + length - phase
+    if start <= first_step:
+        raise ValueError(
+            f"phase_steps={settings.phase_steps} leaves no optimizer step to collect candidates "
+            f"in: the run has {length}. Give the phase fewer, or raise max_epochs or max_steps."
+        )
+    placed = replace(plan, start_step=start, phase_steps=phase, start_epoch=NEVER)
+    if now.per_epoch is not None:
+        ahead = start - now.steps + now.steps_in_epoch
+        placed = replace(placed, start_epoch=max(now.epoch + ahead // now.per_epoch, plan.first))
+    return _with_window(placed, settings, first_step, length, now)
+
+
+def phase_stops(
+    plan: CollectPlan, settings: Settings, now: Position, *, early: bool, sized: bool
+) -> dict[str, int]:
+    """Where a run is to end whose phase begins now, if that is not the Trainer's own end: an epoch
+    under ``stops_at``, or an optimizer step under ``stops_at_step``.
+
+    Args:
+        plan: Placed.
+        settings: The arguments of the callback.
+        now: Where the run is.
+        early: Whether ``EarlyStopping`` begins the phase.
+        sized: Whether the phase's data has a length.
+    """
+    by_steps = plan.start_step is not None and now.steps >= plan.start_step
+    by_epochs = plan.start_step is None and now.epoch >= plan.start_epoch
+    early = early and not (by_steps or by_epochs)
+    if early and plan.start_step is None and plan.end is not None and settings.phase_steps is None:
+        return {"stops_at": now.epoch + plan.end - plan.start_epoch}
+    both = settings.phase_steps is not None and settings.start_epoch is not None
+    unsized = settings.phase_steps is not None and not sized
+    if plan.phase_steps is None or not (early or both or unsized):
+        return {}
+    end = now.steps + plan.phase_steps
+    return {"stops_at_step": end if now.max_steps == -1 else min(end, now.max_steps)}
+
+
+def _with_length(plan: CollectPlan, settings: Settings, now: Position) -> CollectPlan:
+    """With the steps of a phase that begins with an epoch, where they are not those to the end."""
+    if settings.phase_steps is not None:
+        return replace(plan, phase_steps=_phase_steps(settings, _length(plan, now)))
+    if plan.end is None and now.max_steps != -1 and now.per_epoch is not None:
+        before = plan.start_epoch * now.per_epoch
+        return replace(plan, phase_steps=max(now.max_steps - before, 1))
+    return plan
+
+
+def _phase_steps(settings: Settings, length: int | None) -> int | None:
+    """``phase_steps`` of a run of so many."""
+    steps = settings.phase_steps
+    if not isinstance(steps, float):
+        return steps
+    return None if length is None else max(_round(steps * length), 1)
+
+
+def _with_window(
+    plan: CollectPlan, settings: Settings, first_step: int, length: int, now: Position
+) -> CollectPlan:
+    """When collecting begins: as given, else halfway, and early enough for two candidates at epoch
+    ends.
+    """
+    collect = settings.collect
+    if isinstance(collect.start, int) or (collect.start is not None and plan.end is not None):
+        return plan  # in epochs
+    if collect.start is not None:
+        return replace(plan, collect_start_step=first_step + _round(collect.start * length))
+    window = _default_window(plan, settings, first_step)
+    if not settings.start_on_early_stopping:
+        return window
+    most = window.count_ahead(plan.first, first_step, now.per_epoch)
+    limit = collect.max_candidates or (None if most is None else max(most, 2))
+    return replace(window, collect_start=plan.first, collect_start_step=None, max_candidates=limit)
+
+
+def _default_window(plan: CollectPlan, settings: Settings, first_step: int) -> CollectPlan:
+    collect, start_step = settings.collect, plan.start_step
+    assert start_step is not None
+    if collect.every_n_train_steps is not None or plan.start_epoch == NEVER:
+        return replace(plan, collect_start_step=first_step + (start_step - first_step) // 2)
+    start, n = plan.start_epoch, collect.every_n_epochs
+    halfway = plan.first + (start - plan.first) // 2
+    return replace(plan, collect_start=max(min(halfway, start - start % n - 1 - n), plan.first))
+
+
+def _left(plan: CollectPlan, now: Position) -> int | None:
+    """Optimizer steps to the end of the part of the run."""
+    limits = [] if now.max_steps == -1 else [now.max_steps - now.steps]
+    if plan.end is not None and now.per_epoch is not None:
+        limits.append((plan.end - now.epoch) * now.per_epoch - now.steps_in_epoch)
+    return max(min(limits), 0) if limits else None
+
+
+def _length(plan: CollectPlan, now: Position) -> int | None:
+    """Optimizer steps of the part of the run."""
+    left = _left(plan, now)
+    if left is None:
+        return None
+    if now.per_epoch is None or plan.first == 0:
+        return now.steps + left
+    return (now.epoch - plan.first) * now.per_epoch + now.steps_in_epoch + left
+
+
+def _round(value: float) -> int:
+    """Without the noise of floats; see :func:`~lightning_twa.phases.plan.resolve_epoch`."""
+    return int(round(value, 6))
