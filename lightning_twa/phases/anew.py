@@ -25,12 +25,13 @@ def go_on(averaging: Averaging, trainer: Trainer, module: LightningModule) -> No
     Raises:
         ValueError: When there will be too few candidates; the average is as it was.
     """
+    averaging.meet_model(module)
     switch = averaging.optimization.switch
     switch.leave(trainer)
     averaging.collector.place(trainer, averaging.epoch_batches, within_epoch=False)
     averaging.collector.check_length(trainer, switch.request_data(trainer), anew=True)
     _collect_anew(averaging, trainer)
-    averaging.early_stopped = False
+    averaging.early_stopped, averaging.went_on = False, True
     averaging.store.max_candidates = averaging.plan.max_candidates
     start, averaging.raw = averaging.raw, None
     if start is not None:

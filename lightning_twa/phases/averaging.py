@@ -60,6 +60,7 @@ class Averaging:
             before that are those of an earlier fit.
         early_stopped: Whether ``EarlyStopping`` wanted to end the run: the phase is due.
         epoch_batches: Batches of the last whole epoch of collecting.
+        went_on: Whether a finished run is trained on.
         raw: The weights and buffers that ordinary training ended with, on the CPU, where a finished
             run is to go on from them.
     """
@@ -82,6 +83,7 @@ class Averaging:
         self.has_trained = False
         self.early_stopped = False
         self.epoch_batches: int | None = None
+        self.went_on = False
         self.raw: dict[str, Tensor] | None = None
         self.restored_names: list[str] = []  # of a finished run that was restored without them
         self._model: weakref.ref[LightningModule] | None = None  # None: of whichever comes

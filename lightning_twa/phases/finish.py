@@ -119,6 +119,13 @@ def warn_of_no_average(averaging: Averaging, trainer: Trainer, had_too_few: bool
             f"average of part {averaging.cycle}."
         )
         return
+    if averaging.went_on:
+        rank_zero_warn(
+            f"Training stopped before {averaging.plan.describe_start()} began another phase of the "
+            f"finished run that was trained on: ordinary training has moved the weights on from "
+            f"where it went on ({averaging.settings.continue_from})."
+        )
+        return
     candidates, start = len(averaging.candidate_names), averaging.plan.describe_start()
     sooner = "Lower start_epoch" if "epoch" in start else "Raise phase_steps, or pass start_epoch,"
     found = f"there {'was' if candidates == 1 else 'were'} {count(candidates, 'candidate')}"

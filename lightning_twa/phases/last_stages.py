@@ -12,7 +12,7 @@ from lightning_twa.phases import saved
 from lightning_twa.phases.anew import begin_cycle, go_on
 from lightning_twa.phases.into_checkpoint import put_validated
 from lightning_twa.phases.transitions import Stage, StageName
-from lightning_twa.trainer import at_epoch_start
+from lightning_twa.trainer import HeldModes, at_epoch_start, batches_seen
 
 __all__ = ["Done", "Suspended"]
 
@@ -63,45 +63,58 @@ class Done(Stage):
     def loops_begin(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Give the Trainer the data of the phase that has ended, for what is left of its epoch."""
         super().loops_begin(trainer, module)
-        self.averaging.regain_trainer(trainer)
+        averaging = self.averaging
+        averaging.modes.release()
+        if averaging.settings.continue_from is not None:
+            for limit in ("stops_at", "stops_at_step"):  # of the phase that is over
+                averaging.optimization.started.pop(limit, None)
+        averaging.regain_trainer(trainer)
+        averaging.modes = HeldModes(trainer)
         return self.name
 
     def training_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Begin the next cycle where it is due, or go on with a finished run."""
-        averaging, at_start = self.averaging, at_epoch_start(trainer)
-        goes_on = averaging.in_last_cycle and averaging.settings.continue_from is not None
-        if not (at_start and (goes_on or averaging.next_cycle_is_due(trainer))):
+        """Begin the next cycle where it is due."""
+        averaging = self.averaging
+        if not (at_epoch_start(trainer) and averaging.next_cycle_is_due(trainer)):
             return self.name
         averaging.meet_model(module)
-        if goes_on:
-            go_on(averaging, trainer, module)
-            return StageName.COLLECTING
         begin_cycle(averaging, trainer)
         averaging.start_collecting(trainer, module)
         return StageName.COLLECTING
 
     def epoch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Begin the next cycle where it is due.
+        """Begin the next cycle where it is due, or go on with a finished run.
 
         Raises:
-            RuntimeError: After the last one.
+            RuntimeError: After the last one, unless it may go on.
         """
         averaging = self.averaging
-        if averaging.in_last_cycle:
-            self._refuse_to_go_on(trainer)
+        if self._may_go_on():
+            go_on(averaging, trainer, module)
+            return StageName.COLLECTING
+        self._refuse_to_go_on(trainer)
         if not averaging.next_cycle_is_due(trainer):
             return self.name
         begin_cycle(averaging, trainer)
         return StageName.COLLECTING
 
     def batch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """A finished run that is resumed within an epoch has no start of the epoch.
+        """A run that is resumed behind an epoch's last batch may have no start of the next.
 
         Raises:
-            RuntimeError: After the last cycle.
+            RuntimeError: After the last cycle, unless it may go on.
         """
+        own_data = self.averaging.settings.data != "train"
+        if self._may_go_on() and batches_seen(trainer) == 1 and not own_data:
+            go_on(self.averaging, trainer, module)
+            super().batch_begins(trainer, module)
+            return StageName.COLLECTING
         self._refuse_to_go_on(trainer)
         return super().batch_begins(trainer, module)
+
+    def _may_go_on(self) -> bool:
+        averaging = self.averaging
+        return averaging.in_last_cycle and averaging.settings.continue_from is not None
 
     def _refuse_to_go_on(self, trainer: Trainer) -> None:
         if self.averaging.in_last_cycle:
@@ -114,8 +127,10 @@ class Done(Stage):
             )
 
     def training_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
-        """Give the Trainer back."""
+        """Give the Trainer back; the average stays in the model."""
+        self.averaging.modes.release()
         self.averaging.release()
+        self.averaging.modes = HeldModes(trainer)
         return self.name
 
     def fit_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
@@ -126,6 +141,7 @@ class Done(Stage):
 
     def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Give the Trainer back."""
+        self.averaging.modes.settle()
         self.averaging.modes.release()
         self.averaging.release()
         return self.name

@@ -18,8 +18,9 @@ from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.phases.guard import guard_step, raise_what_failed
 from lightning_twa.phases.parameters import ParameterWatch
 from lightning_twa.phases.start import Switch
+from lightning_twa.phases.step_watch import StepWatch
 from lightning_twa.subspace import Subspace, SubspaceOptimizer
-from lightning_twa.trainer import batches_seen, shards_parameters
+from lightning_twa.trainer import batches_seen, shards_parameters, step_was_taken
 
 __all__ = ["Optimization"]
 
@@ -57,6 +58,7 @@ class Optimization:
         self._skipped_before = 0
         self._doubtful: list[str] = []  # frozen at the switch, though the user's optimizer has them
         self._began = 0.0
+        self._step_watch: StepWatch | None = None
         self._local_buffers = False  # nobody but average_buffers() makes them equal on all ranks
 
     def enter(
@@ -91,6 +93,7 @@ class Optimization:
         if kept is not None:
             self.optimizer.load_state_dict(kept["optimizer"])
         guard_step(self.optimizer)
+        self._step_watch = StepWatch(self.optimizer)
         outputs = self.optimizer.param_groups[0]["params"]
         self.switch.step_with(self.optimizer, outputs, gradients_stay=choice.share.gradients_stay)
         self._local_buffers = choice.share.gradients_stay or shards_parameters(trainer)
@@ -153,6 +156,8 @@ class Optimization:
             self._parameters.look()
         doubtful, self._doubtful = self._doubtful, []
         _warn_of_missing_gradients(doubtful, module)
+        if self._step_watch is not None and step_was_taken(trainer):
+            self._step_watch.look(module)
         self._go_to_next_group(trainer, module, store)
 
     def _go_to_next_group(self, trainer: Trainer, module: LightningModule, store: Store) -> None:
@@ -172,6 +177,7 @@ class Optimization:
         self._skipped_before += optimizer.skipped_steps
         self.optimizer = self._make_optimizer(module, subspace)
         guard_step(self.optimizer)
+        self._step_watch = StepWatch(self.optimizer)
         self.switch.step_next(self.optimizer, self.optimizer.param_groups[0]["params"])
 
     @property
@@ -207,6 +213,7 @@ class Optimization:
         if self._groups is not None:
             weights = self._groups.result(weights)
         replaced = self._parameters is not None and self._parameters.replaced_in(module)
+        optimizer.write_parameters()  # nothing else than what the coefficients say
         if self._groups is not None or optimizer.parametrization.samples or replaced:
             # of the candidates themselves, without the rounding of the basis
             try:
@@ -249,7 +256,7 @@ class Optimization:
     def forget(self) -> None:
         """Free the basis."""
         self.failed = False
-        self._parameters = None
+        self._parameters = self._step_watch = None
         self.optimizer = self._groups = self._choice = None
         self._steps_before = self._skipped_before = 0
 

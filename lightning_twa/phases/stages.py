@@ -57,9 +57,13 @@ class Collecting(Stage):
         if at_start and averaging.next_cycle_is_due(trainer):
             begin_cycle(averaging, trainer)
         averaging.start_collecting(trainer, module)
-        if averaging.settings.start_on_early_stopping and not averaging.early_stopped:
-            self._watch = StopWatch(trainer, lambda: self._could_begin(trainer))
+        self._watch_stopping(trainer)
         return self._begin_phase_if_due(trainer, module) if at_start else self.name
+
+    def _watch_stopping(self, trainer: Trainer) -> None:
+        wanted = self.averaging.settings.start_on_early_stopping
+        if wanted and self._watch is None and not self.averaging.early_stopped:
+            self._watch = StopWatch(trainer, lambda: self._could_begin(trainer))
 
     def _could_begin(self, trainer: Trainer) -> bool:
         """Whether there will be enough candidates at the end of this epoch."""
@@ -78,6 +82,7 @@ class Collecting(Stage):
     def batch_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Begin the phase within an epoch, where it is due at an optimizer step."""
         super().batch_begins(trainer, module)
+        self._watch_stopping(trainer)
         if not self._between_steps or self._had_too_few:
             return self.name
         return self._begin_phase_if_due(trainer, module, within_epoch=True)

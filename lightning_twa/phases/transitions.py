@@ -68,7 +68,7 @@ TABLE: Mapping[Event, Mapping[StageName, tuple[StageName, ...]]] = {
     Event.LOOPS_BEGIN: {C: (C,), R: (R,), D: (D,)},
     Event.TRAINING_BEGINS: {C: (C, O), R: (O, C), D: (D, C)},
     Event.EPOCH_BEGINS: {C: (C, O), O: (O,), D: (D, C)},
-    Event.BATCH_BEGINS: {C: (C, O), O: (O,), D: (D,)},
+    Event.BATCH_BEGINS: {C: (C, O), O: (O,), D: (D, C)},
     Event.BATCH_ENDED: {C: (C, D), O: (O, D), D: (D,)},
     Event.EPOCH_ENDED: {C: (C, D), O: (O, D), D: (D,)},
     Event.VALIDATION_BEGINS: {C: (C, D), O: (O, D), D: (D,)},

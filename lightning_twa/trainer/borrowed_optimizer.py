@@ -83,16 +83,19 @@ class BorrowedOptimizer:
             for parameter in self._others:
                 if parameter.grad is not None:
                     parameter.grad.div_(self._scaler.get_scale())
-        if closure is not None or any(float(g["lr"]) != 0.0 for g in self.user.param_groups):
-            return phase.step(closure)
-        # torch.distributed.checkpoint does this to see a state: the phase is told so in its own
-        group = phase.param_groups[0]
-        lr, group["lr"] = group["lr"], 0.0
-        try:
-            return phase.step()
-        finally:
-            if group["lr"] == 0.0:
-                group["lr"] = lr
+        if closure is None and self._is_asked_for_its_state():
+            return None
+        return phase.step(closure)
+
+    def _is_asked_for_its_state(self) -> bool:
+        """Whether torch.distributed.checkpoint takes a step that changes nothing."""
+        rates = [group.get("lr") for group in self.user.param_groups]
+        if any(rate is None or float(rate) != 0.0 for rate in rates):
+            return False
+        parameters = [p for group in self.user.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        own = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]  # of a DTensor
+        return not any(bool(gradient.any()) for gradient in own)
 
     def give_back(self) -> None:
         """Let the user's optimizer step as its own again. May be called again."""
@@ -115,6 +118,7 @@ class HeldModes:
         self._undo = ExitStack()
         self._holds = True
         self._postponed: list[Callable[[], Any]] = []
+        self._evaluate: list[tuple[Optimizer, Callable[[], Any]]] = []
         for optimizer in [] if trainer is None else _faces(trainer):
             if _switches_weights(optimizer):
                 for name in ("train", "eval"):
@@ -125,6 +129,8 @@ class HeldModes:
 
     def _hold(self, optimizer: Optimizer, name: str, postpone: bool) -> None:
         own = getattr(optimizer, name)
+        if name == "eval":
+            self._evaluate.append((optimizer, own))
 
         @functools.wraps(own)
         def held(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -138,9 +144,16 @@ class HeldModes:
 
         replace_attribute(self._undo, optimizer, name, MethodType(held, optimizer))
 
+    def settle(self) -> None:
+        """Tell optimizers that hold their own weights for evaluation: what they are told to
+        evaluate next is what is in the model.
+        """
+        for optimizer, own in self._evaluate:
+            _keeping_weights(optimizer, own)
+
     def release(self) -> None:
         """Give the methods back, and do what was postponed. May be called again."""
-        self._holds = False
+        self._holds, self._evaluate = False, []
         self._undo.close()
         postponed, self._postponed = self._postponed, []
         for call in postponed:

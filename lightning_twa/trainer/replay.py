@@ -69,6 +69,7 @@ def training_steps(
         stack.enter_context(isolate_rng())
         stack.enter_context(_training_stage(trainer))
         stack.enter_context(_modes(module, training))
+        stack.enter_context(_gradients_wanted_as_before(module))
         stack.enter_context(_logging_off(module))
         stack.enter_context(_metrics_kept(module))
         if not module.automatic_optimization:
@@ -191,6 +192,19 @@ def _logging_off(module: LightningModule) -> Iterator[None]:
         for name in LOGGING:
             del attributes[name]
         attributes.update(hidden)
+
+
+@contextmanager
+def _gradients_wanted_as_before(module: LightningModule) -> Iterator[None]:
+    """A step that toggles optimizers, and fails in between, leaves parameters frozen."""
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    toggled = dict(module._param_requires_grad_state)
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+        module._param_requires_grad_state = toggled
 
 
 @contextmanager

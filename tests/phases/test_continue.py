@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from helpers.common import Regressor, loader, trainer
@@ -146,3 +146,61 @@ def test_a_phase_that_would_have_no_candidates_is_refused_before_training(tmp_pa
 def test_values_that_mean_nothing(options, message) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         TWACallback(**options)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("start", ["average", "raw"])
+def test_a_run_that_early_stopping_has_ended(tmp_path, resumed, start) -> None:
+    """The end of the phase then was not the Trainer's, and does not limit what follows."""
+
+    def again(ckpt: Any = None) -> tuple[TWACallback, Notes, L.Trainer]:
+        L.seed_everything(4, verbose=False)
+        twa = TWACallback(10, start_on_early_stopping=True, continue_from=start)
+        stop = EarlyStopping("val_loss", patience=1, min_delta=10.0)
+        saver = ModelCheckpoint(tmp_path, save_last=True)
+        the_trainer = trainer(
+            tmp_path, max_epochs=30 if ckpt else 14, callbacks=[twa, stop, saver],
+            enable_checkpointing=True,
+        )  # fmt: skip
+        module = Notes()
+        the_trainer.fit(module, loader(), loader(32, seed=1), ckpt_path=ckpt)
+        return twa, module, the_trainer
+
+    twa, module, the_trainer = again()
+    holds_its_average(twa, module)
+    before = the_trainer.current_epoch
+    assert before < 10
+    if resumed:
+        twa, module, the_trainer = again(tmp_path / "last.ckpt")
+    else:
+        the_trainer.fit_loop.max_epochs = 30
+        the_trainer.fit(module, loader(), loader(32, seed=1))
+    assert the_trainer.current_epoch > before
+    assert all(int(name.split("=")[1]) >= before for name in twa.candidate_names)
+    holds_its_average(twa, module)
+
+
+@pytest.mark.parametrize("start", ["average", "raw"])
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_from_a_checkpoint_of_the_last_validation(tmp_path, start, end, uniform) -> None:
+    """What it goes on from is no candidate, and with nothing left to be trained nothing happens."""
+    kind = {"solver": SolverConfig(name="uniform")} if uniform else {}
+
+    def again(epochs: int, ckpt: Any = None) -> tuple[TWACallback, Notes]:
+        L.seed_everything(4, verbose=False)
+        collect = CollectConfig(start=5) if epochs > 6 else CollectConfig(start=1)
+        twa = TWACallback(epochs - 2, continue_from=start, collect=collect, **kind)
+        saver = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=end)
+        module = Notes()
+        trainer(tmp_path, max_epochs=epochs, callbacks=[twa, saver], enable_checkpointing=True).fit(
+            module, loader(), loader(32, seed=1), ckpt_path=ckpt
+        )
+        holds_its_average(twa, module)
+        return twa, module
+
+    _, module = again(6)
+    twa, same = again(6, tmp_path / "last.ckpt")
+    assert equal(module.now(), same.now())
+    twa, _ = again(10, tmp_path / "last.ckpt")
+    assert next(n for n in twa.candidate_names if n.startswith("epoch=")) == "epoch=6"

@@ -149,3 +149,21 @@ def test_a_step_that_needs_gradients_keeps_its_statistics_with_a_warning(tmp_pat
         twa, module, _ = short_run(tmp_path, Direct, twa=UNIFORM)
     holds_its_average(twa, module)
     assert bool(torch.isfinite(flat(module.state_dict())).all())
+
+
+@pytest.mark.filterwarnings("ignore:BatchNorm statistics could not be re-estimated")
+@pytest.mark.parametrize("options", [{}, {"validate_average": True}, {"cycles": 2}])
+def test_a_step_that_fails_between_toggles_leaves_nothing_frozen(tmp_path, options) -> None:
+    """As one with a gradient penalty does where no gradients are computed."""
+
+    class Penalty(Game):
+        def step_one(self, optimizer: Any, loss: Tensor) -> None:
+            self.toggle_optimizer(optimizer)
+            torch.autograd.grad(loss, list(self.net.parameters()), retain_graph=True)
+            super().step_one(optimizer, loss)
+            self.untoggle_optimizer(optimizer)
+
+    how = {**UNIFORM, "start_epoch": 1, **options}
+    twa, module, _ = short_run(tmp_path, Penalty, twa=how)
+    holds_its_average(twa, module)
+    assert all(parameter.requires_grad for parameter in module.parameters())

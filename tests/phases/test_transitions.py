@@ -153,6 +153,10 @@ def with_a_phase(bench: Bench) -> None:
     bench.fit(twa(), In("on_fit_start", 0, save(bench.path / "x.ckpt")), ckpt_path=path)
     bench.fit(twa(), ckpt_path=path, max_epochs=3)  # nothing is left to be trained
     bench.fit(twa(), In("on_train_batch_end", 2, leave_as_a_tuner))
+    late = bench.path / "late.ckpt"  # of the last batch: the next epoch has no start
+    bench.fit(twa(), In("on_train_batch_end", 3, save(late)))
+    going_on = TWACallback(6, collect=CollectConfig(start=0), continue_from="average")
+    bench.fit(going_on, ckpt_path=late, max_epochs=8)
     bench.fit(TWACallback(phase_steps=2), max_epochs=6)  # it begins within an epoch
     bench.fit(twa(), In("on_train_epoch_start", 3, lambda t, _: back_to(t, path)))
     bench.fit(twa(), again=True)

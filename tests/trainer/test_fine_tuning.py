@@ -197,3 +197,139 @@ def test_finetuning_scheduler(tmp_path, best, transition, before) -> None:
     _, resumed, again = fit("again", tmp_path / "whole" / "epoch=4.ckpt")
     assert len(again.optimizers[0].param_groups) == 2
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-5, atol=1e-6)
+
+
+# --- optimizers that step in ways of their own
+
+
+class Sharp(torch.optim.SGD):
+    """A user's sharpness-aware optimizer, with steps of its own names."""
+
+    def first_step(self) -> None:
+        super().step()
+
+    def second_step(self) -> None:
+        super().step()
+
+
+@pytest.mark.parametrize("way", ["own names", "the class's"])
+def test_steps_that_are_not_the_trainers_do_not_pass_for_an_average(tmp_path, way) -> None:
+    class Own(Regressor):
+        def configure_optimizers(self) -> Any:
+            return Sharp(self.parameters(), 0.05)
+
+        def optimizer_step(
+            self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+        ) -> None:
+            optimizer_closure()
+            if way == "own names":
+                optimizer.first_step()
+                optimizer_closure()
+                optimizer.second_step()
+            else:
+                torch.optim.SGD.step(self.trainer.optimizers[0])
+
+    with pytest.warns(UserWarning, match="something else than a step of the Trainer's optimizer"):
+        twa, module, _ = short_run(tmp_path, Own)
+    holds_its_average(twa, module)
+    is_mixed(twa, module)
+
+
+def is_mixed(twa: TWACallback, module: nn.Module) -> None:
+    """The weights are the sum of averaging weights times candidates."""
+    members, weight = list(twa._run.store), twa.averaging_weights[:, 0].tolist()
+    for name, parameter in module.named_parameters():
+        parts = zip(weight, members, strict=True)
+        mean = sum(beta * member.parameters[name].double() for beta, member in parts)
+        torch.testing.assert_close(parameter.detach().double(), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:In the TWA phase something else")
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("by_module", [False, True])
+def test_an_optimizer_that_is_put_in_place_at_the_start_of_a_batch(
+    tmp_path, last, by_module
+) -> None:
+    at = (5, 3) if last else (4, 1)
+
+    def exchange(the_trainer: L.Trainer, module: Any, batch_idx: int) -> None:
+        if (the_trainer.current_epoch, batch_idx) == at:
+            the_trainer.strategy.optimizers = [torch.optim.SGD(module.parameters(), 0.5)]
+
+    class Exchanges(L.Callback):
+        def on_train_batch_start(
+            self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            exchange(trainer, pl_module, batch_idx)
+
+    class Module(Regressor):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if by_module:
+                exchange(self.trainer, self, batch_idx)
+
+    twa, module, _ = short_run(tmp_path, Module, *([] if by_module else [Exchanges()]))
+    holds_its_average(twa, module)
+    is_mixed(twa, module)
+    assert abs(float(twa.averaging_weights[0, 0]) - 0.25) > 1e-3
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_schedule_free_optimizer_told_to_evaluate_after_the_fit(tmp_path, uniform) -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+
+    class Free(Regressor):
+        def configure_optimizers(self) -> Any:
+            return schedulefree.AdamWScheduleFree(self.parameters(), 0.05)
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.optimizers().train()
+
+        def on_test_epoch_start(self) -> None:
+            for optimizer in self.trainer.optimizers:
+                optimizer.eval()
+
+    options = {"solver": SolverConfig(name="uniform")} if uniform else {}
+    twa, module, the_trainer = short_run(
+        tmp_path, Free, twa=options, trainer={"limit_val_batches": 0}
+    )
+    (optimizer,) = the_trainer.optimizers
+    assert not {"train", "eval", "step"} & vars(optimizer).keys(), "nothing is left behind"
+    the_trainer.test(module, loader(32, seed=1), verbose=False)
+    optimizer.eval()
+    holds_its_average(twa, module)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("rate", [None, "missing", 0.0])
+def test_groups_without_a_rate(tmp_path, amp, rate) -> None:
+    from lightning.pytorch.plugins import MixedPrecision
+
+    class Relative(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            parameter.sub_(0.05 * parameter.grad)
+            return loss
+
+    class Module(Regressor):
+        def configure_optimizers(self) -> Any:
+            optimizer = Relative(self.parameters(), 0.1)
+            for group in optimizer.param_groups:
+                if rate == "missing":
+                    del group["lr"]
+                else:
+                    group["lr"] = rate
+            return optimizer
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    how = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)} if amp else {}
+    solver = SolverConfig(schedule="constant", lr=0.2)
+    twa, module, _ = short_run(tmp_path, Module, twa={"solver": solver}, trainer=how)
+    holds_its_average(twa, module)
+    assert float((twa.averaging_weights - 0.25).abs().max()) > 1e-3
