@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -154,7 +155,8 @@ def with_a_phase(bench: Bench) -> None:
     bench.fit(twa(), ckpt_path=path, max_epochs=3)  # nothing is left to be trained
     bench.fit(twa(), In("on_train_batch_end", 2, leave_as_a_tuner))
     late = bench.path / "late.ckpt"  # of the last batch: the next epoch has no start
-    bench.fit(twa(), In("on_train_batch_end", 3, save(late)))
+    saver = ModelCheckpoint(bench.path, "late", every_n_train_steps=16)
+    bench.fit(twa(), saver, enable_checkpointing=True)
     going_on = TWACallback(6, collect=CollectConfig(start=0), continue_from="average")
     bench.fit(going_on, ckpt_path=late, max_epochs=8)
     bench.fit(TWACallback(phase_steps=2), max_epochs=6)  # it begins within an epoch
