@@ -61,7 +61,7 @@ class Plan:
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    kind = draw(st.sampled_from(["phase", "phase", "uniform", "cycles"]))
+    kind = draw(st.sampled_from(["phase", "phase", "steps", "both", "uniform", "cycles"]))
     collect: dict[str, Any] = {"start": draw(st.integers(0, 1))}
     by_steps = draw(st.booleans())
     if by_steps:
@@ -77,6 +77,9 @@ def plans(draw: st.DrawFn) -> Plan:
         "validate_average": draw(st.booleans()),
         "storage": StorageConfig(kind=draw(st.sampled_from(["memory", "disk"]))),
     }
+    if kind in ("steps", "both"):
+        twa["phase_steps"] = draw(st.sampled_from([2, 3, 5, 0.2]))
+        twa["start_epoch"] = None if kind == "steps" else twa["start_epoch"]
     if kind == "uniform":
         twa["solver"] = SolverConfig(name="uniform")
         collect.pop("ema_decays", None)
