@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -26,13 +27,14 @@ from lightning_twa.subspace import check_finite, in_float64
 
 __all__ = ["average"]
 
+METHODS = ("uniform", "ema", "wsm", "greedy", "model_stock", "weights")
 State = dict[str, Tensor]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def average(
     candidates: RunResults | Paths | Sequence[Mapping[str, Tensor]],
-    method: Literal["uniform", "ema", "greedy", "weights"] = "uniform",
+    method: Literal["uniform", "ema", "wsm", "greedy", "model_stock", "weights"] = "uniform",
     *,
     last: int | None = None,
     decay: float | None = None,
@@ -43,6 +45,7 @@ def average(
     dataloaders: Any = None,
     monitor: str | None = None,
     mode: Literal["min", "max"] = "min",
+    anchor: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
 ) -> State:
     """Average candidates with weights that are not learned.
 
@@ -55,9 +58,13 @@ def average(
         candidates: A callback after its run; or files, as ``CollectConfig.checkpoints`` names them;
             or state dicts. Oldest first.
         method: ``"uniform"``; ``"ema"``, an exponential moving average over the candidates (not
-            over steps); ``"greedy"``, the greedy soup (Wortsman et al., arXiv 2203.05482, algorithm
-            1), which takes the candidates from the best on and keeps each that makes the average no
-            worse; ``"weights"``, given ones.
+            over steps); ``"wsm"``, the merge of equally spaced checkpoints of one run that stands
+            for a learning rate which falls as ``1 - sqrt(u)`` from the first of them to the last
+            (arXiv 2507.17634); ``"greedy"``, the greedy soup (Wortsman et al., arXiv 2203.05482,
+            algorithm 1), which takes the candidates from the best on and keeps each that makes the
+            average no worse; ``"model_stock"``, of fine-tuned models and the one that they start
+            from, tensor by tensor as the angles between them say (Jang et al., arXiv 2403.19522);
+            ``"weights"``, given ones.
         last: Use the newest so many only.
         decay: Of ``"ema"``, in (0, 1).
         weights: Of ``"weights"``: one number for each candidate, used as they are; a warning says
@@ -69,6 +76,7 @@ def average(
         dataloaders: For ``trainer.validate``; ``None`` means the module's own.
         monitor: The metric of ``trainer.validate`` to go by.
         mode: Whether it is to be small or large.
+        anchor: Of ``"model_stock"``: the pre-trained model, a file or a state dict.
 
     Returns:
         A state dict, in the dtypes and with the names of the candidates.
@@ -77,10 +85,10 @@ def average(
         ValueError: Naming the argument that is missing or has no meaning, or the candidate and the
             tensor that differ from the others.
     """
-    check_choice("method", method, ("uniform", "ema", "greedy", "weights"))
-    needs = {"ema": ("decay",), "weights": ("weights",)}.get(method, ())
-    for name, value in {"decay": decay, "weights": weights}.items():
-        if (value is None) == (name in needs):
+    check_choice("method", method, METHODS)
+    needs = {"ema": "decay", "weights": "weights", "model_stock": "anchor"}.get(method)
+    for name, value in {"decay": decay, "weights": weights, "anchor": anchor}.items():
+        if (value is None) == (name == needs):
             raise ValueError(
                 f"average(method={method!r}) "
                 + (f"needs {name}." if value is None else f"does not use {name}={value!r}.")
@@ -98,7 +106,26 @@ def average(
         return _greedy(members, score)
     if score is not None or module is not None or trainer is not None:
         raise ValueError(f"average(method={method!r}) does not use score, module and trainer.")
+    if anchor is not None:
+        return _model_stock(members, anchor)
+    if method == "wsm":
+        return _mix(members, _decay_curve(len(members)))
     return _mix(members, _factors(len(members), decay, weights))
+
+
+def _decay_curve(n: int) -> Sequence[float]:
+    """The merge of ``n`` checkpoints in which an update between the ``i``-th and the next counts by
+    the mean of ``1 - sqrt(u)`` over its part of ``[0, 1]``: a checkpoint has the difference of two
+    such means.
+    """
+
+    def mean(i: int) -> float:
+        low, high = i / (n - 1), (i + 1) / (n - 1)
+        area: float = 2 / 3 * (high**1.5 - low**1.5)
+        return 1 - area / (high - low)
+
+    shares = [1.0, *(mean(i) for i in range(n - 1)), 0.0]
+    return [a - b for a, b in itertools.pairwise(shares)]
 
 
 def _factors(
@@ -256,6 +283,36 @@ def _mix(members: Sequence[_Member], factors: Sequence[float]) -> State:
     for member, factor in zip(members, factors, strict=True):
         total.add(member, factor)
     return total.result()
+
+
+def _model_stock(members: Sequence[_Member], anchor: Any) -> State:
+    """Each tensor goes from the anchor to the mean of the members as far as
+    ``t = n cos / (1 + (n - 1) cos)``, with the mean cosine of the angles between members as seen
+    from the anchor.
+    """
+    if len(members) < 2:
+        raise ValueError(
+            f"average(method='model_stock') measures angles between models: it needs two or more, "
+            f"but there is {len(members)}."
+        )
+    (start,) = _members([anchor] if isinstance(anchor, Mapping) else anchor)
+    origin, states = start.tensors(), [member.tensors() for member in members]
+    for member, state in zip(members, states, strict=True):
+        _check_alike(member.name, state, f"The anchor ({start.name})", origin)
+    result = dict(_mix(members, [1 / len(members)] * len(members)))
+    for key, tensor in origin.items():
+        if not _is_averaged(tensor) or not tensor.numel():
+            continue
+        base = _wide(tensor)
+        ways = torch.stack([(_wide(state[key]) - base).reshape(-1) for state in states])
+        lengths = ways.norm(dim=1, keepdim=True)
+        units = ways / lengths.masked_fill(lengths == 0, 1.0)
+        n = len(states)
+        cosine = float((units.sum(dim=0).norm() ** 2 - units.norm() ** 2).real / (n * (n - 1)))
+        share = max(n * cosine / (1 + (n - 1) * cosine), 0.0) if cosine > -1 / (n - 1) else 0.0
+        moved = base + share * ways.mean(dim=0).view(base.shape)
+        result[key] = moved.to(tensor.dtype).to(tensor.device)
+    return result
 
 
 def _greedy(members: Sequence[_Member], score: Callable[[State], float]) -> State:

@@ -59,6 +59,73 @@ def test_fixed_weights(dtype) -> None:
             torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_the_decay_curve_is_that_of_a_learning_rate(n) -> None:
+    """Merging checkpoints of plain gradient descent weights its updates by the curve."""
+    generator = torch.Generator().manual_seed(n)
+    fine = 1000  # updates between two checkpoints
+    updates = torch.randn(max(n - 1, 1) * fine, 3, generator=generator, dtype=torch.float64)
+    path = torch.cat([torch.zeros(1, 3, dtype=torch.float64), updates.cumsum(0)])
+    if n > 1:  # all updates of an interval count alike: by the mean of the curve there
+        u = (torch.arange((n - 1) * fine, dtype=torch.float64) + 0.5) / ((n - 1) * fine)
+        rate = (1 - u.sqrt()).view(n - 1, fine).mean(1)
+        expected = (rate[:, None] * updates.view(n - 1, fine, 3).sum(1)).sum(0)
+    else:
+        expected = path[0]
+    merged = average([{"w": path[i * fine]} for i in range(n)], "wsm")["w"]
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-3)
+
+
+def stock(ms: list[dict[str, Tensor]], anchor: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By arXiv 2403.19522, in float64, from the angles of pairs."""
+    result = {"count": ms[-1]["count"]}
+    n = len(ms)
+    for key in ("w", "b"):
+        ways = [(m[key] - anchor[key]).double().reshape(-1) for m in ms]
+        pairs = [(a, b) for i, a in enumerate(ways) for b in ways[i + 1 :]]
+        cosine = sum(float(a @ b / (a.norm() * b.norm())) for a, b in pairs) / len(pairs)
+        t = n * cosine / (1 + (n - 1) * cosine)
+        mean = torch.stack([m[key].double() for m in ms]).mean(0)
+        result[key] = (t * mean + (1 - t) * anchor[key].double()).to(anchor[key].dtype)
+    return result
+
+
+@pytest.mark.parametrize("n", [2, 3, 6])
+def test_model_stock_is_the_paper_s(tmp_path, n) -> None:
+    anchor, *others = members(n + 1)
+    common = {"w": torch.ones(4, 3), "b": torch.ones(3), "count": 0}
+    ms = [
+        {k: (anchor[k] + common[k] + 0.5 * (m[k] - anchor[k])).to(anchor[k]) for k in ("w", "b")}
+        for m in others
+    ]
+    ms = [{**m, "count": o["count"]} for m, o in zip(ms, others, strict=True)]
+    expected = stock(ms, anchor)
+    torch.save(anchor, tmp_path / "anchor.pt")
+    for start in (anchor, str(tmp_path / "anchor.pt"), tmp_path / "anchor.pt"):
+        found = average(ms, "model_stock", anchor=start)
+        for key in ("w", "b", "count"):
+            rtol = 1e-2 if found[key].dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(found[key], expected[key], rtol=rtol, atol=rtol / 10)
+    same = average([ms[0]] * n, "model_stock", anchor=anchor)
+    torch.testing.assert_close(same["w"], ms[0]["w"])
+    still = average([anchor] * n, "model_stock", anchor=anchor)
+    assert torch.equal(still["w"], anchor["w"])
+    opposite = [{**anchor, "w": anchor["w"] + sign} for sign in (1.0, -1.0)]
+    torch.testing.assert_close(average(opposite, "model_stock", anchor=anchor)["w"], anchor["w"])
+
+
+def test_model_stock_needs_an_anchor_and_two_models() -> None:
+    ms = members(3)
+    with pytest.raises(ValueError, match=r"method='model_stock'\) needs anchor"):
+        average(ms, "model_stock")
+    with pytest.raises(ValueError, match="two or more, but there is 1"):
+        average(ms[:1], "model_stock", anchor=ms[1])
+    with pytest.raises(ValueError, match=r"method='uniform'\) does not use anchor"):
+        average(ms, anchor=ms[0])
+    with pytest.raises(ValueError, match="anchor"):
+        average(ms, "model_stock", anchor={"w": torch.ones(4, 3)})
+
+
 def test_candidates_are_not_changed() -> None:
     ms = members()
     copies = [{k: t.clone() for k, t in m.items()} for m in ms]

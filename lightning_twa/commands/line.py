@@ -18,13 +18,15 @@ from lightning_twa.words import printable
 
 __all__ = ["main"]
 
+METHODS = ("uniform", "ema", "wsm", "model_stock", "weights")
+KINDS = {"ema": "exponential moving", "weights": "weighted", "wsm": "decay-curve"}
 INSPECT = """\
 Print the phase, the settings, the candidates and their averaging weights, and which of the files
 that a checkpoint names are there. No Python objects are loaded, and no named file is opened."""
 AVERAGE = """\
 Average files with weights that are not learned. The order of the files counts for --last, --method
-ema and --weights: oldest first; those of a pattern come in natural order (epoch=2 before epoch=10).
-BatchNorm statistics are averaged too, and do not fit the average: compute them anew."""
+ema or wsm, and --weights: oldest first; those of a pattern come in natural order (epoch=2 before
+epoch=10). BatchNorm statistics are averaged too, and do not fit the average: compute them anew."""
 FORMATS = """\
 The suffix of the output says what is written: .safetensors; .pt or .pth, a state dict; .ckpt, the
 last file (a Lightning checkpoint) with the average as its weights, without the states of
@@ -82,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoints, state dicts, safetensors, directories, or quoted patterns",
     )
     mean.add_argument("-o", "--output", type=_output, required=True, metavar="FILE")
-    mean.add_argument("--method", choices=("uniform", "ema", "weights"), default="uniform")
+    mean.add_argument("--method", choices=METHODS, default="uniform")
+    mean.add_argument("--anchor", metavar="FILE", help="of --method model_stock: what was tuned")
     mean.add_argument("--last", type=_count, metavar="N", help="only the last N files")
     mean.add_argument("--decay", type=_decay, help="of --method ema, from file to file; in (0, 1)")
     mean.add_argument(
@@ -158,7 +161,8 @@ def _number(text: str) -> float:
 
 
 def _average(args: argparse.Namespace) -> None:
-    for method, option in (("ema", "decay"), ("weights", "weights")):
+    options = (("ema", "decay"), ("weights", "weights"), ("model_stock", "anchor"))
+    for method, option in options:
         if (args.method == method) != (getattr(args, option) is not None):
             args.parser.error(f"--method {method} and --{option} go together")
     output: Path = args.output
@@ -168,9 +172,10 @@ def _average(args: argparse.Namespace) -> None:
     used = files[-(args.last or 0) :]
     if weights is not None and len(weights) != len(used):
         args.parser.error(f"--weights has {len(weights)} numbers, but {len(used)} file(s) are used")
-    state = average([str(file) for file in used], args.method, decay=args.decay, weights=weights)
+    paths = [str(file) for file in used]
+    state = average(paths, args.method, decay=args.decay, weights=weights, anchor=args.anchor)
     write_average(output, used[-1], state, args.force)
     names = unique_names(used)
     which = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} .. {names[-1]}"
-    kind = {"ema": "exponential moving", "weights": "weighted"}.get(args.method, args.method)
+    kind = KINDS.get(args.method, args.method)
     print(printable(f"wrote {output}: the {kind} average of {which}"))

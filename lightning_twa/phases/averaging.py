@@ -176,11 +176,13 @@ class Averaging:
 
     def regain_trainer(self, trainer: Trainer) -> None:
         """Before the Trainer's loops start: give it the data that the phase has, or had."""
-        self.optimization.switch.borrow_again(trainer, self.optimization.started)
+        phase, is_over = self.optimization, self.kept is None
+        phase.switch.borrow_again(trainer, phase.started, is_over=is_over)
 
     def enter_again(self, trainer: Trainer, module: LightningModule) -> None:
         """Go on with the phase that was kept, whose Trainer has been borrowed again."""
         self.optimization.end = self.plan.end
+        self.optimization.switch.limit_steps(self.optimization.started)
         self.optimization.enter(trainer, module, self.store, self.kept)
         self.learned, self.kept = None, None
         self.block_names = self.optimization.block_names
@@ -236,7 +238,7 @@ class Averaging:
             trainer: The Trainer.
             epoch_is_over: See :func:`lightning_twa.trainer.run_is_ending`.
         """
-        if not self.has_trained or self.around.sees_others:
+        if not self.has_trained or self.around.sees_others or self.batches.replaying:
             return False
         if run_is_ending(trainer, epoch_is_over=epoch_is_over):
             return True

@@ -28,16 +28,19 @@ def fit_buffers(
     """
     *_, newest = averaging.store
     fit_singular_vectors_(weights_and_buffers(module), newest.tensors)
+    if averaging.batches.replaying:  # a hook of the user's saves in one
+        return None
     at_most = averaging.settings.batchnorm_batches
-    return reestimate_batchnorm(
-        trainer,
-        module,
-        lambda: averaging.optimization.switch.training_data(trainer),
-        max(averaging.epoch_batches or 0, batches_seen(trainer)),
-        BATCHES if in_between and at_most is None else at_most,
-        with_hooks=averaging.batches.changed,
-        warn=not in_between,
-    )
+    with averaging.batches.in_replay():
+        return reestimate_batchnorm(
+            trainer,
+            module,
+            lambda: averaging.optimization.switch.training_data(trainer),
+            max(averaging.epoch_batches or 0, batches_seen(trainer)),
+            BATCHES if in_between and at_most is None else at_most,
+            with_hooks=averaging.batches.changed,
+            warn=not in_between,
+        )
 
 
 def fit_before_validation(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:

@@ -97,7 +97,9 @@ class Switch:
             "steps_in_epoch": steps_in_epoch,
             **stops,
         }
-        self._limit(started)
+        if "stops_at" in started:
+            self._changes.limit_epochs(started["stops_at"])
+        self.limit_steps(started)
         if self._loader is None:
             self.request_data(trainer)  # of another cycle than the first
         if self._loader is not None:
@@ -105,18 +107,22 @@ class Switch:
         started["validates_each_epoch"] = self._changes.validates_each_epoch
         return started
 
-    def borrow_again(self, trainer: Trainer, started: Mapping[str, Any]) -> None:
+    def borrow_again(self, trainer: Trainer, started: Mapping[str, Any], *, is_over: bool) -> None:
         """Before a run goes on within the phase: its data must be there before the Trainer's loops
         start, which count the batches left of an epoch by it, also when there are none left.
 
         Args:
             trainer: The Trainer.
             started: From :meth:`borrow`.
+            is_over: Whether the phase has ended. Else :meth:`limit_steps` is still to come.
         """
         self.give_back()
         self._changes = TrainerSwitch(trainer)
         self._changes.put_early_stopping_to_sleep()
-        self._limit(started)
+        if "stops_at" in started:
+            self._changes.limit_epochs(started["stops_at"])
+        if is_over:
+            self.limit_steps(started)
         self.request_data(trainer)
         if self._loader is not None:
             self._changes.install_loader(
@@ -125,12 +131,14 @@ class Switch:
                 validate_each_epoch=bool(started["validates_each_epoch"]),
             )
 
-    def _limit(self, started: Mapping[str, Any]) -> None:
+    def limit_steps(self, started: Mapping[str, Any]) -> None:
+        """Let the run end with the phase's steps, where it does. While a Trainer's loops begin it
+        counts epochs otherwise where there is such a limit: in a run that goes on within the phase
+        this comes behind that.
+        """
         assert self._changes is not None
-        if "stops_at" in started:
-            self._changes.limit_epochs(started["stops_at"])
         if "stops_at_step" in started:
-            self._changes.limit_steps(started["stops_at_step"])
+            self._changes.limit_steps_to(started["stops_at_step"])
 
     def step_with(
         self, optimizer: Optimizer, outputs: Iterable[Tensor], *, gradients_stay: bool

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,10 +26,11 @@ class BatchWatch:
 
     Attributes:
         changed: Whether something does.
+        replaying: Whether batches pass that are no training.
     """
 
     def __init__(self) -> None:
-        self.changed = False
+        self.changed = self.replaying = False
         self._left = LOOKS
         self._before: list[Tensor] | None = None
         self._undo = ExitStack()
@@ -53,12 +54,21 @@ class BatchWatch:
 
         def transferred(*args: Any, **kwargs: Any) -> Any:
             batch = transfer(*args, **kwargs)
-            if trainer.training:
+            if trainer.training and not self.replaying:
                 self._before = [tensor.detach().clone() for tensor in _tensors(batch)]
             return batch
 
         self._undo.callback(delattr, strategy, "batch_to_device")
         strategy.batch_to_device = transferred  # type: ignore[method-assign]
+
+    @contextmanager
+    def in_replay(self) -> Iterator[None]:
+        """While batches pass that are no training; a hook may save then, and begin another."""
+        before, self.replaying = self.replaying, True
+        try:
+            yield
+        finally:
+            self.replaying = before
 
     def look(self, batch: Any) -> None:
         """After a batch: compare it with what it was."""

@@ -78,7 +78,7 @@ class TrainerSwitch:
         self._undo.callback(setattr, loop, "max_epochs", loop.max_epochs)
         loop.max_epochs = end
 
-    def limit_steps(self, end: int) -> None:
+    def limit_steps_to(self, end: int) -> None:
         """Let the run end after optimizer step ``end``."""
         loop = self.trainer.fit_loop.epoch_loop
         self._undo.callback(setattr, loop, "max_steps", loop.max_steps)

@@ -266,6 +266,54 @@ def test_resuming_anywhere_is_exact(tmp_path, options, how, accumulate) -> None:
         assert equal(resumed.user, whole.user), file.stem
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_resuming_with_other_data_is_exact(tmp_path, both) -> None:
+    """Lightning counts epochs otherwise where there is a limit in steps as its loops begin."""
+    options = {"phase_steps": 3, **({"start_epoch": 3} if both else {})}
+
+    def make() -> TWACallback:
+        return TWACallback(**options, data="val", collect=CollectConfig(start=1))
+
+    saver = ModelCheckpoint(
+        tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True
+    )
+    epochs = {"max_epochs": 8 if both else 5}
+    whole = run(tmp_path, Regressor, make, saver=saver, **epochs)
+    for file in sorted(tmp_path.glob("epoch=*.ckpt")):
+        resumed = run(tmp_path, Regressor, make, ckpt_path=file, **epochs)
+        assert equal(resumed.state, whole.state), file.stem
+        assert equal(resumed.steps, whole.steps[len(whole.steps) - len(resumed.steps) :])
+
+
+class AtBatches(L.Callback):
+    """Saves at the start of each batch, and changes it if asked to."""
+
+    def __init__(self, path: Path | None, changes: bool) -> None:
+        self.path, self.changes, self.count = path, changes, 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, i: int) -> None:
+        self.count += 1
+        if self.changes:
+            batch[0].mul_(0.5)
+        if self.path is not None:
+            trainer.save_checkpoint(self.path / f"{self.count}.ckpt")
+
+
+@pytest.mark.parametrize("changes", [False, True])
+@pytest.mark.parametrize("options", [{"phase_steps": 3}, {"start_epoch": 3}])
+def test_saves_at_the_start_of_batches_change_nothing(tmp_path, changes, options) -> None:
+    """Where the phase begins between two batches, too, batches pass for BatchNorm's statistics."""
+    found = []
+    for path in (None, tmp_path):
+        L.seed_everything(2, verbose=False)
+        twa, hook, module = TWACallback(**options), AtBatches(path, changes), Regressor(True)
+        trainer(tmp_path, callbacks=[twa, hook], max_epochs=4).fit(module, ordered())
+        holds_its_average(twa, module)
+        found.append((module.state_dict(), twa.averaging_weights, hook.count))
+    assert equal(found[0], found[1])
+    assert (found[0][2] == 16) is not changes, "hooks are called again only if they change batches"
+
+
 @pytest.mark.slow
 def test_two_processes_begin_at_the_same_step(tmp_path) -> None:
     twa = TWACallback(phase_steps=3, collect=BY_STEPS)
