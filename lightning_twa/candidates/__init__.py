@@ -35,7 +35,7 @@ from lightning_twa.candidates.readers import (
 from lightning_twa.candidates.reference import SUFFIX, Reference, resolve
 from lightning_twa.candidates.running_averages import RunningAverages, average_name
 from lightning_twa.candidates.spectral import fit_singular_vectors_
-from lightning_twa.candidates.store import Store, misfit_of, take_anew
+from lightning_twa.candidates.store import Store, drop, misfit_of, take_anew
 
 __all__ = [
     "SUFFIX",
@@ -51,6 +51,7 @@ __all__ = [
     "check_form",
     "copy_into",
     "decode",
+    "drop",
     "find_files",
     "fit_singular_vectors_",
     "further_names",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from lightning_twa.candidates.frozen import (
 from lightning_twa.config import StorageConfig
 from lightning_twa.machine import all_ranks, free_bytes, in_common
 
-__all__ = ["Entry", "Store", "entry_state", "misfit_of", "take_anew"]
+__all__ = ["Entry", "Store", "drop", "entry_state", "misfit_of", "take_anew"]
 
 SMALL = 0.25  # of free memory that candidates may take there
 
@@ -298,6 +298,13 @@ class Store:
                 f"has StorageConfig(kind='memory'). Resume with kind='auto' or 'disk'."
             )
         return Entry(_joined(self.disk.read(files), frozen), files)
+
+
+def drop(store: Store, names: Collection[str]) -> None:
+    """Leave candidates of the window out, as those that have left it."""
+    store._dropped += [e for e in store._window if e.candidate.name in names]
+    store._window = [e for e in store._window if e.candidate.name not in names]
+    store._delete_dropped()
 
 
 def misfit_of(store: Store, module: nn.Module) -> str | None:

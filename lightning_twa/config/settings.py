@@ -143,6 +143,12 @@ def _check_cycles(settings: Settings) -> None:
             f"cycles={cycles} does not go with CollectConfig.checkpoints: candidates from files "
             f"belong to one phase. Use cycles=1."
         )
+    if settings.phase_steps is not None and settings.start_epoch is not None:
+        raise ValueError(
+            f"cycles={cycles} does not go with both start_epoch={settings.start_epoch} and "
+            f"phase_steps={settings.phase_steps}: the run would end with the first phase. Use one "
+            f"of the two."
+        )
     if settings.continue_from is not None:
         raise ValueError(
             f"cycles={cycles} does not go with continue_from={settings.continue_from!r}: a longer "

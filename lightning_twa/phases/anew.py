@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_twa.candidates import put_back, weights_and_buffers
 from lightning_twa.phases.averaging import Averaging
+from lightning_twa.phases.placing import place_plans
 from lightning_twa.phases.temporary import TemporaryAverage
 
 __all__ = ["begin_cycle", "go_on", "keep_raw"]
@@ -16,7 +17,7 @@ def begin_cycle(averaging: Averaging, trainer: Trainer) -> None:
     """Train as usual from the learned average on, and collect for the next part of the run."""
     _collect_anew(averaging, trainer)
     averaging.collector.cycle += 1
-    averaging.collector.place(trainer, averaging.epoch_batches, within_epoch=False)
+    place_plans(averaging.collector, trainer, averaging.epoch_batches)
 
 
 def go_on(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
@@ -28,7 +29,7 @@ def go_on(averaging: Averaging, trainer: Trainer, module: LightningModule) -> No
     averaging.meet_model(module)
     switch = averaging.optimization.switch
     switch.leave(trainer)
-    averaging.collector.place(trainer, averaging.epoch_batches, within_epoch=False)
+    place_plans(averaging.collector, trainer, averaging.epoch_batches)
     averaging.collector.check_length(trainer, switch.request_data(trainer), anew=True)
     _collect_anew(averaging, trainer)
     averaging.early_stopped, averaging.went_on = False, True

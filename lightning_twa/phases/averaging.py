@@ -17,6 +17,7 @@ from lightning_twa.config import Settings
 from lightning_twa.phases.collect import Collector
 from lightning_twa.phases.finished import FinishedAverage
 from lightning_twa.phases.optimize import Optimization
+from lightning_twa.phases.placing import place_plans
 from lightning_twa.phases.plan import CollectPlan
 from lightning_twa.phases.temporary import TemporaryAverage
 from lightning_twa.phases.trajectory import Trajectory
@@ -25,7 +26,6 @@ from lightning_twa.trainer import (
     BatchWatch,
     HeldModes,
     at_epoch_start,
-    batches_seen,
     epoch_is_ending,
     run_is_ending,
     was_trained,
@@ -160,7 +160,7 @@ class Averaging:
             ValueError: When there will be too few candidates, or a file is not this module's.
         """
         within = not at_epoch_start(trainer)
-        self.collector.place(trainer, self.epoch_batches, within_epoch=within)
+        place_plans(self.collector, trainer, self.epoch_batches, within_epoch=within)
         self.collector.catch_up(trainer, module)
         self.collector.check_length(trainer, self.optimization.switch.request_data(trainer))
 
@@ -226,7 +226,7 @@ class Averaging:
 
     def keep_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """At the end of an epoch of collecting: take a candidate where one is due."""
-        self.epoch_batches = batches_seen(trainer)
+        self.epoch_batches = self.collector.batches_of_epoch(trainer)
         self.collector.take_epoch_end(module, trainer.current_epoch)
 
     def average_is_due(self, trainer: Trainer, *, epoch_is_over: bool = False) -> bool:

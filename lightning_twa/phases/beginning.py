@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.by_steps import phase_stops
+from lightning_twa.phases.placing import position
 
 __all__ = ["enter_phase", "phase_is_due"]
 
@@ -40,7 +41,7 @@ def enter_phase(
     plan, phase = averaging.plan, averaging.optimization
     averaging.collector.add_running_averages(module)
     phase.end = plan.end
-    now = averaging.collector.position(trainer, averaging.epoch_batches, within_epoch=within_epoch)
+    now = position(averaging.collector, trainer, averaging.epoch_batches, within_epoch=within_epoch)
     stops = phase_stops(
         plan,
         averaging.settings,

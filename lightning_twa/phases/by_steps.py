@@ -143,9 +143,12 @@ def place(plan: CollectPlan, settings: Settings, now: Position) -> CollectPlan:
         assert phase is not None
         start = first_step + length - phase
     if start <= first_step:
+        given, remedy = f"phase_steps={settings.phase_steps}", "Give the phase fewer"
+        if settings.start_epoch is not None:
+            given, remedy = f"start_epoch={settings.start_epoch}", "Raise start_epoch"
         raise ValueError(
-            f"phase_steps={settings.phase_steps} leaves no optimizer step to collect candidates "
-            f"in: the run has {length}. Give the phase fewer, or raise max_epochs or max_steps."
+            f"{given} leaves no optimizer step to collect candidates in: the run has {length}. "
+            f"{remedy}, or raise max_epochs or max_steps."
         )
     placed = replace(plan, start_step=start, phase_steps=phase, start_epoch=NEVER)
     if now.per_epoch is not None:
@@ -229,6 +232,9 @@ def _default_window(plan: CollectPlan, settings: Settings, first_step: int) -> C
 
 def _left(plan: CollectPlan, now: Position) -> int | None:
     """Optimizer steps to the end of the part of the run."""
+    several = plan.end is None or plan.end - plan.first > 1
+    if plan.end is not None and now.per_epoch is None and several:
+        return None  # the next epoch will tell
     limits = [] if now.max_steps == -1 else [now.max_steps - now.steps]
     if plan.end is not None and now.per_epoch is not None:
         limits.append((plan.end - now.epoch) * now.per_epoch - now.steps_in_epoch)

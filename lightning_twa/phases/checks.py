@@ -100,6 +100,13 @@ def check_trainer(
             "Trainer has none. Add one, or leave the argument out."
         )
     check_limits(settings, epochs, trainer.max_steps)
+    if settings.phase_steps is not None and "GradientAccumulationScheduler" in callback_names(
+        trainer
+    ):
+        raise ValueError(
+            f"phase_steps={settings.phase_steps} does not go with GradientAccumulationScheduler: "
+            f"epochs have different numbers of optimizer steps. Pass start_epoch instead."
+        )
     if begins_by_steps(settings, epochs, trainer.max_steps):
         bounds = cycle_bounds(settings.cycles, epochs)
         return [plan_by_steps(settings, a, b) for a, b in bounds]

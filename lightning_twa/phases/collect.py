@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,18 @@ from lightning_twa.candidates import (
 )
 from lightning_twa.config import Settings
 from lightning_twa.machine import in_common
-from lightning_twa.phases.by_steps import Position, check_placed, place
+from lightning_twa.phases.by_steps import check_placed
 from lightning_twa.phases.checks import check_data, check_trainer
 from lightning_twa.phases.plan import CollectPlan
 from lightning_twa.phases.room import check_directories, check_memory
 from lightning_twa.subspace import own_part
 from lightning_twa.trainer import (
     at_epoch_start,
+    batches_in_all,
+    batches_seen,
     keeps_older_checkpoints,
     shards_parameters,
     step_was_taken,
-    steps_for,
-    steps_in_epoch,
-    steps_per_epoch,
 )
 
 __all__ = ["Collector", "file_candidate_names"]
@@ -53,6 +51,9 @@ class Collector:
         store: Where candidates wait.
         root: Where files of candidates go.
         cycle: Index of the part of the run, of ``cycles``, that is trained now.
+        plans: The schedule of each part.
+        epoch_began: So many batches of the run were before the epoch that is under way.
+        followed: Optimizer steps whose weights have been looked at.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -62,16 +63,17 @@ class Collector:
         self._parked = Parked()
         self.cycle = 0
         self.root = Path()
-        self._plans: list[CollectPlan] = []
+        self.plans: list[CollectPlan] = []
         self._files: list[Path] = []
         self._names: list[str] = []  # of the candidates in them
-        self._followed = 0  # optimizer steps whose weights have been looked at
+        self.epoch_began = 0  # so many batches of the run were before it
+        self.followed = 0  # optimizer steps whose weights have been looked at
 
     @property
     def plan(self) -> CollectPlan:
         """The resolved schedule of this cycle."""
-        assert self._plans, "resolve() comes before every training hook"
-        return self._plans[self.cycle]
+        assert self.plans, "resolve() comes before every training hook"
+        return self.plans[self.cycle]
 
     @property
     def count(self) -> int:
@@ -91,8 +93,8 @@ class Collector:
         collect = self.settings.collect
         with in_common(ValueError):
             self._files = [] if collect.checkpoints is None else find_files(collect.checkpoints)
-        self._plans = check_trainer(self.settings, trainer, module, len(self._files))
-        self._names = file_candidate_names(self._files, soup=self._plans[0].start_epoch == 0)
+        self.plans = check_trainer(self.settings, trainer, module, len(self._files))
+        self._names = file_candidate_names(self._files, soup=self.plans[0].start_epoch == 0)
         if len(self.store) > 0:
             return
         storage = self.settings.storage
@@ -101,7 +103,7 @@ class Collector:
         check_directories(self.settings, trainer, self.root)
         self.store = Store(
             storage,
-            self._plans[0].max_candidates,
+            self.plans[0].max_candidates,
             root=self.root,
             processes_on_host=trainer.num_devices,
             shards=shards_parameters(trainer),
@@ -109,39 +111,13 @@ class Collector:
             device=trainer.strategy.root_device,
         )
 
-    def position(
-        self, trainer: Trainer, epoch_batches: int | None, *, within_epoch: bool
-    ) -> Position:
-        """Where the run is, in optimizer steps.
+    def note_epoch(self, trainer: Trainer, *, at_start: bool) -> None:
+        """Note where the batches of the epoch begin."""
+        self.epoch_began = batches_in_all(trainer) - (0 if at_start else batches_seen(trainer))
 
-        Args:
-            trainer: The Trainer.
-            epoch_batches: Batches of the last whole epoch of training.
-            within_epoch: Between two batches, and not at the start of an epoch.
-        """
-        per_epoch = steps_per_epoch(trainer)
-        return Position(
-            epoch=trainer.current_epoch,
-            steps=trainer.global_step,
-            steps_in_epoch=steps_in_epoch(trainer) if within_epoch else 0,
-            per_epoch=steps_for(trainer, epoch_batches) if per_epoch is None else per_epoch,
-            max_steps=trainer.max_steps,
-        )
-
-    def place(self, trainer: Trainer, epoch_batches: int | None, *, within_epoch: bool) -> None:
-        """Place what is counted in steps in the plans; see
-        :func:`lightning_twa.phases.by_steps.place`.
-        """
-        now = self.position(trainer, epoch_batches, within_epoch=within_epoch)
-        for i in range(self.cycle, len(self._plans)):
-            plan = self._plans[i]
-            if i > self.cycle:  # where it will be if all epochs have as many steps
-                now = replace(
-                    now, epoch=plan.first, steps=plan.first * (now.per_epoch or 0), steps_in_epoch=0
-                )
-            self._plans[i] = place(plan, self.settings, now)
-        if self.store.max_candidates is None:
-            self.store.max_candidates = self.plan.max_candidates
+    def batches_of_epoch(self, trainer: Trainer) -> int:
+        """Batches of the epoch that is ending."""
+        return batches_in_all(trainer) - self.epoch_began or batches_seen(trainer)
 
     def check_length(self, trainer: Trainer, loader: Any, *, anew: bool = False) -> None:
         """See :func:`lightning_twa.phases.checks.check_data` and
@@ -154,7 +130,7 @@ class Collector:
         """
         check_placed(self.plan, self.settings)
         given = len(self._files if anew else self.store.given_names)
-        plans, window = self._plans[self.cycle :], 0 if anew else len(self.store) - given
+        plans, window = self.plans[self.cycle :], 0 if anew else len(self.store) - given
         most = check_data(self.settings, plans, trainer, loader, window, given)
         if most is not None and not self.settings.start_on_early_stopping:  # fewer may be enough
             others = given + len(self.settings.collect.ema_decays)
@@ -162,7 +138,7 @@ class Collector:
 
     def begin_anew(self, trainer: Trainer) -> None:
         """Forget the candidates, and collect anew."""
-        self._followed = trainer.global_step
+        self.followed = trainer.global_step
         self.store.clear()
         self.store.max_candidates = self.settings.collect.max_candidates  # a resumed phase had none
         self.averages.clear()
@@ -177,7 +153,7 @@ class Collector:
         Raises:
             ValueError: Naming a file that does not hold weights of this module.
         """
-        self._followed = trainer.global_step
+        self.followed = trainer.global_step
         if at_epoch_start(trainer) and not anew:
             self.take_epoch_end(module, trainer.current_epoch - 1)
         for path, name in zip(self._files, self._names, strict=True):
@@ -197,9 +173,9 @@ class Collector:
             Whether there was a step.
         """
         epoch, steps = trainer.current_epoch, trainer.global_step
-        if steps == self._followed or not step_was_taken(trainer):
+        if steps == self.followed or not step_was_taken(trainer):
             return False
-        before, self._followed = self._followed, steps
+        before, self.followed = self.followed, steps
         if self.plan.covers(epoch, steps):
             self.averages.update(module)
         if self.plan.takes_step(epoch, steps, before):
@@ -208,7 +184,7 @@ class Collector:
 
     def take_epoch_end(self, module: LightningModule, epoch: int) -> None:
         """Take the weights at the end of an epoch where they are due."""
-        if self.plan.takes_epoch_end(epoch, self._followed):
+        if self.plan.takes_epoch_end(epoch, self.followed):
             self._take(module, f"epoch={epoch}", f"at the end of epoch {epoch}")
 
     def _take(self, module: LightningModule, name: str, moment: str) -> None:

@@ -12,7 +12,7 @@ from lightning_twa.phases import saved
 from lightning_twa.phases.anew import begin_cycle, go_on
 from lightning_twa.phases.into_checkpoint import put_validated
 from lightning_twa.phases.transitions import Stage, StageName
-from lightning_twa.trainer import HeldModes, at_epoch_start, batches_seen
+from lightning_twa.trainer import HeldModes, at_epoch_start
 
 __all__ = ["Done", "Suspended"]
 
@@ -59,6 +59,7 @@ class Done(Stage):
 
     name = StageName.DONE
     phase = "done"
+    _at_start = False  # of an epoch, when training began
 
     def loops_begin(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Give the Trainer the data of the phase that has ended, for what is left of its epoch."""
@@ -74,8 +75,8 @@ class Done(Stage):
 
     def training_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Begin the next cycle where it is due."""
-        averaging = self.averaging
-        if not (at_epoch_start(trainer) and averaging.next_cycle_is_due(trainer)):
+        averaging, self._at_start = self.averaging, at_epoch_start(trainer)
+        if not (self._at_start and averaging.next_cycle_is_due(trainer)):
             return self.name
         averaging.meet_model(module)
         begin_cycle(averaging, trainer)
@@ -105,7 +106,7 @@ class Done(Stage):
             RuntimeError: After the last cycle, unless it may go on.
         """
         own_data = self.averaging.settings.data != "train"
-        if self._may_go_on() and batches_seen(trainer) == 1 and not own_data:
+        if self._may_go_on() and self._at_start and not own_data:
             go_on(self.averaging, trainer, module)
             super().batch_begins(trainer, module)
             return StageName.COLLECTING

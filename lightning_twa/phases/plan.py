@@ -93,6 +93,15 @@ class CollectPlan:
             and (epoch + 1) % self.every_n_epochs == 0
         )
 
+    def has_named(self, name: str) -> bool:
+        """Whether a candidate of this name, ``"epoch=3"`` or ``"step=40"``, is from the window."""
+        kind, _, number = name.partition("=")
+        if not number.isdecimal():
+            return True
+        if kind == "epoch":
+            return int(number) >= self.collect_start
+        return int(number) >= (self.collect_start_step or 0)
+
     def takes_step(self, epoch: int, steps_taken: int, before: int | None = None) -> bool:
         """Whether the weights after ``steps_taken`` optimizer steps become a candidate.
 
@@ -377,8 +386,9 @@ def check_enough_candidates(
             f"file(s), and start_epoch=0 leaves no epoch to collect in. Name more files."
         )
     also = f", and there are {others} from files and running averages" if others else ""
+    later = "raise start_epoch" if plan.start_step is None else "begin the phase later"
     raise ValueError(
         f"TWA needs at least two candidates, but collecting {plan.describe()} gives {expected} "
         f"before {plan.describe_start()}{also}. Start collecting earlier (CollectConfig.start), "
-        f"collect more often (every_n_epochs, every_n_train_steps), or raise start_epoch."
+        f"collect more often (every_n_epochs, every_n_train_steps), or {later}."
     )

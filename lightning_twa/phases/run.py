@@ -26,7 +26,7 @@ from lightning_twa.phases.transitions import (
     check_event,
     check_following,
 )
-from lightning_twa.trainer import LoadHook
+from lightning_twa.trainer import LoadHook, at_epoch_start
 
 __all__ = ["Run"]
 
@@ -86,6 +86,9 @@ class Run:
         """
         stage = self.stage.name
         check_event(stage, event)
+        if event in (Event.TRAINING_BEGINS, Event.EPOCH_BEGINS):
+            at_start = event is Event.EPOCH_BEGINS or at_epoch_start(arguments[0])
+            self.averaging.collector.note_epoch(arguments[0], at_start=at_start)
         following: StageName = getattr(self.stage, event.value)(*arguments)
         check_following(stage, event, following)
         if following is not stage:

@@ -96,7 +96,7 @@ def choose(
     if size is not None and size < len(store):
         groups = _groups(len(store), share.columns.whole.num_blocks, size, total_steps)
     solver = settings.solver
-    if started["epoch"] == 0 and solver.lr is None and solver.radius is None:
+    if started["step"] == 0 and solver.lr is None and solver.radius is None:
         solver = replace(solver, radius=2.0 * held**0.5)  # a soup
     return Choice(share, groups, solver, total_steps, spanned, doubtful)
 

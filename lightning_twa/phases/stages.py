@@ -22,6 +22,7 @@ from lightning_twa.phases.finish import (
 )
 from lightning_twa.phases.fitting import fit_before_validation, put_average_in
 from lightning_twa.phases.into_checkpoint import bring_up_to_date, put_validated
+from lightning_twa.phases.placing import place_plans
 from lightning_twa.phases.report import log_count
 from lightning_twa.phases.transitions import Stage, StageName
 from lightning_twa.trainer import (
@@ -75,7 +76,7 @@ class Collecting(Stage):
             begin_cycle(self.averaging, trainer)
             self._had_too_few = False
         averaging = self.averaging
-        averaging.collector.place(trainer, averaging.epoch_batches, within_epoch=False)
+        place_plans(averaging.collector, trainer, averaging.epoch_batches, narrows=True)
         self._between_steps = True
         return self._begin_phase_if_due(trainer, module)
 

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 __all__ = [
     "at_epoch_start",
     "batches_between_validations",
+    "batches_in_all",
     "batches_per_epoch",
     "batches_seen",
     "epoch_is_ending",
@@ -17,7 +18,6 @@ __all__ = [
     "run_is_ending",
     "step_was_taken",
     "steps_for",
-    "steps_in_epoch",
     "steps_per_epoch",
     "was_trained",
 ]
@@ -63,10 +63,12 @@ def at_epoch_start(trainer: Trainer) -> bool:
     return progress.current.ready == 0 or progress.is_last_batch
 
 
-def steps_in_epoch(trainer: Trainer) -> int:
-    """Optimizer steps of the epoch that is under way, between two batches of it."""
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return int(progress.processed) // trainer.accumulate_grad_batches
+def batches_in_all(trainer: Trainer, *, trained: bool = False) -> int:
+    """Batches of the run that have been fetched for training, or trained on. Of a run that is
+    resumed behind an epoch's last batch the counts of the epoch go on in the next one; these tell.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(progress.processed if trained else progress.ready)
 
 
 def batches_seen(trainer: Trainer) -> int:

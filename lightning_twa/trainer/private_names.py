@@ -37,6 +37,8 @@ PRIVATE_NAMES = (
     "fit_loop.epoch_loop.batch_progress.current.ready",
     "fit_loop.epoch_loop.batch_progress.current.processed",
     "fit_loop.epoch_loop.batch_progress.is_last_batch",
+    "fit_loop.epoch_loop.batch_progress.total.ready",
+    "fit_loop.epoch_loop.batch_progress.total.processed",
     "fit_loop.epoch_loop.val_loop._data_source",
     "fit_loop.epoch_loop.val_loop._module_mode",
     "fit_loop.epoch_loop.val_loop.run",

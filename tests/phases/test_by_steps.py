@@ -360,7 +360,7 @@ def test_an_exception_in_a_phase_that_began_within_an_epoch(tmp_path) -> None:
             {"phase_steps": 5}, {"max_epochs": 2},
             "TWA needs at least two candidates, but collecting every epoch of epochs 0 to -1 gives "
             "0 before optimizer step 3. Start collecting earlier (CollectConfig.start), collect "
-            "more often (every_n_epochs, every_n_train_steps), or raise start_epoch.",
+            "more often (every_n_epochs, every_n_train_steps), or begin the phase later.",
         ),
         (
             {"phase_steps": 5, "cycles": 2}, {"max_epochs": -1, "max_steps": 60},
