@@ -23,7 +23,7 @@ class CollectConfig:
 
     Args:
         start: First epoch (0-based int) whose weights may be kept, or a fraction of ``max_epochs``
-            (float in [0, 1)). ``None`` means halfway to ``start_epoch``, and earlier where that
+            or, with ``max_steps`` alone, of ``max_steps`` (float in [0, 1)). ``None`` means halfway to ``start_epoch``, and earlier where that
             would give fewer than two candidates: early weights are far from the late ones and
             mostly make the average worse.
         every_n_epochs: Keep the weights at the end of every epoch ``e`` with
