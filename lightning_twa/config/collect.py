@@ -23,9 +23,9 @@ class CollectConfig:
 
     Args:
         start: First epoch (0-based int) whose weights may be kept, or a fraction of ``max_epochs``
-            or, with ``max_steps`` alone, of ``max_steps`` (float in [0, 1)). ``None`` means halfway to ``start_epoch``, and earlier where that
-            would give fewer than two candidates: early weights are far from the late ones and
-            mostly make the average worse.
+            or, with ``max_steps`` alone, of ``max_steps`` (float in [0, 1)). ``None`` means halfway
+            to the phase, and earlier where that would give fewer than two candidates: early weights
+            are far from the late ones and mostly make the average worse.
         every_n_epochs: Keep the weights at the end of every epoch ``e`` with
             ``(e + 1) % every_n_epochs == 0``, as ``ModelCheckpoint`` counts.
         every_n_train_steps: Keep them after every so many optimizer steps (``trainer.global_step``,
