@@ -299,6 +299,11 @@ def check_data(
     known = given or (solver.lr is not None and solver.schedule == "constant")
     sized = settings.data == "train" or has_length(loader)
     endless = max_epochs(trainer) is None or not sized
+    if settings.cycles > 1 and settings.phase_steps is not None and not sized:
+        raise ValueError(
+            f"cycles={settings.cycles} does not go with data={settings.data!r} without a length: "
+            f"the run would end with the first phase. Give the data a length, or use cycles=1."
+        )
     limit = "max_epochs" if sized else "phase_steps"
     remedy = f"{limit} or max_steps" + ("" if sized else " (the data has no length)")
     if endless and trainer.max_steps == -1 and not known:

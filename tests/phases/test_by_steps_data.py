@@ -127,6 +127,14 @@ def test_cycles_end_with_their_phases_by_themselves() -> None:
         TWACallback(start_epoch=2, phase_steps=3, cycles=2)
 
 
+def test_cycles_need_data_with_a_length(tmp_path) -> None:
+    twa = TWACallback(phase_steps=3, cycles=2, data="val")
+    the_trainer = trainer(tmp_path, callbacks=[twa], max_epochs=8, limit_val_batches=2)
+    with pytest.raises(ValueError, match="cycles=2 does not go with data='val' without a length"):
+        the_trainer.fit(Regressor(), loader(), DataLoader(Stream(), 16))
+    assert the_trainer.global_step == 0
+
+
 def test_a_start_that_leaves_nothing_names_itself(tmp_path) -> None:
     fit_fails(
         tmp_path,
