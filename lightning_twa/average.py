@@ -25,7 +25,7 @@ from lightning_twa.config import check_choice, is_int, is_real
 from lightning_twa.results import RunResults
 from lightning_twa.subspace import check_finite, in_float64
 
-__all__ = ["average"]
+__all__ = ["METHODS", "average"]
 
 METHODS = ("uniform", "ema", "wsm", "greedy", "model_stock", "weights")
 State = dict[str, Tensor]
@@ -295,7 +295,10 @@ def _model_stock(members: Sequence[_Member], anchor: Any) -> State:
             f"average(method='model_stock') measures angles between models: it needs two or more, "
             f"but there is {len(members)}."
         )
-    (start,) = _members([anchor] if isinstance(anchor, Mapping) else anchor)
+    found = _members([anchor] if isinstance(anchor, Mapping) else anchor)
+    if len(found) != 1:
+        raise ValueError(f"anchor={anchor!r} names {len(found)} files. Name the pre-trained model.")
+    start = found[0]
     origin, states = start.tensors(), [member.tensors() for member in members]
     for member, state in zip(members, states, strict=True):
         _check_alike(member.name, state, f"The anchor ({start.name})", origin)

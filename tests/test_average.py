@@ -114,7 +114,7 @@ def test_model_stock_is_the_paper_s(tmp_path, n) -> None:
     torch.testing.assert_close(average(opposite, "model_stock", anchor=anchor)["w"], anchor["w"])
 
 
-def test_model_stock_needs_an_anchor_and_two_models() -> None:
+def test_model_stock_needs_an_anchor_and_two_models(tmp_path) -> None:
     ms = members(3)
     with pytest.raises(ValueError, match=r"method='model_stock'\) needs anchor"):
         average(ms, "model_stock")
@@ -122,6 +122,10 @@ def test_model_stock_needs_an_anchor_and_two_models() -> None:
         average(ms[:1], "model_stock", anchor=ms[1])
     with pytest.raises(ValueError, match=r"method='uniform'\) does not use anchor"):
         average(ms, anchor=ms[0])
+    for i in range(2):
+        torch.save(ms[i], tmp_path / f"{i}.pt")
+    with pytest.raises(ValueError, match="names 2 files"):
+        average(ms, "model_stock", anchor=str(tmp_path / "*.pt"))
     with pytest.raises(ValueError, match="anchor"):
         average(ms, "model_stock", anchor={"w": torch.ones(4, 3)})
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_twa.average import average
+from lightning_twa.average import METHODS, average
 from lightning_twa.candidates import find_files, unique_names
 from lightning_twa.commands.average import SUFFIXES, check_free, write_average
 from lightning_twa.commands.inspect import describe_candidates, describe_run, is_candidates
@@ -18,7 +18,6 @@ from lightning_twa.words import printable
 
 __all__ = ["main"]
 
-METHODS = ("uniform", "ema", "wsm", "model_stock", "weights")
 KINDS = {"ema": "exponential moving", "weights": "weighted", "wsm": "decay-curve"}
 INSPECT = """\
 Print the phase, the settings, the candidates and their averaging weights, and which of the files
@@ -84,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoints, state dicts, safetensors, directories, or quoted patterns",
     )
     mean.add_argument("-o", "--output", type=_output, required=True, metavar="FILE")
-    mean.add_argument("--method", choices=METHODS, default="uniform")
+    mean.add_argument(
+        "--method", choices=[method for method in METHODS if method != "greedy"], default="uniform"
+    )
     mean.add_argument("--anchor", metavar="FILE", help="of --method model_stock: what was tuned")
     mean.add_argument("--last", type=_count, metavar="N", help="only the last N files")
     mean.add_argument("--decay", type=_decay, help="of --method ema, from file to file; in (0, 1)")

@@ -24,8 +24,15 @@ def go_on(averaging: Averaging, trainer: Trainer, module: LightningModule) -> No
     """Train a finished run on, and collect anew.
 
     Raises:
-        ValueError: When there will be too few candidates; the average is as it was.
+        ValueError: When there will be too few candidates, or the weights to go on from were not
+            kept; the average is as it was.
     """
+    if averaging.settings.continue_from == "raw" and averaging.raw is None:
+        raise ValueError(
+            "continue_from='raw' goes on from the weights before the average, but this run has not "
+            "kept them: it was finished without continue_from='raw'. Use 'average', or resume from "
+            "a checkpoint of before the phase."
+        )
     averaging.meet_model(module)
     switch = averaging.optimization.switch
     switch.leave(trainer)

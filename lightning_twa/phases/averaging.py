@@ -256,5 +256,6 @@ class Averaging:
 
     def release(self) -> None:
         """Undo every change to the Trainer and free the basis. May be called again."""
+        self.modes.release()
         self.optimization.switch.give_back()
         self.optimization.forget()

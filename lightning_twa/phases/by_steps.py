@@ -102,13 +102,11 @@ def plan_by_steps(settings: Settings, first: int, end: int | None) -> CollectPla
     start = collect.start if isinstance(collect.start, int) else 0
     if isinstance(collect.start, float) and end is not None:
         start = resolve_epoch("CollectConfig.start", collect.start, end - first)
-    return CollectPlan(
+    return CollectPlan.of(
+        collect,
         collect_start=first + start,
         start_epoch=NEVER,
         end=end,
-        every_n_epochs=collect.every_n_epochs,
-        every_n_train_steps=collect.every_n_train_steps,
-        max_candidates=collect.max_candidates,
         first=first,
     )
 

@@ -129,7 +129,6 @@ class Done(Stage):
 
     def training_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Give the Trainer back; the average stays in the model."""
-        self.averaging.modes.release()
         self.averaging.release()
         self.averaging.modes = HeldModes(trainer)
         return self.name
@@ -143,6 +142,5 @@ class Done(Stage):
     def raised(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Give the Trainer back."""
         self.averaging.modes.settle()
-        self.averaging.modes.release()
         self.averaging.release()
         return self.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_twa.config import CollectConfig
 
@@ -65,6 +66,16 @@ class CollectPlan:
     collect_start_step: int | None = None
     phase_steps: int | None = None
 
+    @classmethod
+    def of(cls, collect: CollectConfig, **when: Any) -> CollectPlan:
+        """A schedule with the intervals of a configuration, and the other arguments."""
+        return cls(
+            every_n_epochs=collect.every_n_epochs,
+            every_n_train_steps=collect.every_n_train_steps,
+            max_candidates=collect.max_candidates,
+            **when,
+        )
+
     def covers(self, epoch: int, steps_taken: int) -> bool:
         """Whether weights after ``steps_taken`` optimizer steps, in ``epoch``, are collected."""
         if self.start_step is None:
@@ -81,11 +92,8 @@ class CollectPlan:
             epoch: That ends.
             steps_taken: Optimizer steps of the run; ``None`` where only epochs count.
         """
-        early = (
-            steps_taken is not None
-            and self.collect_start_step is not None
-            and steps_taken < self.collect_start_step
-        )
+        first = self.collect_start_step
+        early = steps_taken is not None and first is not None and steps_taken < first
         return (
             self.every_n_train_steps is None
             and not early
@@ -275,14 +283,12 @@ def _resolve(
         collect_start = max(min(first + start // 2, last - collect.every_n_epochs), first)
     else:
         collect_start = first + resolve_epoch("CollectConfig.start", collect.start, length)
-    plan = CollectPlan(
+    plan = CollectPlan.of(
+        collect,
         collect_start=collect_start,
         start_epoch=first + start,
         end=end,
         first=first,
-        every_n_epochs=collect.every_n_epochs,
-        every_n_train_steps=collect.every_n_train_steps,
-        max_candidates=collect.max_candidates,
     )
     if collect_start >= first + start and not (soup and collect.start is None):
         raise ValueError(
@@ -316,14 +322,12 @@ def _plan_to_the_end(
         name, value = "start_epoch", start_epoch
     length = None if end is None else end - first
     collect_start = first + resolve_epoch(name, value, length)
-    plan = CollectPlan(
+    plan = CollectPlan.of(
+        collect,
         collect_start=collect_start,
         start_epoch=NEVER if end is None else end,
         end=end,
         first=first,
-        every_n_epochs=collect.every_n_epochs,
-        every_n_train_steps=collect.every_n_train_steps,
-        max_candidates=collect.max_candidates,
     )
     some = end is None or any(plan.takes_epoch_end(epoch) for epoch in range(collect_start, end))
     by_steps = collect.every_n_train_steps is not None

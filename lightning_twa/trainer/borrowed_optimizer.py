@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["BorrowedOptimizer", "HeldModes", "replace_attribute"]
+__all__ = ["BorrowedOptimizer", "HeldModes", "faces", "replace_attribute"]
 
 UNSCALES = "_step_supports_amp_scaling"  # a fused optimizer divides by the loss scale itself
 
@@ -57,7 +57,7 @@ class BorrowedOptimizer:
         held = {id(p) for group in user.param_groups for p in group["params"]}
         self._others = [p for p in outputs if id(p) not in held]
         if self._others:
-            for face in _faces(trainer):
+            for face in faces(trainer):
                 self._clear_others_too(face)
 
     def _clear_others_too(self, optimizer: Optimizer) -> None:
@@ -119,7 +119,7 @@ class HeldModes:
         self._holds = True
         self._postponed: list[Callable[[], Any]] = []
         self._evaluate: list[tuple[Optimizer, Callable[[], Any]]] = []
-        for optimizer in [] if trainer is None else _faces(trainer):
+        for optimizer in [] if trainer is None else faces(trainer):
             if _switches_weights(optimizer):
                 for name in ("train", "eval"):
                     self._hold(optimizer, name, postpone)
@@ -160,7 +160,7 @@ class HeldModes:
             call()
 
 
-def _faces(trainer: Trainer) -> list[Any]:
+def faces(trainer: Trainer) -> list[Any]:
     """The user's optimizers, and what modules get in their places: that has their class's methods,
     of its own.
     """

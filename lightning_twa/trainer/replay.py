@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_twa.trainer.borrowed_optimizer import replace_attribute
+from lightning_twa.trainer.borrowed_optimizer import faces, replace_attribute
 from lightning_twa.trainer.data import own_copy
 from lightning_twa.trainer.features import is_a
 from lightning_twa.trainer.progress_bar import show_progress
@@ -218,14 +218,13 @@ def _manual_steps_off(trainer: Trainer, module: LightningModule) -> Iterator[Non
     def evaluate(closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         return None if closure is None else closure()
 
-    strategy = trainer.strategy
     with ExitStack() as stack:
         changes: list[tuple[Any, str, Any]] = [
             (module, "manual_backward", ignore),
             (module, "clip_gradients", ignore),
-            *((config.scheduler, "step", ignore) for config in strategy.lr_scheduler_configs),
+            *((config.scheduler, "step", ignore) for config in trainer.lr_scheduler_configs),
         ]
-        for optimizer in (*strategy.optimizers, *strategy._lightning_optimizers):
+        for optimizer in faces(trainer):
             changes += [(optimizer, "step", evaluate), (optimizer, "zero_grad", ignore)]
         for owner, name, value in changes:
             replace_attribute(stack, owner, name, value)

@@ -204,3 +204,13 @@ def test_from_a_checkpoint_of_the_last_validation(tmp_path, start, end, uniform)
     assert equal(module.now(), same.now())
     twa, _ = again(10, tmp_path / "last.ckpt")
     assert next(n for n in twa.candidate_names if n.startswith("epoch=")) == "epoch=6"
+
+
+def test_raw_weights_that_were_not_kept_are_said(tmp_path) -> None:
+    """A run that was finished without the option has no other weights than its average."""
+    _, first, _ = fit(tmp_path, "phase", None, 6)
+    with pytest.raises(ValueError, match="this run has not kept them: it was finished without"):
+        fit(tmp_path, "phase", "raw", 12, tmp_path / "last.ckpt")
+    twa, module, _ = fit(tmp_path, "phase", "average", 12, tmp_path / "last.ckpt")
+    assert equal(module.starts[6], first.now())
+    holds_its_average(twa, module)

@@ -333,3 +333,26 @@ def test_groups_without_a_rate(tmp_path, amp, rate) -> None:
     twa, module, _ = short_run(tmp_path, Module, twa={"solver": solver}, trainer=how)
     holds_its_average(twa, module)
     assert float((twa.averaging_weights - 0.25).abs().max()) > 1e-3
+
+
+def test_an_error_while_a_run_finishes_gives_the_modes_back(tmp_path, monkeypatch) -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+
+    class Free(Regressor):
+        def configure_optimizers(self) -> Any:
+            return schedulefree.AdamWScheduleFree(self.parameters(), 0.05)
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.optimizers().train()
+
+    def broken(*args: Any) -> None:
+        raise KeyError("planned")
+
+    monkeypatch.setattr("lightning_twa.phases.finished.FinishedAverage.take", broken)
+    L.seed_everything(3, verbose=False)
+    twa = TWACallback(4)
+    the_trainer = trainer(tmp_path, callbacks=[twa])
+    with pytest.raises(KeyError, match="planned"):
+        the_trainer.fit(Free(), loader())
+    (optimizer,) = the_trainer.optimizers
+    assert not {"train", "eval", "step"} & vars(optimizer).keys()
