@@ -16,6 +16,7 @@ from lightning_twa.candidates import (
     Candidate,
     find_files,
     fit_singular_vectors_,
+    fitted_factors,
     is_dense,
     read_file,
     total_weight,
@@ -27,14 +28,17 @@ from lightning_twa.subspace import check_finite, in_float64
 
 __all__ = ["METHODS", "average"]
 
-METHODS = ("uniform", "ema", "wsm", "greedy", "model_stock", "weights")
+METHODS = ("uniform", "ema", "power", "wsm", "greedy", "model_stock", "weights")
+NEEDS = {"ema": "decay", "power": "sigma_rel", "weights": "weights", "model_stock": "anchor"}
 State = dict[str, Tensor]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def average(
     candidates: RunResults | Paths | Sequence[Mapping[str, Tensor]],
-    method: Literal["uniform", "ema", "wsm", "greedy", "model_stock", "weights"] = "uniform",
+    method: Literal[
+        "uniform", "ema", "power", "wsm", "greedy", "model_stock", "weights"
+    ] = "uniform",
     *,
     last: int | None = None,
     decay: float | None = None,
@@ -46,6 +50,7 @@ def average(
     monitor: str | None = None,
     mode: Literal["min", "max"] = "min",
     anchor: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+    sigma_rel: float | None = None,
 ) -> State:
     """Average candidates with weights that are not learned.
 
@@ -58,13 +63,16 @@ def average(
         candidates: A callback after its run; or files, as ``CollectConfig.checkpoints`` names them;
             or state dicts. Oldest first.
         method: ``"uniform"``; ``"ema"``, an exponential moving average over the candidates (not
-            over steps); ``"wsm"``, the merge of equally spaced checkpoints of one run that stands
-            for a learning rate which falls as ``1 - sqrt(u)`` from the first of them to the last
-            (arXiv 2507.17634); ``"greedy"``, the greedy soup (Wortsman et al., arXiv 2203.05482,
-            algorithm 1), which takes the candidates from the best on and keeps each that makes the
-            average no worse; ``"model_stock"``, of fine-tuned models and the one that they start
-            from, tensor by tensor as the angles between them say (Jang et al., arXiv 2403.19522);
-            ``"weights"``, given ones.
+            over steps); ``"power"``, the average over all steps in which step ``s`` has a weight
+            proportional to ``s ** gamma``, of any width: its weights over the steps are fitted, by
+            least squares, by those of the power averages among the candidates (Karras et al., arXiv
+            2312.02696, section 3.2), and a message says how well; ``"wsm"``, the merge of equally
+            spaced checkpoints of one run that stands for a learning rate which falls as
+            ``1 - sqrt(u)`` from the first of them to the last (arXiv 2507.17634); ``"greedy"``, the
+            greedy soup (Wortsman et al., arXiv 2203.05482, algorithm 1), which takes the candidates
+            from the best on and keeps each that makes the average no worse; ``"model_stock"``, of
+            fine-tuned models and the one that they start from, tensor by tensor as the angles
+            between them say (Jang et al., arXiv 2403.19522); ``"weights"``, given ones.
         last: Use the newest so many only.
         decay: Of ``"ema"``, in (0, 1).
         weights: Of ``"weights"``: one number for each candidate, used as they are; a warning says
@@ -76,6 +84,7 @@ def average(
         dataloaders: For ``trainer.validate``; ``None`` means the module's own.
         monitor: The metric of ``trainer.validate`` to go by.
         mode: Whether it is to be small or large.
+        sigma_rel: Of ``"power"``: the width, as in ``CollectConfig.power_averages``.
         anchor: Of ``"model_stock"``: the pre-trained model, a file or a state dict.
 
     Returns:
@@ -86,8 +95,9 @@ def average(
             tensor that differ from the others.
     """
     check_choice("method", method, METHODS)
-    needs = {"ema": "decay", "weights": "weights", "model_stock": "anchor"}.get(method)
-    for name, value in {"decay": decay, "weights": weights, "anchor": anchor}.items():
+    given = {"decay": decay, "weights": weights, "anchor": anchor, "sigma_rel": sigma_rel}
+    needs = NEEDS.get(method)
+    for name, value in given.items():
         if (value is None) == (name == needs):
             raise ValueError(
                 f"average(method={method!r}) "
@@ -108,6 +118,9 @@ def average(
         raise ValueError(f"average(method={method!r}) does not use score, module and trainer.")
     if anchor is not None:
         return _model_stock(members, anchor)
+    if sigma_rel is not None:
+        names = [member.name.partition("'")[2].rstrip("'") for member in members]
+        return _mix(members, fitted_factors(names, sigma_rel))
     if method == "wsm":
         return _mix(members, _decay_curve(len(members)))
     return _mix(members, _factors(len(members), decay, weights))

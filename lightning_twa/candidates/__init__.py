@@ -1,5 +1,6 @@
 """Where weights wait: copies of the weights, in memory or in files, and their way into a model."""
 
+from lightning_twa.candidates.averages import Averages
 from lightning_twa.candidates.candidate import (
     Candidate,
     average_buffers_,
@@ -15,6 +16,7 @@ from lightning_twa.candidates.candidate import (
 from lightning_twa.candidates.encoding import decode
 from lightning_twa.candidates.files import CandidateFileError
 from lightning_twa.candidates.find import find_files, unique_names
+from lightning_twa.candidates.frozen import leave_out_frozen
 from lightning_twa.candidates.into_model import (
     copy_into,
     mean_buffers,
@@ -25,7 +27,7 @@ from lightning_twa.candidates.into_model import (
     weights_and_buffers,
 )
 from lightning_twa.candidates.keep import keep_in_files
-from lightning_twa.candidates.parked import Parked
+from lightning_twa.candidates.profiles import MEAN, fitted_factors
 from lightning_twa.candidates.readers import (
     load_checkpoint,
     read_candidate_from,
@@ -33,17 +35,17 @@ from lightning_twa.candidates.readers import (
     without_wrappers,
 )
 from lightning_twa.candidates.reference import SUFFIX, Reference, resolve
-from lightning_twa.candidates.running_averages import RunningAverages, average_name
+from lightning_twa.candidates.running_averages import average_name
 from lightning_twa.candidates.spectral import fit_singular_vectors_
 from lightning_twa.candidates.store import Store, drop, misfit_of, take_anew
 
 __all__ = [
+    "MEAN",
     "SUFFIX",
+    "Averages",
     "Candidate",
     "CandidateFileError",
-    "Parked",
     "Reference",
-    "RunningAverages",
     "Store",
     "average_buffers_",
     "average_name",
@@ -54,10 +56,12 @@ __all__ = [
     "drop",
     "find_files",
     "fit_singular_vectors_",
+    "fitted_factors",
     "further_names",
     "is_dense",
     "is_kept",
     "keep_in_files",
+    "leave_out_frozen",
     "load_checkpoint",
     "mean_buffers",
     "misfit_of",

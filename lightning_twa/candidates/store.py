@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lightning_twa.candidates.candidate import (
     is_kept,
     misfit,
     persistent_buffers,
+    same,
     take,
     to_cpu,
 )
@@ -26,13 +27,13 @@ from lightning_twa.candidates.files import CandidateFileError, Reference
 from lightning_twa.candidates.frozen import (
     FROZEN,
     frozen_part,
-    leave_out_frozen,
     put_frozen_back,
 )
 from lightning_twa.config import StorageConfig
 from lightning_twa.machine import all_ranks, free_bytes, in_common
+from lightning_twa.subspace import local_part
 
-__all__ = ["Entry", "Store", "drop", "entry_state", "misfit_of", "take_anew"]
+__all__ = ["Entry", "Store", "drop", "entry_state", "keep_last", "misfit_of", "take_anew"]
 
 SMALL = 0.25  # of free memory that candidates may take there
 
@@ -53,7 +54,8 @@ class Store:
 
     Args:
         config: Where they are kept.
-        max_candidates: The newest so many are kept; ``None`` keeps all.
+        max_candidates: So many are kept; ``None`` keeps all.
+        evenly: Whether these are spread evenly, and not the newest.
         root: Directory for files; ``None`` for memory only.
         processes_on_host: Number of processes that share the memory of this one.
         shards: Whether each process has a part of every parameter.
@@ -72,15 +74,17 @@ class Store:
         shards: bool = False,
         keep_named: bool = False,
         device: torch.device | None = None,
+        evenly: bool = False,
     ) -> None:
         self.config = config or StorageConfig(kind="memory")
         self.max_candidates = max_candidates
+        self.evenly = evenly
         self.shards = shards
         self._keep_named = keep_named
         self._shared = processes_on_host > 1 or shards
         self._device = device or torch.device("cpu")
-        on_disk = self.config.kind != "memory" and root is not None
-        self.disk = Disk(root, shards=shards) if on_disk and root is not None else None
+        on_disk = None if self.config.kind == "memory" else root
+        self.disk = None if on_disk is None else Disk(on_disk, shards=shards)
         self._dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else None
         self._given: list[Entry] = []  # not taken from this run's training: no window
         self._window: list[Entry] = []
@@ -93,7 +97,7 @@ class Store:
         return [*self._given, *self._window]
 
     def __len__(self) -> int:
-        return len(self._given) + len(self._window)
+        return len(self._entries)
 
     def __iter__(self) -> Iterator[Candidate]:
         return (entry.candidate for entry in self._entries)
@@ -130,7 +134,7 @@ class Store:
             ValueError: Naming the tensor, when a trainable weight is not finite.
         """
         self._window.append(self._keep(module, name, {}, agreed_buffers(module)))
-        self._keep_newest()
+        self._thin_out()
 
     def give(
         self,
@@ -177,10 +181,11 @@ class Store:
         with in_common():
             return Entry(take(module, name, buffers, previous, self._dtype, weights))
 
-    def _keep_newest(self) -> None:
+    def _thin_out(self) -> None:
         if self.max_candidates is not None:
-            self._dropped += self._window[: -self.max_candidates]
-            del self._window[: -self.max_candidates]
+            kept = keep_some(self._window, self.max_candidates, evenly=self.evenly)
+            self._dropped += [entry for entry in self._window if entry not in kept]
+            self._window = kept
         self._delete_dropped()
 
     def _delete_dropped(self) -> None:
@@ -264,11 +269,6 @@ class Store:
     def _states(self, entries: list[Entry]) -> list[dict[str, Any]]:
         return [entry_state(e) for e in entries if e.files is not None or not self.shards]
 
-    def leave_out_frozen(self, state: Mapping[str, Any], module: nn.Module) -> None:
-        """See :func:`lightning_twa.candidates.frozen.leave_out_frozen`."""
-        if not self.shards:
-            leave_out_frozen(state, module)
-
     def put_frozen_back(self, module: nn.Module) -> None:
         """Undo :meth:`leave_out_frozen`, once the module has the weights of the checkpoint."""
         put_frozen_back([(e.candidate, e.as_in_module) for e in self._entries], module)
@@ -285,7 +285,7 @@ class Store:
         shared = {} if self._frozen is None else self._frozen.candidate.parameters
         self._given = [self._read(entry, shared) for entry in state.get("given", [])]
         self._window = [self._read(entry, shared) for entry in state["window"]]
-        self._keep_newest()
+        self._thin_out()
 
     def _read(self, state: dict[str, Any], frozen: dict[str, Tensor]) -> Entry:
         if "files" not in state:
@@ -298,6 +298,41 @@ class Store:
                 f"has StorageConfig(kind='memory'). Resume with kind='auto' or 'disk'."
             )
         return Entry(_joined(self.disk.read(files), frozen), files)
+
+
+def keep_some(window: Sequence[Entry], limit: int, *, evenly: bool) -> list[Entry]:
+    """What of a window to keep when its newest has come: the newest; or, evenly, the first, those
+    that are multiples of one distance from it, and the newest. The distance is doubled when there
+    are too many.
+
+    Args:
+        window: Oldest first, named by epoch or step.
+        limit: How many may be kept; two at least.
+        evenly: Which.
+    """
+    if not evenly:
+        return list(window[-limit:])
+    times = [int(entry.candidate.name.partition("=")[2]) for entry in window]
+    if len(window) < 3:
+        return list(window)
+    on_grid = (times[-2] - times[0]) % (times[1] - times[0]) == 0
+    kept = list(window) if on_grid else [*window[:-2], window[-1]]
+    return kept if len(kept) <= limit else [*kept[:-1:2], kept[-1]]
+
+
+def keep_last(store: Store, module: nn.Module, name: str) -> None:
+    """Keep the module's weights as the newest candidate, whatever the window holds, unless its
+    newest are these already; every process calls it.
+    """
+    dtype, held = store._dtype, store._window[-1:]
+    same_as_newest = bool(held)
+    for key, parameter in module.named_parameters():
+        if not (same_as_newest and parameter.requires_grad and is_kept(parameter)):
+            continue
+        newest, now = held[0].candidate.parameters.get(key), to_cpu(local_part(parameter))
+        same_as_newest = newest is not None and same(newest, now.to(dtype or now.dtype))
+    if not all_ranks(same_as_newest, store._device) and name not in store.names:
+        store._window.append(store._keep(module, name, {}, agreed_buffers(module)))
 
 
 def drop(store: Store, names: Collection[str]) -> None:

@@ -100,24 +100,29 @@ def _check_candidates(state: Mapping[str, Any]) -> None:
             if entry["name"] not in state["candidate_names"]:
                 raise damaged(f"candidates.{where}[{i}].name", entry["name"])
     if "averages" in candidates:
-        _check_averages(candidates["averages"])
+        _check_averages("averages", candidates["averages"], "decays", 0)
+    if "power" in candidates:
+        _check_averages("power", candidates["power"], "widths", 2)  # the mean, and the sum
+        _check(candidates["power"], "candidates.power.", {"summed": _is_count})
     if candidates["frozen"] is not None:
         _check_candidate("candidates.frozen", candidates["frozen"])
 
 
-def _check_averages(averages: Any) -> None:
+def _check_averages(key: str, averages: Any, numbers: str, further: int) -> None:
+    """Averages over steps: one for each of the numbers, and some further ones."""
+    where = f"candidates.{key}"
     if not _is_dict(averages):
-        raise damaged("candidates.averages", averages)
-    checks = {"updates": _is_count, "decays": _is_list, "averages": _is_list}
-    _check(averages, "candidates.averages.", checks)
+        raise damaged(where, averages)
+    checks = {"updates": _is_count, numbers: _is_list, "averages": _is_list}
+    _check(averages, f"{where}.", checks)
     tensors = averages["averages"]
     if tensors and all(_is_dict(t) and "files" in t for t in tensors):  # of sharded parameters
         for i, entry in enumerate(tensors):
-            _check_candidate(f"candidates.averages.averages[{i}]", entry)
+            _check_candidate(f"{where}.averages[{i}]", entry)
         return
     names = [set(t) for t in tensors if _is_tensors(t)]
-    if len(names) != len(averages["decays"]) or any(n != names[0] for n in names):
-        raise damaged("candidates.averages.averages", tensors)
+    if len(names) != len(averages[numbers]) + further or any(n != names[0] for n in names):
+        raise damaged(f"{where}.averages", tensors)
 
 
 def _check_candidate(where: str, entry: Any) -> None:

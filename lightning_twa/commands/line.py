@@ -84,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     mean.add_argument("-o", "--output", type=_output, required=True, metavar="FILE")
     mean.add_argument(
-        "--method", choices=[method for method in METHODS if method != "greedy"], default="uniform"
+        "--method",
+        choices=[method for method in METHODS if method not in ("greedy", "power")],
+        default="uniform",
     )
     mean.add_argument("--anchor", metavar="FILE", help="of --method model_stock: what was tuned")
     mean.add_argument("--last", type=_count, metavar="N", help="only the last N files")

@@ -1,6 +1,6 @@
 """What a user can set: frozen keyword-only dataclasses, checked when they are made."""
 
-from lightning_twa.config.collect import CollectConfig
+from lightning_twa.config.collect import WIDEST, CollectConfig
 from lightning_twa.config.settings import DATA, Settings
 from lightning_twa.config.solver import SolverConfig, check_unit_of_steps
 from lightning_twa.config.storage import StorageConfig
@@ -9,6 +9,7 @@ from lightning_twa.config.values import check_choice, is_int, is_real
 
 __all__ = [
     "DATA",
+    "WIDEST",
     "CollectConfig",
     "Settings",
     "SolverConfig",

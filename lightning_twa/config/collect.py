@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from lightning_twa.config.values import (
     as_epoch,
+    check_choice,
     check_count,
     check_device,
     check_epoch_or_fraction,
@@ -15,6 +17,8 @@ from lightning_twa.config.values import (
 )
 
 __all__ = ["CollectConfig"]
+
+WIDEST = 0.28  # sigma_rel of the uniform average of all steps is 1 / sqrt(12) = .2887
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +32,23 @@ class CollectConfig:
             are far from the late ones and mostly make the average worse.
         every_n_epochs: Keep the weights at the end of every epoch ``e`` with
             ``(e + 1) % every_n_epochs == 0``, as ``ModelCheckpoint`` counts.
+            ``None``, without ``every_n_train_steps``: keep none, and leave the averages alone.
         every_n_train_steps: Keep them after every so many optimizer steps (``trainer.global_step``,
             which counts those of several optimizers together) instead of at epoch ends.
-        max_candidates: Keep only the newest so many candidates. ``None`` keeps all. Running
-            averages and files are not counted.
+        max_candidates: Keep at most so many of them; ``None`` keeps all. Running averages and files
+            are not counted. ``"auto"``: sixteen, spread evenly, and all with
+            ``SolverConfig(name="uniform")``.
+        keep: Which are kept of more than ``max_candidates``: the ``"newest"``, or those that are
+            spread most ``"evenly"``.
+        power_averages: Averages over all optimizer steps before the phase, of each cycle, as
+            further candidates, ``"power(0.056)"``: the weight of step ``s`` is proportional to
+            ``s ** gamma``, so that the memory is a share of the run, whatever its length (Karras et
+            al., arXiv 2312.02696, section 3.1). The numbers are ``sigma_rel``, the width of that
+            memory, in (0, 0.28]. With them come the uniform average of all steps, ``"mean"``, and
+            the last weights, ``"step=..."``. They take a float32 copy of the trainable parameters
+            on their device, one more of each average in main memory and in checkpoints, and one
+            addition a step. Not with ``SolverConfig(name="uniform")``, nor in a soup. ``()``: none
+            of these.
         ema_decays: Decays of exponential moving averages of the weights, updated after every
             optimizer step from ``start`` on, which become further candidates, ``"ema(0.97)"``. Each
             takes a float32 copy of the trainable parameters.
@@ -47,9 +64,11 @@ class CollectConfig:
     """
 
     start: int | float | None = None
-    every_n_epochs: int = 1
+    every_n_epochs: int | None = 1
     every_n_train_steps: int | None = None
-    max_candidates: int | None = None
+    max_candidates: int | Literal["auto"] | None = None
+    keep: Literal["newest", "evenly"] = "newest"
+    power_averages: tuple[float, ...] = ()
     ema_decays: tuple[float, ...] = ()
     ema_device: str | None = None
     checkpoints: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
@@ -58,23 +77,45 @@ class CollectConfig:
         if self.start is not None:
             object.__setattr__(self, "start", as_epoch(self.start))
             check_epoch_or_fraction("CollectConfig.start", self.start)
-        check_count("CollectConfig.every_n_epochs", self.every_n_epochs, 1)
+        check_count("CollectConfig.every_n_epochs", self.every_n_epochs, 1, "keep none")
         check_count(
             "CollectConfig.every_n_train_steps",
             self.every_n_train_steps,
             1,
             "collect at epoch ends",
         )
-        check_count("CollectConfig.max_candidates", self.max_candidates, 2, "keep all")
-        if self.every_n_train_steps is not None and self.every_n_epochs != 1:
+        if self.max_candidates != "auto":
+            check_count("CollectConfig.max_candidates", self.max_candidates, 2, "keep all")
+        check_choice("CollectConfig.keep", self.keep, ("newest", "evenly"))
+        if self.every_n_train_steps is not None and self.every_n_epochs not in (1, None):
             raise ValueError(
                 f"CollectConfig got every_n_epochs={self.every_n_epochs} and "
                 f"every_n_train_steps={self.every_n_train_steps}. Give one of them."
             )
         self._check_averages()
+        if not (self.takes_snapshots or self.power_averages or self.checkpoints):
+            raise ValueError(
+                f"CollectConfig(every_n_epochs=None) keeps no weights, and power_averages="
+                f"{self.power_averages!r} no averages of all steps. Give every_n_epochs, "
+                f"every_n_train_steps or power_averages."
+            )
+
+    @property
+    def takes_snapshots(self) -> bool:
+        """Whether the weights are kept at epoch ends or after steps."""
+        return self.every_n_epochs is not None or self.every_n_train_steps is not None
 
     def _check_averages(self) -> None:
-        decays = self.ema_decays
+        decays, widths = self.ema_decays, self.power_averages
+        fine = isinstance(widths, (tuple, list)) and all(
+            is_real(width) and 0 < width <= WIDEST for width in widths
+        )
+        if not fine or len(set(widths)) < len(widths):
+            raise ValueError(
+                f"Invalid CollectConfig.power_averages={widths!r}. Must be different numbers in "
+                f"(0, {WIDEST}], such as (0.056, 0.13)."
+            )
+        object.__setattr__(self, "power_averages", tuple(widths))
         numbers = isinstance(decays, (tuple, list)) and all(
             is_real(decay) and 0 < decay < 1 for decay in decays
         )

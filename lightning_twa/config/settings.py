@@ -89,6 +89,17 @@ class Settings:
         """Whether the average is uniform, and no phase is trained."""
         return self.solver.name == "uniform"
 
+    @property
+    def power_averages(self) -> tuple[float, ...]:
+        """Those that are kept: of a phase with training before it."""
+        return () if self.uniform or self.start_epoch == 0 else self.collect.power_averages
+
+    @property
+    def num_averages(self) -> int:
+        """Candidates that the phase has beside snapshots and files; two with the power averages."""
+        power = len(self.power_averages)
+        return len(self.collect.ema_decays) + (power + 2 if power else 0)
+
 
 def _check_phase_steps(value: object) -> None:
     """

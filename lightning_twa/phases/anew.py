@@ -41,6 +41,7 @@ def go_on(averaging: Averaging, trainer: Trainer, module: LightningModule) -> No
     _collect_anew(averaging, trainer)
     averaging.early_stopped, averaging.went_on = False, True
     averaging.store.max_candidates = averaging.plan.max_candidates
+    averaging.store.evenly = averaging.plan.evenly
     start, averaging.raw = averaging.raw, None
     if start is not None:
         put_back(module, start)

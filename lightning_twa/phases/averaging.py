@@ -18,7 +18,7 @@ from lightning_twa.phases.collect import Collector
 from lightning_twa.phases.finished import FinishedAverage
 from lightning_twa.phases.optimize import Optimization
 from lightning_twa.phases.placing import place_plans
-from lightning_twa.phases.plan import CollectPlan
+from lightning_twa.phases.schedule import CollectPlan
 from lightning_twa.phases.temporary import TemporaryAverage
 from lightning_twa.phases.trajectory import Trajectory
 from lightning_twa.trainer import (

@@ -39,7 +39,7 @@ def enter_phase(
         within_epoch: Between two batches, and not at the start of an epoch.
     """
     plan, phase = averaging.plan, averaging.optimization
-    averaging.collector.add_running_averages(module)
+    averaging.collector.add_averages(module, trainer.global_step)
     phase.end = plan.end
     now = position(averaging.collector, trainer, averaging.epoch_batches, within_epoch=within_epoch)
     stops = phase_stops(

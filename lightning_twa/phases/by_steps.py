@@ -7,13 +7,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lightning_twa.config import Settings
-from lightning_twa.phases.plan import NEVER, CollectPlan, resolve_epoch
+from lightning_twa.phases.plan import newest_of, resolve_epoch
+from lightning_twa.phases.schedule import NEVER, CollectPlan
 
 __all__ = [
     "Position",
     "begins_by_steps",
     "check_limits",
     "check_placed",
+    "length_of",
     "phase_stops",
     "place",
     "plan_by_steps",
@@ -104,6 +106,7 @@ def plan_by_steps(settings: Settings, first: int, end: int | None) -> CollectPla
         start = resolve_epoch("CollectConfig.start", collect.start, end - first)
     return CollectPlan.of(
         collect,
+        uniform=settings.uniform,
         collect_start=first + start,
         start_epoch=NEVER,
         end=end,
@@ -129,7 +132,7 @@ def place(plan: CollectPlan, settings: Settings, now: Position) -> CollectPlan:
         start = settings.start_epoch if settings.collect.start is None else settings.collect.start
         assert isinstance(start, float)
         return replace(plan, collect_start_step=_round(start * now.max_steps))
-    length, left = _length(plan, now), _left(plan, now)
+    length, left = length_of(plan, now), _left(plan, now)
     if length is None or left is None:
         return plan
     phase = _phase_steps(settings, length)
@@ -184,7 +187,7 @@ def phase_stops(
 def _with_length(plan: CollectPlan, settings: Settings, now: Position) -> CollectPlan:
     """With the steps of a phase that begins with an epoch, where they are not those to the end."""
     if settings.phase_steps is not None:
-        return replace(plan, phase_steps=_phase_steps(settings, _length(plan, now)))
+        return replace(plan, phase_steps=_phase_steps(settings, length_of(plan, now)))
     if plan.end is None and now.max_steps != -1 and now.per_epoch is not None:
         before = plan.start_epoch * now.per_epoch
         return replace(plan, phase_steps=max(now.max_steps - before, 1))
@@ -214,8 +217,8 @@ def _with_window(
     if not settings.start_on_early_stopping:
         return window
     most = window.count_ahead(plan.first, first_step, now.per_epoch)
-    limit = collect.max_candidates or (None if most is None else max(most, 2))
-    return replace(window, collect_start=plan.first, collect_start_step=None, max_candidates=limit)
+    window = newest_of(window, most) or window
+    return replace(window, collect_start=plan.first, collect_start_step=None)
 
 
 def _default_window(plan: CollectPlan, settings: Settings, first_step: int) -> CollectPlan:
@@ -223,7 +226,7 @@ def _default_window(plan: CollectPlan, settings: Settings, first_step: int) -> C
     assert start_step is not None
     if collect.every_n_train_steps is not None or plan.start_epoch == NEVER:
         return replace(plan, collect_start_step=first_step + (start_step - first_step) // 2)
-    start, n = plan.start_epoch, collect.every_n_epochs
+    start, n = plan.start_epoch, collect.every_n_epochs or 1
     halfway = plan.first + (start - plan.first) // 2
     return replace(plan, collect_start=max(min(halfway, start - start % n - 1 - n), plan.first))
 
@@ -239,8 +242,13 @@ def _left(plan: CollectPlan, now: Position) -> int | None:
     return max(min(limits), 0) if limits else None
 
 
-def _length(plan: CollectPlan, now: Position) -> int | None:
-    """Optimizer steps of the part of the run."""
+def length_of(plan: CollectPlan, now: Position) -> int | None:
+    """Optimizer steps of the part of the run; ``None`` where that is not known.
+
+    Args:
+        plan: Of that part.
+        now: In it.
+    """
     left = _left(plan, now)
     if left is None:
         return None

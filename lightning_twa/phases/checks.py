@@ -12,13 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_twa.config import Settings
 from lightning_twa.phases.by_steps import begins_by_steps, check_limits, plan_by_steps
-from lightning_twa.phases.plan import (
-    CollectPlan,
-    check_enough_candidates,
-    check_something,
-    cycle_bounds,
-    resolve_plans,
-)
+from lightning_twa.phases.enough import check_enough_candidates, check_something
+from lightning_twa.phases.plan import cycle_bounds, resolve_plans
+from lightning_twa.phases.schedule import CollectPlan
 from lightning_twa.trainer import (
     accumulates_gradients,
     callback_names,
@@ -271,7 +267,7 @@ def check_data(
     """
     per_epoch = steps_per_epoch(trainer)
     epoch, steps = trainer.current_epoch, trainer.global_step
-    averages = len(settings.collect.ema_decays)
+    averages = settings.num_averages
     last = _last_epoch(trainer, per_epoch)
     most: int | None = None
     for plan in plans:

@@ -10,10 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_twa.candidates import (
-    Parked,
-    RunningAverages,
+    Averages,
     Store,
-    average_name,
     check_form,
     find_files,
     persistent_buffers,
@@ -24,8 +22,8 @@ from lightning_twa.config import Settings
 from lightning_twa.machine import in_common
 from lightning_twa.phases.by_steps import check_placed
 from lightning_twa.phases.checks import check_data, check_trainer
-from lightning_twa.phases.plan import CollectPlan
 from lightning_twa.phases.room import check_directories, check_memory
+from lightning_twa.phases.schedule import CollectPlan
 from lightning_twa.subspace import own_part
 from lightning_twa.trainer import (
     at_epoch_start,
@@ -38,7 +36,7 @@ from lightning_twa.trainer import (
 
 __all__ = ["Collector", "file_candidate_names"]
 
-OWN_NAME = re.compile(r"(epoch|step)=[0-9]+|ema\(.*\)")  # of candidates of this run
+OWN_NAME = re.compile(r"(epoch|step)=[0-9]+|(ema|power)\(.*\)|mean")  # of candidates of this run
 
 
 class Collector:
@@ -59,8 +57,7 @@ class Collector:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.store = Store()
-        self.averages = RunningAverages(settings.collect.ema_decays, settings.collect.ema_device)
-        self._parked = Parked()
+        self.averages = Averages(settings.collect, settings.power_averages)
         self.cycle = 0
         self.root = Path()
         self.plans: list[CollectPlan] = []
@@ -104,6 +101,7 @@ class Collector:
         self.store = Store(
             storage,
             self.plans[0].max_candidates,
+            evenly=self.plans[0].evenly,
             root=self.root,
             processes_on_host=trainer.num_devices,
             shards=shards_parameters(trainer),
@@ -133,14 +131,14 @@ class Collector:
         plans, window = self.plans[self.cycle :], 0 if anew else len(self.store) - given
         most = check_data(self.settings, plans, trainer, loader, window, given)
         if most is not None and not self.settings.start_on_early_stopping:  # fewer may be enough
-            others = given + len(self.settings.collect.ema_decays)
+            others = given + self.settings.num_averages
             check_memory(self.settings, trainer, trainer.lightning_module, most, others)
 
     def begin_anew(self, trainer: Trainer) -> None:
         """Forget the candidates, and collect anew."""
         self.followed = trainer.global_step
         self.store.clear()
-        self.store.max_candidates = self.settings.collect.max_candidates  # a resumed phase had none
+        self.store.max_candidates = self.plan.max_candidates  # a resumed phase had none
         self.averages.clear()
 
     def catch_up(self, trainer: Trainer, module: LightningModule, *, anew: bool = False) -> None:
@@ -176,8 +174,7 @@ class Collector:
         if steps == self.followed or not step_was_taken(trainer):
             return False
         before, self.followed = self.followed, steps
-        if self.plan.covers(epoch, steps):
-            self.averages.update(module)
+        self.averages.follow(module, in_window=self.plan.covers(epoch, steps))
         if self.plan.takes_step(epoch, steps, before):
             self._take(module, f"step={steps}", f"after step {steps}, in epoch {epoch}")
         return True
@@ -203,38 +200,29 @@ class Collector:
             for newest in [*self.store][-1:]:
                 check_form(module, newest, moment)
 
-    def add_running_averages(self, module: LightningModule) -> None:
-        """At the switch: the running averages become candidates."""
-        for i, decay in enumerate(self.averages.decays if self.averages.updates else ()):
-            self.store.give(module, average_name(decay), self.averages.weights(i))
-        self.averages.clear()
+    def add_averages(self, module: LightningModule, step: int) -> None:
+        """At the switch: averages over steps become candidates.
 
-    def free_device(self) -> None:
-        """Keep nothing on the device that the run does not need before it goes on."""
-        self.averages.move_to("cpu")
+        Args:
+            module: The module.
+            step: Optimizer steps of the run.
+        """
+        self.averages.give(self.store, module, step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the candidates."""
         state = self.store.state_dict()
-        if self.averages.updates and not self.store.shards:
-            state["averages"] = self.averages.state_dict()
-        return state
+        return state if self.store.shards else {**state, **self.averages.state_dict()}
 
     def add_sharded_averages(self, state: dict[str, Any]) -> None:
-        """Write running averages of sharded parameters, and name them in what a checkpoint is about
-        to hold; every process calls it.
+        """Write averages of sharded parameters, and name them in what a checkpoint is about to
+        hold; every process calls it.
 
         Args:
             state: From :meth:`state_dict`; changed in place.
         """
-        averages = self.averages
-        if not (self.store.shards and averages.updates):
-            return
-        parts = {name: averages.weights(i) for i, name in enumerate(averages.names)}
-        files = self._parked.dump(self.store, averages.updates, parts)
-        if files is not None:
-            shared = {"decays": list(averages.decays), "updates": averages.updates}
-            state["averages"] = {**shared, "averages": files}
+        if self.store.shards:
+            state.update(self.averages.park(self.store))
 
     def load_state_dict(self, state: Mapping[str, Any], *, complete: bool) -> None:
         """Go on from :meth:`state_dict`.
@@ -246,13 +234,8 @@ class Collector:
         if complete:
             self.store.max_candidates = None
         self.store.load_state_dict(dict(state))
-        averages = state.get("averages")
-        if averages is None or complete:
-            return
-        tensors = averages["averages"]
-        if any("files" in part for part in tensors):
-            tensors = self._parked.load(self.store, averages["updates"], tensors)
-        self.averages.load_state_dict({**averages, "averages": tensors})
+        if not complete:
+            self.averages.load(self.store, state)
 
 
 def file_candidate_names(files: Sequence[Path], *, soup: bool) -> list[str]:

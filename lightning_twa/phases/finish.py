@@ -42,7 +42,7 @@ def complete_uniform(averaging: Averaging, trainer: Trainer, module: LightningMo
     """
     store = averaging.store
     store.drop_damaged()
-    averaging.collector.add_running_averages(module)
+    averaging.collector.add_averages(module, trainer.global_step)
     n = len(store)
     if n == 0:
         rank_zero_warn(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from lightning.pytorch import Trainer
 
 from lightning_twa.candidates import drop
-from lightning_twa.phases.by_steps import Position, place
+from lightning_twa.phases.by_steps import Position, length_of, place
 from lightning_twa.phases.collect import Collector
 from lightning_twa.trainer import batches_in_all, steps_for, steps_per_epoch
 
@@ -65,14 +65,16 @@ def place_plans(
             if now.max_steps != -1 and start >= now.max_steps:
                 break  # it will not be reached
             now = replace(now, epoch=plan.first, steps=start, steps_in_epoch=0)
+        else:
+            collector.averages.set_length(length_of(plan, now))
         collector.plans[i] = place(plan, collector.settings, now)
     plan, store = collector.plan, collector.store
     if store.max_candidates is None:
-        store.max_candidates = plan.max_candidates
+        store.max_candidates, store.evenly = plan.max_candidates, plan.evenly
     if not narrows or before.start_step is not None or plan.start_step is None:
         return
     early = {name for name in store.names if not plan.has_named(name)}
     drop(store, early - set(store.given_names))
     by_steps = plan.collect_start_step is not None and trainer.global_step < plan.collect_start_step
     if by_steps or plan.first < plan.collect_start >= trainer.current_epoch:
-        collector.averages.clear()
+        collector.averages.clear_window()

@@ -1,17 +1,15 @@
-"""When to collect and when the phase starts: pure functions of epoch and optimizer step."""
+"""The user's settings as epochs of a run: when to collect, and when the phase starts."""
 
 from __future__ import annotations
 
 import itertools
-import sys
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from lightning_twa.config import CollectConfig
+from lightning_twa.phases.enough import check_enough_candidates
+from lightning_twa.phases.schedule import NEVER, CollectPlan
 
-NEVER = sys.maxsize  # an epoch that does not come
-
-__all__ = ["CollectPlan", "cycle_bounds", "resolve_epoch", "resolve_plans"]
+__all__ = ["cycle_bounds", "newest_of", "resolve_epoch", "resolve_plans"]
 
 
 def resolve_epoch(name: str, value: int | float, max_epochs: int | None) -> int:
@@ -35,148 +33,6 @@ def resolve_epoch(name: str, value: int | float, max_epochs: int | None) -> int:
         )
     # 0.7 * 10 is 7.000000000000001 and 0.29 * 100 is 28.999999999999996: round off the float noise.
     return int(round(value * max_epochs, 6))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CollectPlan:
-    """The resolved schedule. Epochs are 0-based; steps count optimizer steps taken.
-
-    Args:
-        collect_start: First epoch that gives candidates.
-        start_epoch: First epoch of the phase; no candidate is taken from here on.
-        end: The epoch that ends the phase; ``None`` where the run has no limit in epochs.
-        every_n_epochs: See :class:`~lightning_twa.CollectConfig`.
-        every_n_train_steps: See :class:`~lightning_twa.CollectConfig`.
-        max_candidates: See :class:`~lightning_twa.CollectConfig`.
-        first: The epoch that the part of the run begins with.
-        start_step: Optimizer step at which the phase begins, where it does not begin with an epoch:
-            ``start_epoch`` is then the epoch that it falls into.
-        collect_start_step: First optimizer step that gives candidates.
-        phase_steps: Optimizer steps of the phase, where they are known.
-    """
-
-    collect_start: int
-    start_epoch: int
-    end: int | None
-    every_n_epochs: int
-    every_n_train_steps: int | None
-    max_candidates: int | None
-    first: int = 0
-    start_step: int | None = None
-    collect_start_step: int | None = None
-    phase_steps: int | None = None
-
-    @classmethod
-    def of(cls, collect: CollectConfig, **when: Any) -> CollectPlan:
-        """A schedule with the intervals of a configuration, and the other arguments."""
-        return cls(
-            every_n_epochs=collect.every_n_epochs,
-            every_n_train_steps=collect.every_n_train_steps,
-            max_candidates=collect.max_candidates,
-            **when,
-        )
-
-    def covers(self, epoch: int, steps_taken: int) -> bool:
-        """Whether weights after ``steps_taken`` optimizer steps, in ``epoch``, are collected."""
-        if self.start_step is None:
-            before_phase = epoch < self.start_epoch
-        else:
-            before_phase = steps_taken <= self.start_step
-        begun = self.collect_start_step is None or steps_taken >= self.collect_start_step
-        return before_phase and begun and epoch >= self.collect_start
-
-    def takes_epoch_end(self, epoch: int, steps_taken: int | None = None) -> bool:
-        """Whether the weights at the end of ``epoch`` become a candidate.
-
-        Args:
-            epoch: That ends.
-            steps_taken: Optimizer steps of the run; ``None`` where only epochs count.
-        """
-        first = self.collect_start_step
-        early = steps_taken is not None and first is not None and steps_taken < first
-        return (
-            self.every_n_train_steps is None
-            and not early
-            and self.collect_start <= epoch < self.start_epoch
-            and (epoch + 1) % self.every_n_epochs == 0
-        )
-
-    def has_named(self, name: str) -> bool:
-        """Whether a candidate of this name, ``"epoch=3"`` or ``"step=40"``, is from the window."""
-        kind, _, number = name.partition("=")
-        if not number.isdecimal():
-            return True
-        if kind == "epoch":
-            return int(number) >= self.collect_start
-        return int(number) >= (self.collect_start_step or 0)
-
-    def takes_step(self, epoch: int, steps_taken: int, before: int | None = None) -> bool:
-        """Whether the weights after ``steps_taken`` optimizer steps become a candidate.
-
-        Args:
-            epoch: That the steps are in.
-            steps_taken: Of the run.
-            before: How many there were when this was asked last: several optimizers may step in one
-                batch. One less if not given.
-        """
-        return (
-            self.every_n_train_steps is not None
-            and self.covers(epoch, steps_taken)
-            and steps_taken > 0
-            and steps_taken // self.every_n_train_steps
-            > (steps_taken - 1 if before is None else before) // self.every_n_train_steps
-        )
-
-    def count_ahead(self, epoch: int, steps_taken: int, steps_per_epoch: int | None) -> int | None:
-        """How many candidates are still to come from the start of ``epoch`` on.
-
-        Args:
-            epoch: Epoch that is about to start.
-            steps_taken: Optimizer steps taken before it.
-            steps_per_epoch: Optimizer steps per epoch, ``None`` when unknown.
-
-        Returns:
-            The number of candidates, or ``None`` when it depends on an unknown number of steps or
-            epochs.
-        """
-        if self.every_n_train_steps is None:
-            if self.start_epoch == NEVER:
-                return None
-            n, first = self.every_n_epochs, max(epoch, self.collect_start)
-            if self.collect_start_step is not None and steps_per_epoch:
-                first = max(first, -(-self.collect_start_step // steps_per_epoch) - 1)
-            return max(self.start_epoch // n - first // n, 0)
-        if self.start_step is not None and self.collect_start_step is not None:
-            n = self.every_n_train_steps
-            return max(self.start_step // n - max(steps_taken, self.collect_start_step - 1) // n, 0)
-        if steps_per_epoch is None or self.start_epoch == NEVER:
-            return None
-        first = steps_taken + max(self.collect_start - epoch, 0) * steps_per_epoch
-        last = steps_taken + max(self.start_epoch - epoch, 0) * steps_per_epoch
-        last = last if self.start_step is None else self.start_step
-        n = self.every_n_train_steps
-        return max(last // n - first // n, 0)
-
-    def describe_start(self) -> str:
-        """When the phase begins, in words."""
-        if self.start_step is not None:
-            return f"optimizer step {self.start_step}"
-        if self.start_epoch == NEVER:
-            return "the last steps"
-        return f"start_epoch={self.start_epoch}"
-
-    def describe(self) -> str:
-        """The window in words, for errors and reports."""
-        if self.every_n_train_steps is None:
-            how = (
-                "every epoch" if self.every_n_epochs == 1 else f"every {self.every_n_epochs} epochs"
-            )
-        else:
-            how = f"every {self.every_n_train_steps} optimizer steps"
-        if self.collect_start_step is not None:
-            end = "" if self.start_step is None else f" to {self.start_step}"
-            return f"{how} from optimizer step {self.collect_start_step}{end}"
-        return f"{how} of epochs {self.collect_start} to {self.start_epoch - 1}"
 
 
 def resolve_plans(
@@ -277,10 +133,11 @@ def _resolve(
             f"CollectConfig.ema_decays={collect.ema_decays} needs epochs to collect in, but "
             f"{given}. Pass start_epoch >= 1, or no ema_decays."
         )
+    n = collect.every_n_epochs or 1
     if collect.start is None:
         # Halfway, but early enough for two candidates at epoch ends.
-        last = (first + start) - (first + start) % collect.every_n_epochs - 1
-        collect_start = max(min(first + start // 2, last - collect.every_n_epochs), first)
+        last = (first + start) - (first + start) % n - 1
+        collect_start = max(min(first + start // 2, last - n), first)
     else:
         collect_start = first + resolve_epoch("CollectConfig.start", collect.start, length)
     plan = CollectPlan.of(
@@ -296,8 +153,24 @@ def _resolve(
             f"{given}: candidates are kept before the phase starts."
         )
     expected = plan.count_ahead(first, 0, None)
-    check_enough_candidates(plan, expected, files + len(collect.ema_decays))
+    power = 0 if soup else len(collect.power_averages)
+    averages = len(collect.ema_decays) + (power + 2 if power else 0)  # the mean, the last weights
+    check_enough_candidates(plan, expected, files + averages)
     return plan
+
+
+def newest_of(plan: CollectPlan, most: int | None) -> CollectPlan | None:
+    """The plan with a window of the newest: as many as there would have been, or as are kept at
+    most; ``None`` where that is not known.
+
+    Args:
+        plan: The schedule.
+        most: How many candidates it would give; ``None`` where that is not known.
+    """
+    limit = plan.max_candidates
+    if most is not None and (limit is None or plan.evenly):
+        limit = min(max(most, 2), limit or most + 2)
+    return None if limit is None else replace(plan, max_candidates=limit, evenly=False)
 
 
 def _from_the_start(plan: CollectPlan) -> CollectPlan:
@@ -305,12 +178,8 @@ def _from_the_start(plan: CollectPlan) -> CollectPlan:
     is not known without a limit.
     """
     most = plan.count_ahead(plan.collect_start, 0, None)
-    limit = plan.max_candidates
-    if limit is None and most is None:
-        return plan
-    if limit is None and most is not None:
-        limit = max(most, 2)
-    return replace(plan, collect_start=0, max_candidates=limit)
+    limit = newest_of(plan, most)
+    return plan if limit is None else replace(limit, collect_start=0)
 
 
 def _plan_to_the_end(
@@ -324,6 +193,7 @@ def _plan_to_the_end(
     collect_start = first + resolve_epoch(name, value, length)
     plan = CollectPlan.of(
         collect,
+        uniform=True,
         collect_start=collect_start,
         start_epoch=NEVER if end is None else end,
         end=end,
@@ -338,61 +208,3 @@ def _plan_to_the_end(
             f"candidate. Lower {name}, or every_n_epochs."
         )
     return plan
-
-
-def check_something(plan: CollectPlan, expected: int | None, averages: int) -> None:
-    """Without a phase, one candidate is enough.
-
-    Args:
-        plan: The schedule, for the message.
-        expected: Number of snapshots there will be; ``None`` when it cannot be known.
-        averages: Number of running averages.
-
-    Raises:
-        ValueError: When there will be none.
-    """
-    if expected == 0 and averages == 0:
-        raise ValueError(
-            f"There will be nothing to average: collecting {plan.describe()} gives no candidate. "
-            f"Start collecting earlier (CollectConfig.start), or collect more often "
-            f"(every_n_epochs, every_n_train_steps)."
-        )
-
-
-def check_enough_candidates(
-    plan: CollectPlan, expected: int | None, others: int = 0, mask_size: int | None = None
-) -> None:
-    """Two points span the smallest subspace; a mask leaves at least one candidate out.
-
-    Args:
-        plan: The schedule, for the message.
-        expected: Number of snapshots there will be; ``None`` when it cannot be known.
-        others: Number of running averages and files.
-        mask_size: Candidates that a mask keeps.
-
-    Raises:
-        ValueError: When too few candidates are to be expected.
-    """
-    limit = plan.max_candidates
-    if expected is not None and limit is not None:
-        expected = min(expected, limit)
-    most = limit if expected is None else expected
-    if mask_size is not None and most is not None and most + others <= mask_size:
-        raise ValueError(
-            f"SubspaceConfig.mask_size={mask_size} needs more than {mask_size} candidates, but "
-            f"there will be {most + others}. Lower mask_size, or have more candidates."
-        )
-    if expected is None or expected + others >= 2:
-        return
-    if plan.start_epoch == 0 and plan.start_step is None:
-        raise ValueError(
-            f"TWA needs at least two candidates, but CollectConfig.checkpoints names {others} "
-            f"file(s), and start_epoch=0 leaves no epoch to collect in. Name more files."
-        )
-    also = f", and there are {others} from files and running averages" if others else ""
-    later = "raise start_epoch" if plan.start_step is None else "begin the phase later"
-    raise ValueError(
-        f"TWA needs at least two candidates, but collecting {plan.describe()} gives {expected} "
-        f"before {plan.describe_start()}{also}. Start collecting earlier (CollectConfig.start), "
-        f"collect more often (every_n_epochs, every_n_train_steps), or {later}."
-    )

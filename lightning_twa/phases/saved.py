@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_twa.candidates import leave_out_frozen
 from lightning_twa.checkpoint import FORMAT_VERSION, check_state
 from lightning_twa.config import Settings
 from lightning_twa.phases.averaging import Averaging
@@ -87,8 +88,8 @@ def complete(averaging: Averaging, module: LightningModule, state: dict[str, Any
         module: The model.
         state: From :func:`dump`; changed in place.
     """
-    if "candidates" in state:
-        averaging.store.leave_out_frozen(state["candidates"], module)
+    if "candidates" in state and not averaging.store.shards:
+        leave_out_frozen(state["candidates"], module)
     if state.get("phase") == "optimize":
         state["trained"] = [n for n, p in module.named_parameters() if p.requires_grad]
 

@@ -199,7 +199,7 @@ class Collecting(Stage):
         self._stop_watching()
         self.averaging.temporary.take_out(module)
         self.averaging.release()
-        self.averaging.collector.free_device()
+        self.averaging.collector.averages.free_device()
         return StageName.SUSPENDED
 
     def state_dict(self) -> dict[str, Any]:

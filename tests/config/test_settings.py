@@ -53,7 +53,7 @@ def test_a_radius_needs_the_pca_basis(basis) -> None:
         ),
         (
             lambda: CollectConfig(every_n_epochs=0),
-            "Invalid CollectConfig.every_n_epochs=0. Must be an int >= 1.",
+            "Invalid CollectConfig.every_n_epochs=0. Must be an int >= 1, or None (keep none).",
         ),
         (
             lambda: CollectConfig(every_n_train_steps=0),

@@ -171,12 +171,14 @@ def test_nothing_big_is_kept_after_an_interruption(tmp_path: Path, error: Any) -
 
 
 def test_running_averages_wait_in_main_memory(tmp_path: Path, monkeypatch: Any) -> None:
-    callback = twa(collect=CollectConfig(start=0, ema_decays=(0.9,)))
+    collect = CollectConfig(start=0, ema_decays=(0.9,), power_averages=(0.1,))
+    callback = twa(collect=collect)
     moved = []
     averages = callback._run.averaging.collector.averages
-    monkeypatch.setattr(type(averages), "move_to", lambda self, device: moved.append(device))
+    monkeypatch.setattr(type(averages._ema), "move_to", lambda self, device: moved.append(device))
+    monkeypatch.setattr(type(averages._power), "release_device", lambda self: moved.append("sums"))
     fit(trainer(tmp_path, callbacks=[callback, Interrupt(6)]), Regressor())
-    assert moved == ["cpu"]
+    assert moved == ["cpu", "sums"]
     assert callback.phase == "collect"
 
 

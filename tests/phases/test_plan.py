@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from lightning_twa import CollectConfig
-from lightning_twa.phases.plan import CollectPlan, resolve_epoch, resolve_plans
+from lightning_twa.phases.plan import resolve_epoch, resolve_plans
+from lightning_twa.phases.schedule import CollectPlan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),

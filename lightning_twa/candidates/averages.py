@@ -1,0 +1,127 @@
+"""All averages over optimizer steps of a run, until they become candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_twa.candidates.parked import Parked
+from lightning_twa.candidates.power_averages import PowerAverages, interval_of
+from lightning_twa.candidates.running_averages import RunningAverages, average_name
+from lightning_twa.candidates.store import Store, keep_last
+from lightning_twa.config import CollectConfig
+
+__all__ = ["Averages"]
+
+
+class Averages:
+    """Exponential moving averages over the window, and power averages over all steps. Every process
+    calls every method.
+
+    Args:
+        collect: Decays and widths.
+        widths: Of the power averages that are kept.
+    """
+
+    def __init__(self, collect: CollectConfig, widths: tuple[float, ...]) -> None:
+        self._ema = RunningAverages(collect.ema_decays, collect.ema_device)
+        self._power = PowerAverages(widths)
+        self._parked = {"averages": Parked(), "power": Parked()}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the candidates that they give."""
+        return [*self._ema.names, *self._power.names]
+
+    def set_length(self, steps: int | None) -> None:
+        """Say how many optimizer steps the part of the run has, where that is known."""
+        self._power.interval = interval_of(steps)
+
+    def follow(self, module: nn.Module, *, in_window: bool) -> None:
+        """After an optimizer step.
+
+        Args:
+            module: The model.
+            in_window: Whether the step is in the window of candidates.
+        """
+        self._power.update(module)
+        if in_window:
+            self._ema.update(module)
+
+    def give(self, store: Store, module: nn.Module, step: int) -> None:
+        """At the switch: they become candidates, and with power averages the last weights do.
+
+        Args:
+            store: Of the candidates.
+            module: The model.
+            step: Optimizer steps of the run.
+        """
+        has_power = bool(self._power.names)
+        for i, decay in enumerate(self._ema.decays if self._ema.updates else ()):
+            store.give(module, average_name(decay), self._ema.weights(i))
+        for name, weights in self._power.weights().items():
+            store.give(module, name, weights)
+        if has_power:
+            keep_last(store, module, f"step={step}")
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._ema.clear()
+        self._power.clear()
+
+    def clear_window(self) -> None:
+        """The window begins now."""
+        self._ema.clear()
+
+    def free_device(self) -> None:
+        """Keep nothing on the device that the run does not need before it goes on."""
+        self._ema.move_to("cpu")
+        self._power.release_device()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of them, where parameters are not sharded."""
+        state: dict[str, Any] = {}
+        if self._ema.updates:
+            state["averages"] = self._ema.state_dict()
+        if self._power.updates:
+            state["power"] = self._power.state_dict()
+        return state
+
+    def park(self, store: Store) -> dict[str, Any]:
+        """The same of sharded parameters, in files.
+
+        Args:
+            store: Whose files they are beside, and whose state is in the checkpoint.
+        """
+        state: dict[str, Any] = {}
+        ema, power = self._ema, self._power
+        if ema.updates:
+            parts = {name: ema.weights(i) for i, name in enumerate(ema.names)}
+            files = self._parked["averages"].dump(store, ema.updates, parts)
+            if files is not None:
+                numbers = {"decays": list(ema.decays), "updates": ema.updates}
+                state["averages"] = {**numbers, "averages": files}
+        if power.updates:
+            files = self._parked["power"].dump(store, power.updates, power.parts())
+            if files is not None:
+                state["power"] = {**power.numbers(), "averages": files}
+        return state
+
+    def load(self, store: Store, state: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint holds.
+
+        Raises:
+            CandidateFileError: Naming a file that is missing or damaged.
+            ValueError: When it has other decays or widths.
+        """
+        for key, averages in (("averages", self._ema), ("power", self._power)):
+            held = state.get(key)
+            if held is None:
+                continue
+            tensors = held["averages"]
+            if any("files" in part for part in tensors):
+                tensors = self._parked[key].load(store, held["updates"], tensors)
+            averages.load_state_dict({**held, "averages": tensors})

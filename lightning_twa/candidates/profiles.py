@@ -1,0 +1,91 @@
+"""What averages over steps weigh: plain numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_twa.config import WIDEST
+
+__all__ = ["MEAN", "fitted_factors", "gamma_of", "power_name", "profile", "width_of"]
+
+MEAN = "mean"  # name of the uniform average of all steps
+PARTS = 2000  # of a run, in which weights over its steps are compared
+
+
+def power_name(width: float) -> str:
+    """Name of the candidate, ``"power(0.02)"``."""
+    return f"power({width:g})"
+
+
+def width_of(gamma: float) -> float:
+    """``sigma_rel`` of the weights ``s ** gamma``: their standard deviation in time, as a share of
+    the run (arXiv 2312.02696, eq. 126).
+    """
+    return math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3))
+
+
+def gamma_of(width: float) -> float:
+    """The exponent that gives a width in ``(0, 1 / sqrt(12))``; the inverse of :func:`width_of`."""
+    low, high = 0.0, 1.0
+    while width_of(high) > width:
+        high *= 2
+    for _ in range(200):  # to the last bit
+        middle = (low + high) / 2
+        low, high = (middle, high) if width_of(middle) > width else (low, middle)
+    return (low + high) / 2
+
+
+def profile(gamma: float, parts: int) -> list[float]:
+    """The weight of each of so many equal parts of a run in the average with ``s ** gamma``."""
+    ends = [(i / parts) ** (gamma + 1) for i in range(parts + 1)]
+    return [after - before for before, after in itertools.pairwise(ends)]
+
+
+def fitted_factors(names: Sequence[str], width: float) -> list[float]:
+    """By how much to weigh candidates for an average of another width: the least-squares fit of its
+    weights over the steps by those of the power averages among them and of their mean.
+
+    Args:
+        names: Of the candidates.
+        width: ``sigma_rel`` of the average.
+
+    Returns:
+        One number for each candidate, 0 for those that are no power averages; their sum is 1.
+
+    Raises:
+        ValueError: When the width is outside its range, or there are fewer than two such averages.
+    """
+    if not (isinstance(width, float) and 0 < width <= WIDEST):
+        raise ValueError(f"Invalid sigma_rel={width!r}. Must be in (0, {WIDEST}].")
+    found = {i: 0.0 for i, name in enumerate(names) if name == MEAN}
+    for i, name in enumerate(names):
+        if name.startswith("power(") and name.endswith(")"):
+            found[i] = gamma_of(float(name[len("power(") : -1]))
+    if len(found) < 2:
+        raise ValueError(
+            "average(method='power') needs candidates that are power averages, but there are "
+            f"{len(found)}. Give a callback whose run had CollectConfig.power_averages."
+        )
+    target = torch.tensor(profile(gamma_of(width), PARTS), dtype=torch.float64, device="cpu")
+    held = torch.tensor([profile(g, PARTS) for g in found.values()], dtype=torch.float64).T
+    # The factors sum to 1: the last is 1 minus the others.
+    ways = held[:, :-1] - held[:, -1:]
+    solved = torch.linalg.lstsq(ways, (target - held[:, -1])[:, None], driver="gelsd").solution[
+        :, 0
+    ]
+    factors = [*solved.tolist(), 1 - float(solved.sum())]
+    fit = held @ torch.tensor(factors, dtype=torch.float64)
+    error = float((fit - target).norm() / target.norm())
+    rank_zero_info(
+        f"TWA: the weights over the steps of sigma_rel={width:g} are fitted by {len(found)} "
+        f"averages with a relative error of {error:.2g}."
+    )
+    result = [0.0] * len(names)
+    for i, factor in zip(found, factors, strict=True):
+        result[i] = factor
+    return result
