@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lightning_twa.candidates import (
     Candidate,
+    decay_curve,
     find_files,
     fit_singular_vectors_,
     fitted_factors,
@@ -122,23 +122,8 @@ def average(
         names = [member.name.partition("'")[2].rstrip("'") for member in members]
         return _mix(members, fitted_factors(names, sigma_rel))
     if method == "wsm":
-        return _mix(members, _decay_curve(len(members)))
+        return _mix(members, decay_curve(len(members)))
     return _mix(members, _factors(len(members), decay, weights))
-
-
-def _decay_curve(n: int) -> Sequence[float]:
-    """The merge of ``n`` checkpoints in which an update between the ``i``-th and the next counts by
-    the mean of ``1 - sqrt(u)`` over its part of ``[0, 1]``: a checkpoint has the difference of two
-    such means.
-    """
-
-    def mean(i: int) -> float:
-        low, high = i / (n - 1), (i + 1) / (n - 1)
-        area: float = 2 / 3 * (high**1.5 - low**1.5)
-        return 1 - area / (high - low)
-
-    shares = [1.0, *(mean(i) for i in range(n - 1)), 0.0]
-    return [a - b for a, b in itertools.pairwise(shares)]
 
 
 def _factors(

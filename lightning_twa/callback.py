@@ -81,6 +81,15 @@ class TWAHooks(RunResults, Hooks):
             copy is kept in memory and in checkpoints. Candidates are then collected anew, and the
             phase comes at ``start_epoch`` of the longer run. ``None``: that is an error.
 
+        heldout: Data that the coefficients are not trained on, by which averages are chosen: the
+            phase starts from the best of the averages that one could take without learning (last
+            weights, uniform ones, running averages), and of about eight points of its path and the
+            start the best is the result. ``"val"``: the validation data, of which a quarter is held
+            back with ``data="val"``; ``"twa"``: those of ``twa_dataloader()``; ``"auto"``: the
+            validation data, where there are any, in one loader, that ``training_step`` takes;
+            ``None``: nothing is chosen. What is compared is the loss of ``training_step`` in
+            evaluation mode, on so many batches that it costs no more than the phase (``result``).
+
     Raises:
         ValueError: When an argument is outside its range or two contradict each other.
         TypeError: When a configuration is not of its class.
@@ -104,6 +113,7 @@ class TWAHooks(RunResults, Hooks):
         start_on_early_stopping: bool = False,
         continue_from: Literal["average", "raw"] | None = None,
         phase_steps: int | float | None = None,
+        heldout: Literal["auto", "val", "twa"] | None = None,
     ) -> None:
         super().__init__()
         self.settings = Settings(
@@ -121,9 +131,10 @@ class TWAHooks(RunResults, Hooks):
             start_on_early_stopping=start_on_early_stopping,
             continue_from=continue_from,
             phase_steps=phase_steps,
+            heldout=heldout,
         )
         self._run = Run(self.settings, self.state_key)
-        self._fitting = False  # in a fit that concerns us; other functions of a Trainer do not
+        self._fitting = False  # in a fit that concerns us
         self._loading: Trainer | None = None  # between on_load_checkpoint and load_state_dict
 
     def __getstate__(self) -> dict[str, Any]:

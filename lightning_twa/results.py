@@ -2,14 +2,98 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import Literal, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from lightning_twa.candidates import Candidate
 
-__all__ = ["RunRecord", "RunResults", "effective_candidates"]
+__all__ = ["Result", "RunRecord", "RunResults", "effective_candidates"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run's last phase was measured to be worth.
+
+    Args:
+        heldout: The data that averages were compared on, in words; ``None`` where nothing was
+            compared.
+        reason: Why nothing was.
+        losses: Mean loss on them of each average that could be taken without learning.
+        path: The same of points of the phase's path, by its optimizer step.
+        start: The best of them, from which free coefficients start.
+        accepted: The optimizer step of the phase whose weights are the result; ``None`` where
+            ``start`` is.
+        gain: By how much the result's loss is below that of ``start``, the mean over batches.
+        gain_error: Standard error of that mean, of the differences batch by batch; not a number
+            with one batch.
+        batches: How many were compared on.
+        steps: Optimizer steps of the phase.
+        phase_seconds: That it took, measuring included.
+        measuring_seconds: That measuring took.
+    """
+
+    heldout: str | None
+    reason: str = ""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    path: Mapping[int, float] = field(default_factory=dict)
+    start: str | None = None
+    accepted: int | None = None
+    gain: float = 0.0
+    gain_error: float = math.nan
+    batches: int = 0
+    steps: int = 0
+    phase_seconds: float = 0.0
+    measuring_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """A table, best first, and the verdict."""
+        if self.heldout is None:
+            return self.verdict
+        shown = {s: x for s, x in self.path.items() if s in (self.accepted, max(self.path))}
+        learned = {f"learned, step {step}": loss for step, loss in shown.items()}
+        best = self.start if self.accepted is None else f"learned, step {self.accepted}"
+        rows = sorted({**self.losses, **learned}.items(), key=lambda row: row[1])
+        width = max(len(name) for name, _ in rows)
+        batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
+        lines = [f"loss on {self.heldout}, {batches}:"]
+        for name, loss in rows:
+            marks = {"best fixed": name == self.start, "result": name == best}
+            note = ", ".join(mark for mark, is_so in marks.items() if is_so)
+            lines.append(f"  {name:<{width}}  {loss:<9.5g} {note}".rstrip())
+        return "\n".join([*lines, self.verdict])
+
+    @property
+    def verdict(self) -> str:
+        """What that means, in a sentence."""
+        if self.heldout is None:
+            return (
+                f"Nothing was compared on held-out data ({self.reason}): whether the learned "
+                f"average is better than a fixed one is not known."
+            )
+        if self.accepted is None:
+            return (
+                f"No point of the phase's path was better than the best fixed average, "
+                f"{self.start!r}, which is the result: learning gained nothing here."
+            )
+        error = "" if math.isnan(self.gain_error) else f" +- {self.gain_error:.2g}"
+        chance = "" if self.gain > 2 * self.gain_error else ", which may be chance"
+        return (
+            f"The result is the average after step {self.accepted} of {self.steps} of the phase: "
+            f"{self.gain:.2g}{error} below the best fixed average, {self.start!r}{chance}."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dicts."""
+        return {**asdict(self), "path": [[step, loss] for step, loss in self.path.items()]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Result:
+        """Of :meth:`state_dict`."""
+        return cls(**{**state, "path": {int(step): loss for step, loss in state["path"]}})
 
 
 class RunRecord(Protocol):
@@ -29,6 +113,8 @@ class RunRecord(Protocol):
     def averaging_weights(self) -> Tensor | None: ...
     @property
     def averaging_path(self) -> Tensor | None: ...
+    @property
+    def result(self) -> Result | None: ...
     @property
     def average_path(self) -> str | None: ...
     def average_state_dict(self, module: nn.Module | None) -> dict[str, Tensor]: ...
@@ -86,6 +172,13 @@ class RunResults:
         Columns sum to 1 in the centered bases.
         """
         return self._run.averaging_weights
+
+    @property
+    def result(self) -> Result | None:
+        """What the last phase was measured to be worth on held-out data: a frozen dataclass, which
+        prints as a table; ``None`` before its end and without a phase.
+        """
+        return self._run.result
 
     @property
     def average_path(self) -> str | None:

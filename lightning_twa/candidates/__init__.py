@@ -24,10 +24,11 @@ from lightning_twa.candidates.into_model import (
     put_back,
     put_weighted,
     total_weight,
+    weighted,
     weights_and_buffers,
 )
 from lightning_twa.candidates.keep import keep_in_files
-from lightning_twa.candidates.profiles import MEAN, fitted_factors
+from lightning_twa.candidates.profiles import MEAN, decay_curve, fitted_factors
 from lightning_twa.candidates.readers import (
     load_checkpoint,
     read_candidate_from,
@@ -52,6 +53,7 @@ __all__ = [
     "check_complete",
     "check_form",
     "copy_into",
+    "decay_curve",
     "decode",
     "drop",
     "find_files",
@@ -77,6 +79,7 @@ __all__ = [
     "total_weight",
     "unique_names",
     "varying",
+    "weighted",
     "weights_and_buffers",
     "without_wrappers",
 ]

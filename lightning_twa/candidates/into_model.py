@@ -28,6 +28,7 @@ __all__ = [
     "put_back",
     "put_weighted",
     "total_weight",
+    "weighted",
     "weights_and_buffers",
 ]
 
@@ -128,6 +129,21 @@ def put_weighted(
     for spec in specs:
         values = [candidate.parameters[spec.name] for candidate in members]
         copy_into(module, {spec.name: affine_sum(values, weights[:, spec.block].tolist())})
+
+
+def weighted(
+    candidates: Iterable[Candidate], specs: Iterable[TensorSpec], weights: Tensor
+) -> dict[str, Tensor]:
+    """A weighted average of candidates by name, on the CPU, in the widest of their dtypes and
+    float32; see :func:`put_weighted`.
+    """
+    members = list(candidates)
+    result: dict[str, Tensor] = {}
+    for spec in specs:
+        values = [candidate.parameters[spec.name] for candidate in members]
+        dtype = torch.promote_types(values[0].dtype, torch.float32)
+        result[spec.name] = affine_sum(values, weights[:, spec.block].tolist()).to(dtype)
+    return result
 
 
 def weights_and_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_twa.config import WIDEST
 
-__all__ = ["MEAN", "fitted_factors", "gamma_of", "power_name", "profile", "width_of"]
+__all__ = ["MEAN", "decay_curve", "fitted_factors", "gamma_of", "power_name", "profile", "width_of"]
 
 MEAN = "mean"  # name of the uniform average of all steps
 PARTS = 2000  # of a run, in which weights over its steps are compared
@@ -89,3 +89,18 @@ def fitted_factors(names: Sequence[str], width: float) -> list[float]:
     for i, factor in zip(found, factors, strict=True):
         result[i] = factor
     return result
+
+
+def decay_curve(n: int) -> list[float]:
+    """The merge of ``n`` checkpoints in which an update between the ``i``-th and the next counts by
+    the mean of ``1 - sqrt(u)`` over its part of ``[0, 1]``: a checkpoint has the difference of two
+    such means (arXiv 2507.17634).
+    """
+
+    def mean(i: int) -> float:
+        low, high = i / (n - 1), (i + 1) / (n - 1)
+        area: float = 2 / 3 * (high**1.5 - low**1.5)
+        return 1 - area / (high - low)
+
+    shares = [1.0, *(mean(i) for i in range(n - 1)), 0.0]
+    return [a - b for a, b in itertools.pairwise(shares)]

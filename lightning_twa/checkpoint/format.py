@@ -61,7 +61,10 @@ def check_state(state: Mapping[str, Any]) -> None:
         _check(state, "", {"path": _is_dict})
         path = {"points": _is_numbers(3), "stride": _is_count, "steps": _is_count}
         _check(state["path"], "path.", path)
+    if "result" in state:
+        _check_result(state["result"])
     if phase == "optimize":
+        _check_compared(state.get("heldout", {"fixed": {}, "path": [], "best": {}}))
         _check(state, "", {"optimizer": _is_dict, "mixing": _is_numbers(3), "settings": _is_dict})
         _check({"trained": [], **state}, "", {"trained": _is_names})
         n = len(state["candidate_names"])
@@ -69,6 +72,39 @@ def check_state(state: Mapping[str, Any]) -> None:
             n = state["mixing"].shape[2]
             _check_groups(state["groups"])
         _check_optimizer(state["optimizer"], state["mixing"], n)
+
+
+def _check_result(result: Any) -> None:
+    """What :class:`~lightning_twa.results.Result` is made of."""
+    if not _is_dict(result):
+        raise damaged("result", result)
+    floats = dict.fromkeys(("gain", "gain_error", "phase_seconds", "measuring_seconds"), _is_float)
+    counts = {"batches": _is_count, "steps": _is_count, "accepted": _optional(_is_count)}
+    words = {"heldout": _optional(_is_str), "reason": _is_str, "start": _optional(_is_str)}
+    checks = {**floats, **counts, **words, "losses": _is_floats, "path": _is_list}
+    _check(result, "result.", checks)
+    if set(result) != set(checks):
+        raise damaged("result", sorted(result))
+    for i, point in enumerate(result["path"]):
+        is_pair = _is_list(point) and len(point) == 2 and _is_count(point[0])
+        if not (is_pair and _is_float(point[1])):
+            raise damaged(f"result.path[{i}]", point)
+
+
+def _check_compared(heldout: Any) -> None:
+    """Losses on held-out data, of a phase that is under way."""
+    if not _is_dict(heldout):
+        raise damaged("heldout", heldout)
+    _check(heldout, "heldout.", {"fixed": _is_tensors, "path": _is_list, "best": _is_dict})
+    for i, point in enumerate(heldout["path"]):
+        if not _is_dict(point):
+            raise damaged(f"heldout.path[{i}]", point)
+        losses = {"step": _is_count, "losses": lambda v: isinstance(v, Tensor) and v.dim() == 1}
+        _check(point, f"heldout.path[{i}].", losses)
+    if heldout["best"]:
+        best = {"raw": torch.zeros(1, 1), **heldout["best"]}
+        numbers = {"step": _is_count, "raw": _is_numbers(2), "averaging_weights": _is_numbers(2)}
+        _check(best, "heldout.best.", numbers)
 
 
 def damaged(entry: str, value: Any) -> ValueError:
@@ -215,6 +251,16 @@ def _is_count(value: Any) -> bool:
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_floats(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and all(map(_is_str, value)) and all(map(_is_float, value.values()))
+    )
 
 
 def _is_names(value: Any) -> bool:

@@ -17,6 +17,7 @@ __all__ = ["DATA", "Settings"]
 SAVED = (".ckpt", ".pt", ".pth", ".bin")  # what may hold an average
 START = 0.8  # of the run, where neither start_epoch nor phase_steps is given
 DISTRIBUTE = ("auto", "replicate", "shard")
+HELD_OUT = ("auto", "val", "twa")
 DATA = {  # what the coefficients can be trained on, in words
     "train": "the training data",
     "val": "the validation data",
@@ -47,6 +48,7 @@ class Settings:
     start_on_early_stopping: bool = False
     continue_from: Literal["average", "raw"] | None = None
     phase_steps: int | float | None = None
+    heldout: Literal["auto", "val", "twa"] | None = None
 
     def __post_init__(self) -> None:
         if self.start_epoch is not None:
@@ -57,6 +59,8 @@ class Settings:
         object.__setattr__(self, "phase_steps", as_epoch(self.phase_steps))
         _check_phase_steps(self.phase_steps)
         check_choice("data", self.data, tuple(DATA))
+        if self.heldout is not None:
+            check_choice("heldout", self.heldout, HELD_OUT)
         check_choice("distribute", self.distribute, DISTRIBUTE)
         kinds = {
             "collect": CollectConfig,

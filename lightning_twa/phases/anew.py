@@ -67,4 +67,5 @@ def _collect_anew(averaging: Averaging, trainer: Trainer) -> None:
     # what was learned and validated belongs to other candidates
     averaging.learned, averaging.block_names, averaging.restored_names = None, [], []
     averaging.trajectory.clear()
+    averaging.result = None
     averaging.temporary = TemporaryAverage()

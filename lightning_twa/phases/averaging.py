@@ -5,6 +5,7 @@ Trainer internals are behind :mod:`lightning_twa.trainer`.
 
 from __future__ import annotations
 
+import re
 import weakref
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_twa.phases.placing import place_plans
 from lightning_twa.phases.schedule import CollectPlan
 from lightning_twa.phases.temporary import TemporaryAverage
 from lightning_twa.phases.trajectory import Trajectory
+from lightning_twa.results import Result
 from lightning_twa.trainer import (
     AroundValidation,
     BatchWatch,
@@ -61,6 +63,7 @@ class Averaging:
         early_stopped: Whether ``EarlyStopping`` wanted to end the run: the phase is due.
         epoch_batches: Batches of the last whole epoch of collecting.
         went_on: Whether a finished run is trained on.
+        result: What the last phase was worth; ``None`` before its end.
         raw: The weights and buffers that ordinary training ended with, on the CPU, where a finished
             run is to go on from them.
     """
@@ -69,11 +72,11 @@ class Averaging:
         self.settings = settings
         self.state_key = state_key
         self.collector = Collector(settings)
-        self.optimization = Optimization(settings)
+        self.batches = BatchWatch()
+        self.optimization = Optimization(settings, self.batches)
         self.temporary = TemporaryAverage()
         self.trajectory = Trajectory()
         self.finished = FinishedAverage()
-        self.batches = BatchWatch()
         self.modes = HeldModes()
         self.around = AroundValidation()
         self.block_names: list[str] = []
@@ -85,6 +88,7 @@ class Averaging:
         self.epoch_batches: int | None = None
         self.went_on = False
         self.raw: dict[str, Tensor] | None = None
+        self.result: Result | None = None
         self.restored_names: list[str] = []  # of a finished run that was restored without them
         self._model: weakref.ref[LightningModule] | None = None  # None: of whichever comes
 
@@ -162,7 +166,9 @@ class Averaging:
         within = not at_epoch_start(trainer)
         place_plans(self.collector, trainer, self.epoch_batches, within_epoch=within)
         self.collector.catch_up(trainer, module)
-        self.collector.check_length(trainer, self.optimization.switch.request_data(trainer))
+        optimization = self.optimization
+        self.collector.check_length(trainer, optimization.switch.request_data(trainer))
+        optimization.selection.held_out.check(trainer, optimization.switch.held_back)
 
     def next_cycle_is_due(self, trainer: Trainer) -> bool:
         """Whether the epoch that begins belongs to the next part of the run."""
@@ -206,9 +212,17 @@ class Averaging:
         values = {"twa/lr": optimizer.last_lr, "twa/coefficient_norm": optimizer.coefficient_norm}
         # A batch size of its own: with training_step(dataloader_iter) Lightning knows none.
         module.log_dict(values, on_step=True, on_epoch=False, batch_size=1, prog_bar=True)
+        self._log_held_out(module)
         self.optimization.losses.add(outputs)
         self.record_step(trainer)
         self.optimization.follow_batch(trainer, module, self.store)
+
+    def _log_held_out(self, module: LightningModule) -> None:
+        """Losses on held-out data, once each, under names that every logger takes."""
+        news, self.optimization.selection.news = self.optimization.selection.news, {}
+        plain = {re.sub("[^A-Za-z0-9.-]+", "_", name).strip("_"): x for name, x in news.items()}
+        values = {f"twa/heldout/{name}": x for name, x in plain.items()}
+        module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     def record_step(self, trainer: Trainer) -> bool:
         """Record the averaging weights after a batch of the phase; ``False`` if they were."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_twa.candidates import check_complete, put_average
 from lightning_twa.phases import saved
 from lightning_twa.phases.anew import keep_raw
+from lightning_twa.phases.arrival import put_result, tell_what_was_done
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.fitting import fit_buffers
 from lightning_twa.phases.report import uniform_report
@@ -28,9 +29,9 @@ def complete_phase(averaging: Averaging, trainer: Trainer, module: LightningModu
         return
     averaging.record_step(trainer)  # its last, where somebody saves before the callback's own hook
     phase.average_buffers(module)
-    weights = phase.put_result(module, averaging.store)
+    weights = put_result(phase, trainer, module, averaging.store)
     batches = fit_buffers(averaging, trainer, module)
-    phase.tell_what_was_done(weights, batches)
+    averaging.result = tell_what_was_done(phase, weights, batches)
     _keep_result(averaging, trainer, module, weights)
 
 

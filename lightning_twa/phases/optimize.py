@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_twa.candidates import Store, average_buffers_, put_weighted
-from lightning_twa.config import DATA, Settings
-from lightning_twa.machine import in_common
+from lightning_twa.candidates import Store, average_buffers_
+from lightning_twa.config import Settings
 from lightning_twa.phases import report, span
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.phases.guard import guard_step, raise_what_failed
 from lightning_twa.phases.parameters import ParameterWatch
+from lightning_twa.phases.selection import Selection
 from lightning_twa.phases.start import Switch
 from lightning_twa.phases.step_watch import StepWatch
 from lightning_twa.subspace import Subspace, SubspaceOptimizer
-from lightning_twa.trainer import batches_seen, shards_parameters, step_was_taken
+from lightning_twa.trainer import BatchWatch, batches_seen, shards_parameters, step_was_taken
 
 __all__ = ["Optimization"]
 
@@ -30,20 +30,29 @@ class Optimization:
 
     Args:
         settings: The arguments of the callback.
+        batches: Whether hooks change batches.
 
     Attributes:
+        selection: What held-out data say.
         switch: What is borrowed, and how it is given back.
         optimizer: While coefficients are trained.
         block_names: Names of the coefficient blocks.
         started: Epoch and optimizer step of the switch, and what its data needs.
         end: Epoch at which the phase ends; ``None`` where only the Trainer ends it.
         losses: Of the phase.
+        groups: Groups of candidates; ``None`` where all span one subspace.
+        parameters: Whether somebody replaces those that are trained.
+        choice: What the phase is trained with.
+        steps_before: Of the groups before the current one.
+        skipped_before: Those of them without effect.
+        began: When it did, by the clock.
         failed: Whether the phase could not begin, or go on: the model has the uniform average, and
             steps change nothing.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, batches: BatchWatch | None = None) -> None:
         self.settings = settings
+        self.selection = Selection(settings, batches or BatchWatch())
         self.switch = Switch(settings)
         self.optimizer: SubspaceOptimizer | None = None
         self.block_names: list[str] = []
@@ -51,13 +60,13 @@ class Optimization:
         self.end: int | None = None
         self.losses = report.LossRecord()
         self.failed = False
-        self._groups: CandidateGroups | None = None
-        self._parameters: ParameterWatch | None = None
-        self._choice: span.Choice | None = None
-        self._steps_before = 0  # of the groups before the current one
-        self._skipped_before = 0
+        self.groups: CandidateGroups | None = None
+        self.parameters: ParameterWatch | None = None
+        self.choice: span.Choice | None = None
+        self.steps_before = 0  # of the groups before the current one
+        self.skipped_before = 0
         self._doubtful: list[str] = []  # frozen at the switch, though the user's optimizer has them
-        self._began = 0.0
+        self.began = 0.0
         self._step_watch: StepWatch | None = None
         self._local_buffers = False  # nobody but average_buffers() makes them equal on all ranks
 
@@ -77,17 +86,30 @@ class Optimization:
             store: The candidates.
             kept: From :meth:`state_dict`, to go on from.
         """
-        self._began, self.losses = time.perf_counter(), report.LossRecord()
+        self.began, self.losses = time.perf_counter(), report.LossRecord()
         choice = span.choose(self.settings, trainer, module, store, self.started, self.end)
-        self._choice, self._groups = choice, choice.groups
+        self.choice, self.groups = choice, choice.groups
         self.block_names = list(choice.share.columns.whole.block_names)
         if kept is None:
             self._doubtful = choice.doubtful
             span.prepare_model(module, store, choice.spanned)
-        elif self._groups is not None:
-            self._groups.load_state_dict(kept["groups"])
-            self._steps_before = kept["groups"]["steps_before"]
-            self._skipped_before = kept["groups"].get("skipped_before", 0)
+        whole = choice.share.columns.whole
+        self.selection.begin(
+            trainer,
+            module,
+            store,
+            whole.specs,
+            whole.num_blocks,
+            choice.total_steps,
+            self.switch.held_back,
+            None if kept is None else kept.get("heldout", {"fixed": {}}),
+        )
+        if self.groups is not None and self.selection.origin is not None:
+            self.groups.start = self.selection.origin
+        if kept is not None and self.groups is not None:
+            self.groups.load_state_dict(kept["groups"])
+            self.steps_before = kept["groups"]["steps_before"]
+            self.skipped_before = kept["groups"].get("skipped_before", 0)
         subspace = self._build(trainer, module, store, None if kept is None else kept["mixing"])
         self.optimizer = self._make_optimizer(module, subspace)
         if kept is not None:
@@ -97,42 +119,36 @@ class Optimization:
         outputs = self.optimizer.param_groups[0]["params"]
         self.switch.step_with(self.optimizer, outputs, gradients_stay=choice.share.gradients_stay)
         self._local_buffers = choice.share.gradients_stay or shards_parameters(trainer)
+        self.measure(trainer, module)
         self._go_to_next_group(trainer, module, store)  # where it was saved before follow_batch()
-        self._tell_what_begins(store)
-
-    def _tell_what_begins(self, store: Store) -> None:
-        assert self._choice is not None
-        assert self.optimizer is not None
-        if self._choice.share.text is not None:
-            rank_zero_info(self._choice.share.text)
-        data = self.settings.data
-        rank_zero_info(report.switch_report(self.optimizer, store.names, DATA[data], self.started))
-        if self._groups is not None:
-            rank_zero_info(report.groups_report(self._groups))
-        if data == "val":
-            rank_zero_warn(
-                "TWACallback(data='val') trains the averaging coefficients on the validation data: "
-                "from here on validation metrics are not held out. Judge the result on test data."
-            )
+        chosen = self.selection.comparison.start if self.selection.chose else None
+        report.tell_what_begins(self, store.names, chosen)
 
     def _build(
         self, trainer: Trainer, module: LightningModule, store: Store, mixing: Tensor | None = None
     ) -> Subspace:
-        assert self._choice is not None
+        assert self.choice is not None
         return span.build(
-            self.settings, trainer, module, store, self._choice.share, self._groups, mixing
+            self.settings,
+            trainer,
+            module,
+            store,
+            self.choice.share,
+            self.groups,
+            self.selection.origin,
+            mixing,
         )
 
     def _make_optimizer(self, module: LightningModule, subspace: Subspace) -> SubspaceOptimizer:
-        assert self._choice is not None
-        self._parameters = ParameterWatch(module, subspace.layout)
-        steps = self._choice.total_steps if self._groups is None else self._groups.steps
+        assert self.choice is not None
+        self.parameters = ParameterWatch(module, subspace.layout)
+        steps = self.choice.total_steps if self.groups is None else self.groups.steps
         return SubspaceOptimizer(
             module.named_parameters(),
             subspace,
-            self._choice.solver,
+            span.with_radius(self.choice.solver, chosen=self.selection.origin is not None),
             total_steps=steps,
-            exchange=self._choice.share.exchange,
+            exchange=self.choice.share.exchange,
         )
 
     # --- steps
@@ -152,29 +168,49 @@ class Optimization:
             Exception: What the optimizer's own work has failed with.
         """
         raise_what_failed(self.optimizer)
-        if self._parameters is not None:
-            self._parameters.look()
+        if self.parameters is not None:
+            self.parameters.look()
         doubtful, self._doubtful = self._doubtful, []
         _warn_of_missing_gradients(doubtful, module)
         if self._step_watch is not None and step_was_taken(trainer):
             self._step_watch.look(module)
+        self.measure(trainer, module)
         self._go_to_next_group(trainer, module, store)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the phase so far, those without effect too."""
+        assert self.optimizer is not None
+        now = self.optimizer.steps + self.optimizer.skipped_steps
+        return now + self.steps_before + self.skipped_before
+
+    def measure(self, trainer: Trainer, module: LightningModule, *, at_end: bool = False) -> None:
+        """Compare what is in the model on held-out data, where that is due."""
+        if self.optimizer is not None:
+            self.selection.look(trainer, module, self.steps, self._point, at_end=at_end)
+
+    def _point(self) -> dict[str, Any]:
+        """What the phase can go back to."""
+        assert self.optimizer is not None
+        raw = {} if self.groups is not None else {"raw": self.optimizer.raw.clone()}
+        now = self.averaging_weights
+        return {"averaging_weights": now, **raw}
 
     def _go_to_next_group(self, trainer: Trainer, module: LightningModule, store: Store) -> None:
         """Go on with the next group of candidates where it is due."""
-        optimizer, groups = self.optimizer, self._groups
+        optimizer, groups = self.optimizer, self.groups
         if optimizer is None or groups is None or groups.last:
             return
         if optimizer.steps + optimizer.skipped_steps < groups.steps:
             return
-        self._groups = groups.following(optimizer.averaging_weights)
+        self.groups = groups.following(optimizer.averaging_weights)
         try:
             subspace = self._build(trainer, module, store)
         except BaseException:
-            self._groups = groups  # as the optimizer, should a checkpoint be written now
+            self.groups = groups  # as the optimizer, should a checkpoint be written now
             raise
-        self._steps_before += optimizer.steps
-        self._skipped_before += optimizer.skipped_steps
+        self.steps_before += optimizer.steps
+        self.skipped_before += optimizer.skipped_steps
         self.optimizer = self._make_optimizer(module, subspace)
         guard_step(self.optimizer)
         self._step_watch = StepWatch(self.optimizer)
@@ -186,7 +222,10 @@ class Optimization:
         if self.optimizer is None:
             return None
         weights = self.optimizer.averaging_weights
-        return weights if self._groups is None else self._groups.weights(weights)
+        if self.groups is not None:
+            return self.groups.weights(weights)
+        origin = self.selection.origin
+        return weights if origin is None else origin + weights
 
     def average_buffers(self, module: LightningModule) -> bool:
         """Make floating-point buffers equal on all ranks where DDP does not; every rank calls it.
@@ -199,54 +238,6 @@ class Optimization:
         average_buffers_(module)
         return True
 
-    # --- the end
-
-    def put_result(self, module: LightningModule, store: Store) -> Tensor:
-        """Write the average that was learned, where the model does not hold it already.
-
-        Returns:
-            Its averaging weights, ``(n, B)``.
-        """
-        optimizer = self.optimizer
-        assert optimizer is not None
-        weights = optimizer.averaging_weights
-        if self._groups is not None:
-            weights = self._groups.result(weights)
-        replaced = self._parameters is not None and self._parameters.replaced_in(module)
-        optimizer.write_parameters()  # nothing else than what the coefficients say
-        if self._groups is not None or optimizer.parametrization.samples or replaced:
-            # of the candidates themselves, without the rounding of the basis
-            try:
-                with in_common():
-                    put_weighted(module, store, optimizer.subspace.layout.specs, weights)
-            except Exception as error:  # a file that has gone meanwhile, say
-                optimizer.write_parameters()
-                now = self.averaging_weights
-                assert now is not None
-                weights = now
-                rank_zero_warn(
-                    f"The average that was learned could not be put together from the candidates "
-                    f"({type(error).__name__}: {error}). The model has what the phase ended with"
-                    + (", its last group's." if self._groups is not None else ".")
-                )
-        return weights
-
-    def tell_what_was_done(self, averaging_weights: Tensor, batchnorm_batches: int | None) -> None:
-        """See :func:`lightning_twa.phases.report.finish_report`."""
-        assert self.optimizer is not None
-        lines = report.finish_report(
-            self.optimizer,
-            averaging_weights,
-            self._steps_before + self.optimizer.steps,
-            None if self._choice is None else self._choice.total_steps,
-            self._skipped_before + self.optimizer.skipped_steps,
-            batchnorm_batches,
-            self.losses,
-            time.perf_counter() - self._began,
-        )
-        for line in lines:
-            rank_zero_info(line)
-
     def stand_still(self, trainer: Trainer) -> None:
         """Free the basis; the model keeps the weights that it has until the run ends."""
         self.forget()
@@ -256,9 +247,10 @@ class Optimization:
     def forget(self) -> None:
         """Free the basis."""
         self.failed = False
-        self._parameters = self._step_watch = None
-        self.optimizer = self._groups = self._choice = None
-        self._steps_before = self._skipped_before = 0
+        self.parameters = self._step_watch = None
+        self.optimizer = self.groups = self.choice = None
+        self.steps_before = self.skipped_before = 0
+        self.selection.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """What the phase goes on from: coefficients, the solver's state, directions, groups."""
@@ -266,12 +258,13 @@ class Optimization:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "mixing": self.optimizer.subspace.mixing,
+            "heldout": self.selection.state_dict(),
         }
-        if self._groups is not None:
+        if self.groups is not None:
             state["groups"] = {
-                **self._groups.state_dict(),
-                "steps_before": self._steps_before,
-                "skipped_before": self._skipped_before,
+                **self.groups.state_dict(),
+                "steps_before": self.steps_before,
+                "skipped_before": self.skipped_before,
             }
         return state
 

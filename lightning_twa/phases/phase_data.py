@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 
 from lightning_twa.config import DATA, Settings
 from lightning_twa.trainer import (
+    hold_back,
     hook_loader,
     is_a,
     is_empty,
@@ -15,16 +16,20 @@ from lightning_twa.trainer import (
     shares_of_data,
     shuffled,
     validation_loader,
+    validation_parts,
 )
 
-__all__ = ["request_loader"]
+__all__ = ["hold_out_loader", "request_loader"]
+
+HELD_BACK = 0.25  # of the data that coefficients are trained on
 
 
-def request_loader(settings: Settings, trainer: Trainer) -> Any:
+def request_loader(settings: Settings, trainer: Trainer) -> tuple[Any, Any]:
     """Get the data of the phase, early, so that what is wrong with it shows before training.
 
     Returns:
-        A dataloader, or ``None`` when the phase uses the training data.
+        A dataloader, or ``None`` when the phase uses the training data; and one of the samples of
+        it that are held back to compare averages on, or ``None``.
 
     Raises:
         ValueError: When there is none, or more than one.
@@ -51,7 +56,8 @@ def request_loader(settings: Settings, trainer: Trainer) -> Any:
                 "data='twa'."
             )
         _check_not_empty(settings, loader)
-        return shuffled(loader, shares_of_data(trainer))
+        rest, held_back = _divided(settings, loader)
+        return shuffled(rest, shares_of_data(trainer)), held_back
     if settings.data == "twa":
         loader = hook_loader(trainer, "twa_dataloader")
         if loader is None:
@@ -66,8 +72,54 @@ def request_loader(settings: Settings, trainer: Trainer) -> Any:
                 "a Trainer cannot train. Use mode='min_size', 'max_size' or 'max_size_cycle'."
             )
         _check_not_empty(settings, loader)
-        return own_copy(loader)
-    return None
+        rest, held_back = _divided(settings, loader)
+        if held_back is not None:
+            return shuffled(rest, shares_of_data(trainer)), held_back
+        return own_copy(loader), None
+    return None, None
+
+
+def _divided(settings: Settings, loader: Any) -> tuple[Any, Any]:
+    """What the coefficients are trained on, and what is held back of it where that is due."""
+    due = settings.heldout == settings.data or (
+        settings.heldout == "auto" and settings.data == "val"
+    )
+    parts = hold_back(loader, HELD_BACK) if due else None
+    return (loader, None) if parts is None else parts
+
+
+def hold_out_loader(
+    settings: Settings, trainer: Trainer, held_back: Any
+) -> tuple[Any, str | None, str]:
+    """The data that averages are compared on.
+
+    Args:
+        settings: The arguments of the callback.
+        trainer: In training.
+        held_back: See :func:`request_loader`.
+
+    Returns:
+        A dataloader or ``None``, what its data are, in words, and why there are none.
+    """
+    kind = settings.heldout
+    if kind is None or settings.uniform:
+        return None, None, "heldout=None"
+    if held_back is not None:
+        return held_back, f"a quarter of {DATA[settings.data]}", ""
+    if settings.data == "val" and kind in ("auto", "val"):
+        reason = "the coefficients are trained on the validation data, which cannot be divided"
+        return None, None, reason
+    if kind == "twa":
+        loader = None if settings.data == "twa" else hook_loader(trainer, "twa_dataloader")
+        reason = "there is no twa_dataloader() hook, or its data cannot be divided"
+        return loader, None if loader is None else DATA["twa"], reason
+    parts = validation_parts(trainer)
+    if len(parts) != 1:
+        several = f"there are {len(parts)} validation dataloaders" if parts else "no validation"
+        return None, None, several
+    if is_empty(parts[0]):
+        return None, None, "the validation data are empty"
+    return parts[0], DATA["val"], ""
 
 
 def _check_not_empty(settings: Settings, loader: Any) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_twa.config import DATA, Settings
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.results import effective_candidates
 from lightning_twa.subspace import SubspaceOptimizer
@@ -20,6 +22,7 @@ __all__ = [
     "groups_report",
     "log_count",
     "switch_report",
+    "tell_what_begins",
     "uniform_report",
 ]
 
@@ -103,6 +106,40 @@ def switch_report(
     )
 
 
+class Begun(Protocol):
+    """A phase that begins; see :class:`~lightning_twa.phases.optimize.Optimization`."""
+
+    settings: Settings
+    optimizer: SubspaceOptimizer | None
+    groups: CandidateGroups | None
+    choice: Any
+    started: dict[str, Any]
+
+
+def tell_what_begins(phase: Begun, names: list[str], chosen: str | None) -> None:
+    """Say what a phase begins with.
+
+    Args:
+        phase: The phase.
+        names: Names of the candidates.
+        chosen: The average that it starts from, where held-out data have chosen it.
+    """
+    assert phase.optimizer is not None
+    if phase.choice.share.text is not None:
+        rank_zero_info(phase.choice.share.text)
+    data = phase.settings.data
+    rank_zero_info(switch_report(phase.optimizer, names, DATA[data], phase.started))
+    if chosen is not None:
+        rank_zero_info(f"TWA: of the averages without learning {chosen!r} has the least loss.")
+    if phase.groups is not None:
+        rank_zero_info(groups_report(phase.groups))
+    if data == "val":
+        rank_zero_warn(
+            "TWACallback(data='val') trains the averaging coefficients on the validation data: "
+            "from here on validation metrics are not held out. Judge the result on test data."
+        )
+
+
 def groups_report(groups: CandidateGroups) -> str:
     """How the candidates are divided, in one line."""
     return (
@@ -135,7 +172,7 @@ def finish_report(
         seconds: The phase took, re-estimation included; since it was resumed if it was.
     """
     unit = " standard deviations" if optimizer.subspace.config.basis == "pca" else ""
-    origin = "the uniform average" if optimizer.subspace.starts_at_mean else "their group's start"
+    origin = "the uniform average" if optimizer.subspace.starts_at_mean else "their start"
     effective, n = effective_candidates(averaging_weights), averaging_weights.shape[0]
     how = f"finished after {count(steps, 'optimizer step')}"
     if planned is not None and steps + skipped < planned:

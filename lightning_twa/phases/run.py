@@ -26,6 +26,7 @@ from lightning_twa.phases.transitions import (
     check_event,
     check_following,
 )
+from lightning_twa.results import Result
 from lightning_twa.trainer import LoadHook, at_epoch_start
 
 __all__ = ["Run"]
@@ -233,6 +234,11 @@ class Run:
     def averaging_weights(self) -> Tensor | None:
         """``(n, B)``, of the weights in the model or learned last."""
         return self.averaging.averaging_weights
+
+    @property
+    def result(self) -> Result | None:
+        """What the last phase was worth."""
+        return self.averaging.result
 
     @property
     def average_path(self) -> str | None:

@@ -15,6 +15,7 @@ from lightning_twa.candidates import leave_out_frozen
 from lightning_twa.checkpoint import FORMAT_VERSION, check_state
 from lightning_twa.config import Settings
 from lightning_twa.phases.averaging import Averaging
+from lightning_twa.results import Result
 
 __all__ = [
     "check_settings",
@@ -29,7 +30,7 @@ __all__ = [
 
 # Of what a phase may have been begun with before these settings were kept
 LATER_SETTINGS = {"parametrization": "free", "mask_size": None, "group_size": None}
-KEPT = ("settings", "optimizer", "mixing", "groups")  # what a phase goes on from
+KEPT = ("settings", "optimizer", "mixing", "groups", "heldout")  # what a phase goes on from
 
 
 def dump(
@@ -67,6 +68,8 @@ def dump(
     weights = averaging.averaging_weights
     if weights is not None:
         state.update(averaging_weights=weights, block_names=list(averaging.block_names))
+    if phase == "done" and averaging.result is not None:
+        state["result"] = averaging.result.state_dict()
     if averaging.trajectory.points is not None:
         state["path"] = averaging.trajectory.state_dict()
     return state
@@ -138,6 +141,7 @@ def load(averaging: Averaging, state: dict[str, Any]) -> None:
         averaging.collector.load_state_dict(state["candidates"], complete=phase != "collect")
     averaging.learned = state.get("averaging_weights")
     averaging.raw = state.get("raw")
+    averaging.result = Result.from_state(state["result"]) if "result" in state else None
     averaging.block_names = list(state.get("block_names", []))
     if "path" in state:
         averaging.trajectory.load_state_dict(state["path"])

@@ -17,6 +17,7 @@ from lightning_twa.candidates import (
     mean_buffers,
     put_weighted,
     varying,
+    weighted,
 )
 from lightning_twa.config import Settings, SolverConfig
 from lightning_twa.machine import in_common
@@ -24,6 +25,7 @@ from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.phases.ranks import Sharing, decide
 from lightning_twa.subspace import (
     Subspace,
+    SubspaceOptimizer,
     build_subspace,
     kept_by_mask,
     local_part,
@@ -31,7 +33,15 @@ from lightning_twa.subspace import (
 )
 from lightning_twa.trainer import max_epochs, show_progress, steps_for, steps_per_epoch
 
-__all__ = ["Choice", "build", "choose", "prepare_model", "steps_of_phase"]
+__all__ = [
+    "Choice",
+    "build",
+    "choose",
+    "prepare_model",
+    "put_exactly",
+    "steps_of_phase",
+    "with_radius",
+]
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,12 @@ def steps_of_phase(
     return max(min(limits), 1) if limits else None
 
 
+def with_radius(solver: SolverConfig, *, chosen: bool) -> SolverConfig:
+    """The solver with the radius that suits a start that was chosen."""
+    given = solver.lr is not None or solver.radius is not None
+    return solver if given or not chosen else replace(solver, radius=1.0)
+
+
 def prepare_model(module: LightningModule, store: Store, spanned: set[str]) -> None:
     """Write into a model what the subspace does not span: buffers, averaged, and parameters that
     are the same in all candidates, since those from files may be others than the module's, which
@@ -143,6 +159,34 @@ def prepare_model(module: LightningModule, store: Store, spanned: set[str]) -> N
         copy_into(module, {k: v for k, v in newest.parameters.items() if k not in spanned})
 
 
+def put_exactly(
+    module: LightningModule, store: Store, optimizer: SubspaceOptimizer, weights: Tensor
+) -> bool:
+    """Write an average of the candidates themselves, without the rounding of the basis.
+
+    Args:
+        module: The model.
+        store: The candidates.
+        optimizer: Of the phase; where it fails the model gets what its coefficients say.
+        weights: ``(n, B)``.
+
+    Returns:
+        Whether it could be done; a warning says why not.
+    """
+    try:
+        with in_common():
+            put_weighted(module, store, optimizer.subspace.layout.specs, weights)
+    except Exception as error:  # a file that has gone meanwhile, say
+        optimizer.write_parameters()
+        rank_zero_warn(
+            f"The average that was learned could not be put together from the candidates "
+            f"({type(error).__name__}: {error}). The model has what the phase ended with, of "
+            f"groups of candidates its last group."
+        )
+        return False
+    return True
+
+
 def build(
     settings: Settings,
     trainer: Trainer,
@@ -150,6 +194,7 @@ def build(
     store: Store,
     share: Sharing,
     groups: CandidateGroups | None,
+    origin: Tensor | None = None,
     mixing: Tensor | None = None,
 ) -> Subspace:
     """The subspace of all candidates or of the current group, with the directions of a checkpoint.
@@ -161,6 +206,8 @@ def build(
         store: The candidates.
         share: What is held here.
         groups: Groups of candidates.
+        origin: ``(n, B)`` averaging weights of where the phase starts, if not the uniform average
+            of all candidates.
         mixing: ``(B, k, n)`` of a phase that goes on.
     """
     members, start = list(store), None
@@ -169,6 +216,9 @@ def build(
             put_weighted(module, store, share.columns.whole.specs, groups.start)
         members = [members[i] for i in groups.members]
         start = {name: local_part(p) for name, p in module.named_parameters()}
+    elif origin is not None:
+        with in_common():
+            start = weighted(store, share.columns.whole.specs, origin)
     passes = 3 if mixing is None else 2
     total = passes * share.columns.local.numel
     with show_progress(trainer, "building the subspace", " columns", total) as tick:

@@ -118,7 +118,9 @@ class Collecting(Stage):
         """Take candidates by steps; after the first batch, see whether the phase's data will do."""
         if not self._tried:
             self._tried = True
-            self.averaging.optimization.switch.try_data(trainer)
+            phase = self.averaging.optimization
+            phase.switch.try_data(trainer)
+            phase.selection.try_batch(trainer, module, phase.switch.held_back)
         self._between_steps = step_was_taken(trainer)
         self.averaging.collector.follow_step(trainer, module)
         return self._finish_if_due(trainer, module)

@@ -28,11 +28,15 @@ class Switch:
 
     Args:
         settings: The arguments of the callback.
+
+    Attributes:
+        held_back: A loader of samples of the phase's own data that it is not trained on.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._loader: Any = None
+        self.held_back: Any = None
         self._changes: TrainerSwitch | None = None
 
     @property
@@ -44,7 +48,7 @@ class Switch:
         """Get the data of the phase, early; see
         :func:`lightning_twa.phases.phase_data.request_loader`.
         """
-        self._loader = request_loader(self.settings, trainer)
+        self._loader, self.held_back = request_loader(self.settings, trainer)
         return self._loader
 
     def try_data(self, trainer: Trainer) -> None:
@@ -180,7 +184,7 @@ class Switch:
         if self._changes is not None:
             self._changes.restore()
             self._changes = None
-        self._loader = None
+        self._loader = self.held_back = None
 
     def leave(self, trainer: Trainer) -> None:
         """Give the Trainer back at the start of an epoch, which then trains as usual."""

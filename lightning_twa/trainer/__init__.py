@@ -35,6 +35,14 @@ from lightning_twa.trainer.features import (
     shards_parameters,
     strategy_names,
 )
+from lightning_twa.trainer.held_out import (
+    batch_losses,
+    batch_size_of,
+    draw_batches,
+    hold_back,
+    training_batch_size,
+    validation_parts,
+)
 from lightning_twa.trainer.module_hooks import LoadHook, as_saved
 from lightning_twa.trainer.position import (
     at_epoch_start,
@@ -66,6 +74,8 @@ __all__ = [
     "as_saved",
     "at_epoch_start",
     "batch_hooks",
+    "batch_losses",
+    "batch_size_of",
     "batches_between_validations",
     "batches_in_all",
     "batches_seen",
@@ -74,9 +84,11 @@ __all__ = [
     "callback_names",
     "callbacks",
     "checkpoint_directory",
+    "draw_batches",
     "epoch_is_ending",
     "has_length",
     "has_validation_data",
+    "hold_back",
     "hook_loader",
     "is_a",
     "is_ddp",
@@ -102,9 +114,11 @@ __all__ = [
     "steps_for",
     "steps_per_epoch",
     "strategy_names",
+    "training_batch_size",
     "training_steps",
     "try_training_step",
     "validation_loader",
+    "validation_parts",
     "wait_for_files",
     "was_stopped_early",
     "was_trained",

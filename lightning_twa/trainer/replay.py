@@ -23,7 +23,7 @@ from lightning_twa.trainer.data import own_copy
 from lightning_twa.trainer.features import is_a
 from lightning_twa.trainer.progress_bar import show_progress
 
-__all__ = ["modules_in_training", "training_steps", "try_training_step"]
+__all__ = ["modules_in_training", "training_steps", "try_training_step", "without_traces"]
 
 LOGGING = ("log", "log_dict")
 
@@ -111,6 +111,33 @@ def try_training_step(trainer: Trainer, module: LightningModule, loader: Any) ->
         for batch in _second_pass(combined, stack.callback):
             _training_step(trainer, module, batch, 0, ())
             break
+
+
+@contextmanager
+def without_traces(
+    trainer: Trainer, module: LightningModule, in_training: Collection[nn.Module]
+) -> Iterator[Callable[..., Any]]:
+    """Lets ``training_step`` be run on batches, without gradients: nothing is logged, and buffers,
+    metrics, modes and random states are as before.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        in_training: The modules to have in training mode.
+
+    Returns:
+        A function of a batch, its index and hooks, which returns what the step does.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(isolate_rng())
+        stack.enter_context(_training_stage(trainer))
+        stack.enter_context(_modes(module, in_training))
+        stack.enter_context(_gradients_wanted_as_before(module))
+        stack.enter_context(_logging_off(module))
+        stack.enter_context(_metrics_kept(module))
+        stack.enter_context(_buffers_kept(module))
+        yield partial(_training_step, trainer, module)
 
 
 @contextmanager
@@ -273,7 +300,7 @@ def _training_step(
     batch: Any,
     batch_idx: int,
     hooks: Sequence[Callable[[Any, int], Any]],
-) -> None:
+) -> Any:
     """Run the module's ``training_step`` on a batch from a loader, as the Trainer would."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -282,4 +309,4 @@ def _training_step(
         hook(batch, batch_idx)
     arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
     with trainer.precision_plugin.train_step_context():
-        module.training_step(*arguments.values())
+        return module.training_step(*arguments.values())

@@ -1,0 +1,140 @@
+"""What held-out data decide: from which average the phase starts, and which point of its path the
+run ends with. Pure functions of names and numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_twa.candidates import decay_curve
+
+__all__ = ["LAST", "POINTS", "Comparison", "fixed_averages", "points_of_path"]
+
+LAST = "last weights"
+POINTS = 8  # of the path
+WINDOWS = (2, 4, 8)  # newest snapshots
+SINGLE = 16  # candidates of a soup, of which each is compared too
+
+
+def fixed_averages(names: Sequence[str], given: Sequence[str], *, soup: bool) -> dict[str, Tensor]:
+    """The averages with weights that are fixed beforehand, of which the best may be the start.
+
+    Args:
+        names: Of the candidates, oldest first.
+        given: Those of them that are no snapshots of this run: running averages and files.
+        soup: Whether all are from files.
+
+    Returns:
+        ``(n,)`` float64 averaging weights by what a reader calls the average.
+    """
+    n = len(names)
+    own = [i for i, name in enumerate(names) if name not in given]
+    averages = [i for i, name in enumerate(names) if name in given and _is_average(name)]
+    files = [i for i in range(n) if i not in own and i not in averages]
+    if soup:
+        result = {"uniform": _uniform(range(n), n)}
+        singles = {names[i]: _uniform([i], n) for i in range(n)}
+        return {**result, **(singles if n <= SINGLE else {})}
+    result = {LAST: _uniform(own[-1:], n)} if own else {}
+    # the last weights are beside the snapshots where these do not end with them
+    snapshots = [i for i in own if not (i == own[-1] and _is_extra(names, own))]
+    if len(snapshots) + len(files) > 1:
+        result["uniform"] = _uniform([*files, *snapshots], n)
+    for k in WINDOWS:
+        if k < len(snapshots):
+            result[f"last {k}"] = _uniform(snapshots[-k:], n)
+    if len(snapshots) > 2:
+        curve = torch.zeros(n, dtype=torch.float64, device="cpu")
+        curve[snapshots] = torch.tensor(decay_curve(len(snapshots)), dtype=torch.float64)
+        result["1-sqrt curve"] = curve
+    result.update({names[i]: _uniform([i], n) for i in averages})
+    return result
+
+
+def _is_average(name: str) -> bool:
+    return name == "mean" or name.startswith(("power(", "ema("))
+
+
+def _is_extra(names: Sequence[str], own: Sequence[int]) -> bool:
+    """Whether the newest is named by its step, and the others by their epochs."""
+    kinds = {names[i].partition("=")[0] for i in own[:-1]}
+    return names[own[-1]].startswith("step=") and kinds != {"step"}
+
+
+def _uniform(members: Sequence[int] | range, n: int) -> Tensor:
+    weights = torch.zeros(n, dtype=torch.float64, device="cpu")
+    weights[list(members)] = 1 / len(members)
+    return weights
+
+
+def points_of_path(steps: int | None) -> list[int]:
+    """After how many steps of the phase its weights are compared; its end is, in any case.
+
+    Args:
+        steps: Of the phase; ``None`` where that is not known.
+    """
+    if steps is None:
+        return []
+    return sorted({max(round(steps * i / POINTS), 1) for i in range(1, POINTS + 1)})
+
+
+class Comparison:
+    """Losses on the same held-out batches, of averages and of points of the path, and what follows
+    from them.
+
+    Attributes:
+        fixed: ``(m,)`` losses of each fixed average.
+        path: The same of each point, by its optimizer step of the phase.
+        best: What the phase goes back to if its best point is not its last: that point.
+    """
+
+    def __init__(self) -> None:
+        self.fixed: dict[str, Tensor] = {}
+        self.path: dict[int, Tensor] = {}
+        self.best: dict[str, Any] = {}
+
+    @property
+    def start(self) -> str:
+        """The best fixed average."""
+        return min(self.fixed, key=lambda name: _mean(self.fixed[name]))
+
+    @property
+    def accepted(self) -> int | None:
+        """The step of the best point of the path; ``None`` where the start is better than all."""
+        if not self.path:
+            return None
+        step = min(self.path, key=lambda s: _mean(self.path[s]))
+        return step if _mean(self.path[step]) < _mean(self.fixed[self.start]) else None
+
+    def gain_of(self, step: int) -> tuple[float, float]:
+        """By how much a point is better than the start, the mean over batches, and its standard
+        error.
+        """
+        gain = self.fixed[self.start] - self.path[step]
+        spread = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
+        return float(gain.mean()), spread
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to go on with."""
+        return {
+            "fixed": dict(self.fixed),
+            "path": [{"step": step, "losses": losses} for step, losses in self.path.items()],
+            "best": dict(self.best),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.fixed = dict(state["fixed"])
+        self.path = {point["step"]: point["losses"] for point in state["path"]}
+        self.best = dict(state["best"])
+
+
+def _mean(losses: Tensor) -> float:
+    """Where it is no number, worse than anything."""
+    value = float(losses.mean())
+    return value if math.isfinite(value) else math.inf

@@ -1,0 +1,197 @@
+"""Losses on held-out batches, by which weights are compared: forward passes that leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
+
+from lightning_twa.trainer.data import own_copy
+from lightning_twa.trainer.replay import without_traces
+
+__all__ = [
+    "batch_losses",
+    "batch_size_of",
+    "draw_batches",
+    "hold_back",
+    "training_batch_size",
+    "validation_parts",
+]
+
+SEED = 34701  # of the choice of samples, which is the same in a run that is resumed
+ROOM = 1 << 28  # bytes of main memory that the batches may take
+
+
+def validation_parts(trainer: Trainer) -> list[Any]:
+    """The dataloaders of the run's validation, as the Trainer has them now; none without any."""
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    limits = trainer.limit_val_batches
+    return [] if combined is None or limits == 0 else list(combined.flattened)
+
+
+def _is_sized(loader: Any) -> bool:
+    """Whether samples can be chosen by their index: a ``DataLoader`` that makes batches itself, of
+    a dataset with a length.
+    """
+    return (
+        type(loader) is DataLoader
+        and type(loader.batch_sampler) is BatchSampler
+        and loader.batch_size is not None
+        and not isinstance(loader.dataset, IterableDataset)
+        and hasattr(loader.dataset, "__len__")
+    )
+
+
+def batch_size_of(loader: Any) -> int | None:
+    """Samples in a batch, where the loader says so."""
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def training_batch_size(trainer: Trainer) -> int | None:
+    """Samples in a batch of training, where its loader says so."""
+    combined = trainer.fit_loop._combined_loader
+    parts = [] if combined is None else combined.flattened
+    return batch_size_of(parts[0]) if len(parts) == 1 else None
+
+
+def _order(size: int) -> list[int]:
+    """All indices in an order that is always the same."""
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def _with_samples(loader: Any, indices: Sequence[int], **changes: Any) -> Any:
+    """A loader of some of the samples."""
+    arguments: dict[str, Any] = {
+        "batch_size": min(loader.batch_size, len(indices)),
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "prefetch_factor": loader.prefetch_factor,
+    }
+    return DataLoader(Subset(loader.dataset, indices), **{**arguments, **changes})
+
+
+def hold_back(loader: Any, share: float) -> tuple[Any, Any] | None:
+    """Divide the samples of a loader at random, the same way always.
+
+    Args:
+        loader: A dataloader.
+        share: Of the samples that is held back.
+
+    Returns:
+        A loader of the others, in order, and one of those held back; ``None`` where samples cannot
+        be chosen, or are too few.
+    """
+    if not _is_sized(loader):
+        return None
+    size = len(loader.dataset)
+    held = int(share * size)
+    if held < 2 or size - held < 2:
+        return None
+    order = _order(size)
+    rest = _with_samples(
+        loader,
+        sorted(order[held:]),
+        drop_last=loader.drop_last and size - held > loader.batch_size,
+        persistent_workers=loader.persistent_workers,
+        generator=loader.generator,
+    )
+    return rest, _with_samples(loader, sorted(order[:held]))
+
+
+def draw_batches(loader: Any, at_most: int, rank: int, processes: int) -> list[Any]:
+    """Batches to compare weights on, in main memory: of samples that are chosen at random, the same
+    always; of a loader that does not allow that, its first ones.
+
+    Args:
+        loader: A dataloader.
+        at_most: So many batches of this process.
+        rank: This process.
+        processes: That share the samples, where they can be chosen.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        torch.manual_seed(SEED)
+        random.seed(SEED)
+        np.random.seed(SEED)
+        source = own_copy(loader)
+        if _is_sized(loader):
+            size = min(at_most * loader.batch_size * processes, len(loader.dataset))
+            own = _order(len(loader.dataset))[: size - size % processes][rank::processes]
+            whole = (
+                len(own) >= loader.batch_size
+            )  # a last batch of few samples counts as the others
+            source = _with_samples(loader, own, drop_last=whole)
+        batches: list[Any] = []
+        room = ROOM
+        for batch in source:
+            batches.append(batch)
+            room -= _bytes(batch)
+            if len(batches) >= at_most or room <= 0:
+                break
+        return batches
+
+
+def _bytes(batch: Any) -> int:
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.nbytes))
+    return sum(sizes)
+
+
+def batch_losses(
+    trainer: Trainer,
+    module: LightningModule,
+    batches: Sequence[Any],
+    in_training: Collection[nn.Module],
+    hooks: Sequence[Callable[[Any, int], Any]] = (),
+) -> list[float]:
+    """The loss of ``training_step`` on each batch, with the weights in place, in evaluation mode.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        batches: From :func:`draw_batches`.
+        in_training: The modules that are in training mode all the same: BatchNorm, whose own
+            statistics do not fit weights that are only looked at.
+        hooks: Called with each batch, on its device, and its index before the step.
+
+    Returns:
+        One number for each batch; not finite where the step has no loss.
+
+    Raises:
+        Exception: What the step raises.
+    """
+    found: list[Tensor] = []
+    with without_traces(trainer, module, in_training) as step:
+        for i, batch in enumerate(batches):
+            output = step(_own(batch), i, hooks)
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                return [float("nan")] * len(batches)
+            found.append(loss.detach())
+    return [float(loss) for loss in found]
+
+
+def _own(batch: Any) -> Any:
+    """A copy: a step may change its batch."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:  # of a kind that cannot be copied
+        return batch
