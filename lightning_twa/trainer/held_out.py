@@ -10,11 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
 from lightning_twa.trainer.data import own_copy
 from lightning_twa.trainer.replay import without_traces
@@ -41,10 +50,12 @@ def validation_parts(trainer: Trainer) -> list[Any]:
 
 def _is_sized(loader: Any) -> bool:
     """Whether samples can be chosen by their index: a ``DataLoader`` that makes batches itself, of
-    a dataset with a length.
+    all samples of a dataset with a length. A sampler of the user's may leave some out: those that
+    are trained on.
     """
     return (
         type(loader) is DataLoader
+        and isinstance(loader.sampler, (SequentialSampler, RandomSampler, DistributedSampler))
         and type(loader.batch_sampler) is BatchSampler
         and loader.batch_size is not None
         and not isinstance(loader.dataset, IterableDataset)
@@ -139,6 +150,8 @@ def draw_batches(loader: Any, at_most: int, rank: int, processes: int) -> list[A
                 len(own) >= loader.batch_size
             )  # a last batch of few samples counts as the others
             source = _with_samples(loader, own, drop_last=whole)
+        elif isinstance(loader, DataLoader):
+            _set_sampler_epoch(loader, 0)  # the Trainer sets it before every epoch of its own
         batches: list[Any] = []
         room = ROOM
         for batch in source:

@@ -1,0 +1,475 @@
+"""Held-out data choose where the phase starts, and what of its path is kept."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from helpers.common import Recorder, Regressor, loader, mse, regression_data, trainer, weights
+from helpers.resume import differences, run
+from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+from lightning_twa.phases.choose import Comparison, fixed_averages, points_of_path
+from lightning_twa.results import Result
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to"),
+    pytest.mark.filterwarnings("ignore:.*trains the averaging coefficients on the validation"),
+]
+
+POWER = (0.05, 0.13)
+AVERAGES = ["power(0.05)", "power(0.13)", "mean"]
+
+
+def make(**kwargs: Any) -> TWACallback:
+    collect = CollectConfig(start=1, power_averages=POWER)
+    return TWACallback(**{"start_epoch": 4, "heldout": "auto", "collect": collect, **kwargs})
+
+
+def fitted(
+    path: Path, twa: TWACallback, module: L.LightningModule | None = None, **kwargs: Any
+) -> L.LightningModule:
+    module = module or Regressor()
+    held_out = kwargs.pop("held_out", loader(32, seed=1))
+    trainer(path, callbacks=[twa], **kwargs).fit(module, loader(), held_out)
+    return module
+
+
+def mixed(twa: TWACallback, beta: Tensor | None = None) -> Tensor:
+    """The average with the callback's averaging weights, in float64."""
+    beta = twa.averaging_weights if beta is None else beta
+    return sum(
+        float(b) * torch.cat([t.double().reshape(-1) for t in c.parameters.values()])
+        for b, c in zip(beta[:, 0], twa.candidates, strict=True)
+    )
+
+
+# --- the fixed averages and what follows from their losses
+
+
+def test_every_average_that_one_could_take_is_there_and_sums_to_one() -> None:
+    given = ["power(0.05)", "ema(0.9)", "mean"]
+    names = [*given, *(f"epoch={e}" for e in range(10)), "step=123"]
+    found = fixed_averages(names, given, soup=False)
+    assert list(found) == [
+        *("last weights", "uniform", "last 2", "last 4", "last 8", "1-sqrt curve"),
+        *given,
+    ]
+    for weights_of_it in found.values():
+        assert float(weights_of_it.sum()) == pytest.approx(1)
+    assert found["last weights"].nonzero().tolist() == [[13]]
+    assert found["uniform"].nonzero().flatten().tolist() == list(range(3, 13))
+    assert found["last 4"].nonzero().flatten().tolist() == [9, 10, 11, 12]
+    assert found["power(0.05)"].nonzero().tolist() == [[0]]
+
+
+def test_of_snapshots_by_steps_the_newest_is_the_last_weights() -> None:
+    names = ["mean", "step=10", "step=20", "step=30"]
+    found = fixed_averages(names, ["mean"], soup=False)
+    assert found["last weights"].tolist() == [0, 0, 0, 1]
+    assert found["uniform"].tolist() == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
+
+
+def test_a_soup_has_the_uniform_average_and_each_alone() -> None:
+    found = fixed_averages(["a", "b"], ["a", "b"], soup=True)
+    assert {name: w.tolist() for name, w in found.items()} == {
+        "uniform": [0.5, 0.5],
+        "a": [1, 0],
+        "b": [0, 1],
+    }
+
+
+@pytest.mark.parametrize(
+    ("steps", "points"),
+    [(None, []), (1, [1]), (5, [1, 2, 3, 4, 5]), (32, [4, 8, 12, 16, 20, 24, 28, 32])],
+)
+def test_about_eight_points_of_the_path(steps: int | None, points: list[int]) -> None:
+    assert points_of_path(steps) == points
+
+
+@pytest.mark.parametrize(
+    ("path", "accepted", "gain"),
+    [({4: 1.0, 8: 0.5}, 8, 0.5), ({4: 0.4, 8: 0.5}, 4, 0.6), ({4: 1.5}, None, 0.0), ({}, None, 0)],
+)
+def test_the_best_of_start_and_points(path: dict[int, float], accepted: Any, gain: float) -> None:
+    comparison = Comparison()
+    noise = torch.tensor([0.1, -0.1, 0.0], dtype=torch.float64)
+    comparison.fixed = {"a": 1.0 + noise, "b": 2.0 + noise, "c": torch.full((3,), float("nan"))}
+    comparison.path = {step: loss - noise for step, loss in path.items()}
+    assert (comparison.start, comparison.accepted) == ("a", accepted)
+    if accepted is not None:
+        found, error = comparison.gain_of(accepted)
+        assert found == pytest.approx(gain)
+        assert error == pytest.approx(0.2 / 3**0.5)  # paired: batch by batch
+
+
+# --- in a run
+
+
+def test_the_phase_starts_from_the_best_fixed_average(tmp_path: Path) -> None:
+    twa = make()
+    starts: list[Tensor] = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+            if twa.phase == "optimize" and not starts:
+                starts.append(weights(module))
+
+    module = Regressor()
+    trainer(tmp_path, callbacks=[twa, Look()]).fit(module, loader(), loader(32, seed=1))
+    assert twa.result.start == min(twa.result.losses, key=twa.result.losses.get)
+    averages = fixed_averages(
+        twa.candidate_names, ["power(0.05)", "power(0.13)", "mean"], soup=False
+    )
+    assert twa.result.losses.keys() == averages.keys()
+    expected = mixed(twa, averages[twa.result.start][:, None])
+    torch.testing.assert_close(starts[0].double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(twa.averaging_path[0, :, 0], averages[twa.result.start].float())
+
+
+def reference_loss(module: nn.Module, held_out: DataLoader) -> float:
+    module.eval()
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm1d):
+            norm.train()
+    with torch.no_grad():
+        losses = [float(mse(module.net(x), y)) for x, y in held_out]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_its_losses_are_those_of_training_step_in_evaluation_mode(
+    tmp_path: Path, batchnorm: bool
+) -> None:
+    twa, module = make(), Regressor(batchnorm)
+    held_out = loader(16, 16, seed=1)  # one batch, whatever its order
+    fitted(tmp_path, twa, module, held_out=held_out)
+    averages = fixed_averages(
+        twa.candidate_names, ["power(0.05)", "power(0.13)", "mean"], soup=False
+    )
+    for name, beta in averages.items():
+        other, flat, at = copy.deepcopy(module), mixed(twa, beta[:, None]), 0
+        with torch.no_grad():
+            for p in other.parameters():
+                p.copy_(flat[at : at + p.numel()].view_as(p))
+                at += p.numel()
+        assert reference_loss(other, held_out) == pytest.approx(twa.result.losses[name], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"subspace": SubspaceConfig(blocks="tensor")},
+        {"subspace": SubspaceConfig(bits=4)},
+        {"subspace": SubspaceConfig(bits=16)},
+        {"subspace": SubspaceConfig(parametrization="simplex")},
+        {"subspace": SubspaceConfig(parametrization="mask")},
+        {"subspace": SubspaceConfig(group_size=3)},
+        {"subspace": SubspaceConfig(basis="orthonormal"), "solver": SolverConfig(lr=0.05)},
+        {"subspace": SubspaceConfig(basis="candidates"), "solver": SolverConfig(lr=0.05)},
+        {"solver": SolverConfig(sam_rho=0.1)},
+        {"data": "val"},
+        {"phase_steps": 6, "start_epoch": None},
+        {"cycles": 2, "start_epoch": 2},
+    ],
+    ids=str,
+)
+def test_the_result_is_the_best_of_all_that_was_measured(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    twa = make(**options)
+    module = fitted(tmp_path, twa)
+    result = twa.result
+    best = min([*result.losses.values(), *result.path.values()])
+    accepted = result.losses[result.start] if result.accepted is None else None
+    accepted = result.path[result.accepted] if accepted is None else accepted
+    assert accepted == best
+    assert result.gain == pytest.approx(result.losses[result.start] - accepted, abs=1e-6)
+    flat = mixed(twa)
+    if options.get("subspace", SubspaceConfig()).blocks == "global":
+        close = 1e-5 if options.get("subspace", SubspaceConfig()).bits == 32 else 0.05
+        torch.testing.assert_close(weights(module).double(), flat, rtol=close, atol=close)
+    else:
+        torch.testing.assert_close(twa.averaging_weights.sum(dim=0), torch.ones(4).double())
+
+
+class Backwards(Regressor):
+    """Its training loss rises in the phase where the held-out loss falls."""
+
+    pull = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return -loss if self.training and self.pull else loss
+
+
+class Pull(L.Callback):
+    def __init__(self, twa: TWACallback) -> None:
+        self.twa = twa
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+        module.pull = self.twa.phase == "optimize"
+
+
+@pytest.mark.parametrize("parametrization", ["free", "simplex", "mask"])
+@pytest.mark.parametrize("group_size", [None, 3])
+def test_a_path_that_held_out_data_do_not_like_ends_at_its_start(
+    tmp_path: Path, parametrization: str, group_size: int | None
+) -> None:
+    if group_size is not None and parametrization != "free":
+        pytest.skip("groups are of free coefficients")
+    subspace = SubspaceConfig(parametrization=parametrization, group_size=group_size)
+    twa, module = make(subspace=subspace, solver=SolverConfig(radius=20.0)), Backwards()
+    callbacks = [twa, Pull(twa)]
+    trainer(tmp_path, callbacks=callbacks).fit(module, loader(), loader(32, seed=1))
+    assert twa.result.accepted is None
+    assert "learning gained nothing here" in str(twa.result)
+    averages = fixed_averages(
+        twa.candidate_names, ["power(0.05)", "power(0.13)", "mean"], soup=False
+    )
+    expected = averages[twa.result.start]
+    torch.testing.assert_close(twa.averaging_weights[:, 0], expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(weights(module).double(), mixed(twa), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"subspace": SubspaceConfig(group_size=3)}, {"data": "val"}, {"start_epoch": None}],
+    ids=["plain", "groups", "val", "by steps"],
+)
+def test_a_resumed_run_measures_nothing_twice_and_ends_the_same(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    saver = ModelCheckpoint(tmp_path / "ck", save_top_k=-1, every_n_train_steps=1)
+    if "start_epoch" in options:
+        options = {"start_epoch": None, "phase_steps": 6}
+    results: list[Result] = []
+
+    def made() -> TWACallback:
+        return make(save_average=False, **options)
+
+    def outcome(path: Path | None = None) -> Any:
+        twas: list[TWACallback] = []
+
+        def kept() -> TWACallback:
+            twas.append(made())
+            return twas[0]
+
+        found = run(tmp_path, Regressor, kept, path, saver=saver if path is None else None)
+        result = twas[0].result
+        results.append(result)
+        found.callback.pop("result", None)  # has seconds
+        return found
+
+    whole = outcome()
+    paths = sorted((tmp_path / "ck").glob("*=*.ckpt"))
+    assert len(paths) >= 20
+    for path in sorted(paths, key=lambda path: int(path.stem.split("step=")[1]))[12:-1]:
+        assert differences(whole, outcome(path)) == []
+        again, first = results[-1], results[0]
+        assert (again.losses, again.path, again.accepted) == (
+            first.losses,
+            first.path,
+            first.accepted,
+        )
+
+
+def test_measuring_leaves_no_trace(tmp_path: Path) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    class Noisy(Regressor):
+        def __init__(self) -> None:
+            super().__init__(batchnorm=True)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.calls += 1
+            if not self.training:
+                seen.append((torch.is_grad_enabled(), self.net[1].training))
+                self.log("measured", 1.0)
+                batch[0].add_(torch.rand(()))
+            return super().training_step(batch, batch_idx)
+
+    twa, module = make(), Noisy()
+    held_out = loader(32, seed=1)
+    before = held_out.dataset.tensors[0].clone()
+    the_trainer = trainer(tmp_path, callbacks=[twa, Recorder(twa)])
+    the_trainer.fit(module, loader(), held_out)
+    assert set(seen) == {(False, True)}
+    assert "measured" not in the_trainer.logged_metrics
+    assert torch.equal(held_out.dataset.tensors[0], before)
+
+
+def test_the_random_numbers_of_training_are_those_without_measuring(tmp_path: Path) -> None:
+    class Dropped(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.drawn.append(float(torch.rand(())))
+            return super().training_step(batch, batch_idx)
+
+    drawn = []
+    for heldout in ("auto", None):
+        L.seed_everything(3, verbose=False)
+        module = Dropped()
+        module.drawn = []
+        fitted(tmp_path, make(heldout=heldout), module)
+        drawn.append(module.drawn)
+    measured, plain = drawn
+    assert [x for x in plain if x not in measured] == []
+
+
+# --- which data
+
+
+@pytest.mark.parametrize(
+    ("options", "held_out", "expected"),
+    [
+        ({}, loader(32), "the validation data"),
+        ({"heldout": "val"}, loader(32), "the validation data"),
+        ({"data": "val"}, loader(32), "a quarter of the validation data"),
+        ({"heldout": None}, loader(32), None),
+        ({}, None, None),
+        ({}, [loader(32), loader(32)], None),
+    ],
+)
+def test_the_data_that_it_is_measured_on(
+    tmp_path: Path, options: dict[str, Any], held_out: Any, expected: str | None
+) -> None:
+    class Several(Regressor):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+
+    twa = make(**options)
+    fitted(tmp_path, twa, Several(), held_out=held_out)
+    assert twa.result.heldout == expected
+    if expected is None:
+        assert (twa.result.start, twa.result.losses) == (None, {})
+        assert "is not known" in str(twa.result)
+    else:
+        assert len(twa.result.path) == min(8, twa.result.steps)
+        assert twa.result.measuring_seconds < twa.result.phase_seconds
+
+
+def test_what_is_held_back_is_not_trained_on(tmp_path: Path) -> None:
+    trained: set[float] = set()
+    compared: set[float] = set()
+
+    class Watching(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if twa.phase == "optimize":
+                (trained if self.training else compared).update(batch[1].flatten().tolist())
+            return super().training_step(batch, batch_idx)
+
+    twa = make(data="val", start_epoch=2, collect=CollectConfig(start=0, power_averages=POWER))
+    fitted(tmp_path, twa, Watching(), held_out=loader(128, 8, seed=1))
+    assert len(trained) == 96
+    assert len(compared) >= 8
+    assert not trained & compared
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(regression_data(32, 1))
+
+
+def test_data_that_cannot_be_divided_choose_nothing_and_the_log_says_so(
+    tmp_path: Path, caplog: Any
+) -> None:
+    twa = make(data="val", start_epoch=None, phase_steps=4)
+    with caplog.at_level("INFO"):
+        held_out = DataLoader(Stream(), 16)
+        trainer(tmp_path, callbacks=[twa], max_epochs=None, max_steps=24).fit(
+            Regressor(), loader(), held_out
+        )
+    assert twa.result.heldout is None
+    assert "cannot be divided" in caplog.text
+    assert "nothing is chosen by held-out data" in caplog.text
+
+
+def test_a_stream_of_validation_data_is_measured_on_its_first_batches(tmp_path: Path) -> None:
+    twa = make()
+    fitted(tmp_path, twa, held_out=DataLoader(Stream(), 16))
+    assert twa.result.heldout == "the validation data"
+
+
+class Picky(Regressor):
+    """Cannot take a batch outside of training."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.training:
+            raise RuntimeError("boxes are missing")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_cannot_take_held_out_batches(tmp_path: Path, caplog: Any) -> None:
+    twa = make()
+    with caplog.at_level("INFO"):
+        fitted(tmp_path, twa, Picky())
+    assert twa.phase == "done"
+    assert twa.result.heldout is None
+    assert "boxes are missing" in twa.result.reason
+    assert "boxes are missing" in caplog.text
+    with pytest.raises(ValueError, match=r"no loss for a batch of the validation data.*boxes are"):
+        fitted(tmp_path, make(heldout="val"), Picky())
+
+
+@pytest.mark.parametrize("heldout", ["val", "twa"])
+def test_data_that_are_asked_for_and_not_there_are_an_error(tmp_path: Path, heldout: str) -> None:
+    module = Regressor()
+    with pytest.raises(ValueError, match=rf"heldout='{heldout}'\) compares .* Use heldout='auto'"):
+        fitted(tmp_path, make(heldout=heldout), module, held_out=None)
+
+
+def test_a_step_that_fails_in_the_phase_leaves_its_end(tmp_path: Path) -> None:
+    class Late(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if not self.training and twa.phase == "optimize" and twa._run.optimization.steps > 3:
+                raise RuntimeError("out of patience")
+            return super().training_step(batch, batch_idx)
+
+    twa = make()
+    with pytest.warns(UserWarning, match=r"could not be measured in the phase.*out of patience"):
+        module = fitted(tmp_path, twa, Late())
+    assert twa.phase == "done"
+    torch.testing.assert_close(weights(module).double(), mixed(twa), rtol=1e-5, atol=1e-6)
+
+
+# --- what is read of it
+
+
+def test_the_losses_are_logged_under_plain_names(tmp_path: Path) -> None:
+    twa = make()
+    logger = CSVLogger(tmp_path)
+    fitted(tmp_path, twa, logger=logger, log_every_n_steps=1)
+    metrics = logger.experiment.metrics_keys
+    found = {key.removeprefix("twa/heldout/") for key in metrics if "heldout" in key}
+    assert {"last_weights", "uniform", "last_2", "power_0.05", "mean", "path"} <= found
+
+
+def test_the_result_travels_in_the_checkpoint_and_prints_a_table(tmp_path: Path) -> None:
+    twa = make(save_average=str(tmp_path / "twa.ckpt"))
+    fitted(tmp_path, twa)
+    text = str(twa.result)
+    assert text.startswith("loss on the validation data, ")
+    assert "best fixed" in text
+    assert "result" in text
+    state = torch.load(tmp_path / "twa.ckpt", weights_only=True)["callbacks"]["TWACallback"]
+    again = make()
+    again._run.load(None, state)
+    assert again.result.losses == twa.result.losses
+    assert str(again.result) == text
+    with pytest.raises(AttributeError):
+        twa.result.start = "x"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("bad", ["train", "test", True, 1])
+def test_other_held_out_data_are_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match="Invalid heldout="):
+        TWACallback(heldout=bad)
