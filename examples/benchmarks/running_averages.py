@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from digits import Classifier, Digits
 from overhead import measure
 
-from lightning_twa.candidates import RunningAverages
+from lightning_twa.candidates.running_averages import RunningAverages
 
 DECAYS = (0.9, 0.97, 0.99, 0.995, 0.998)
 

@@ -26,7 +26,7 @@ def copied(stage: Stage) -> Stage:
     """
     now = stage.averaging
     twin = copy.copy(now)  # shares what is not replaced here
-    twin.optimization = Optimization(now.settings)
+    twin.optimization = Optimization(now.settings, now.batches)
     twin.optimization.started = now.optimization.started
     twin.learned = now.averaging_weights
     if isinstance(stage, Done):

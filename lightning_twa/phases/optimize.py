@@ -258,8 +258,9 @@ class Optimization:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "mixing": self.optimizer.subspace.mixing,
-            "heldout": self.selection.state_dict(),
         }
+        if self.selection.chose:
+            state["heldout"] = self.selection.state_dict()
         if self.groups is not None:
             state["groups"] = {
                 **self.groups.state_dict(),

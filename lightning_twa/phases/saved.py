@@ -68,7 +68,7 @@ def dump(
     weights = averaging.averaging_weights
     if weights is not None:
         state.update(averaging_weights=weights, block_names=list(averaging.block_names))
-    if phase == "done" and averaging.result is not None:
+    if phase == "done" and averaging.result is not None and averaging.result.heldout is not None:
         state["result"] = averaging.result.state_dict()
     if averaging.trajectory.points is not None:
         state["path"] = averaging.trajectory.state_dict()

@@ -157,7 +157,7 @@ def test_a_result_that_cannot_be_put_together(tmp_path, monkeypatch, kind) -> No
     class AtEnd(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
             if trainer.global_step == 23:
-                monkeypatch.setattr(optimize, "put_weighted", planned)
+                monkeypatch.setattr(span, "put_weighted", planned)
 
     callback = twa(4, **KINDS[kind])
     with pytest.warns(UserWarning, match=r"could not be put together .*RuntimeError: planned"):
