@@ -1,4 +1,4 @@
-"""The data of the claims benchmark, that ships with scikit-learn and Python.
+"""The data of the claims benchmark that ships with scikit-learn and Python.
 
 Batches depend on (seed, epoch) only; a run that stops early is the first part of the full one.
 """
@@ -96,6 +96,12 @@ def shuffled(dataset: TensorDataset, batch_size: int, seed: int, augment: Augmen
     return Loader(draw, math.ceil(len(x) / batch_size), seed)
 
 
+def mislabelled(y: Tensor, wrong: float, classes: int, generator: torch.Generator) -> Tensor:
+    """Labels of which the share ``wrong`` is drawn at random, the right one among them."""
+    replaced = torch.rand(len(y), generator=generator) < wrong
+    return torch.where(replaced, torch.randint(classes, (len(y),), generator=generator), y)
+
+
 def digits(
     seed: int,
     sizes: tuple[int, int],
@@ -103,12 +109,14 @@ def digits(
     noise: float,
     augment: Augment = unchanged,
     wrong: float = 0.0,
+    clean_validation: bool = False,
     classes: Sequence[int] = range(10),
 ) -> Data:
     """Digits of consecutive classes, which are labelled from 0; what is left over is for testing.
 
-    ``sizes`` are images for training and validation, ``wrong`` is the share of training labels
-    drawn at random. Pixels from 0 to 1 get noise once, but ``add_noise`` gets clean ones.
+    ``sizes`` are images for training and validation, ``wrong`` is the share of their labels drawn
+    at random; those for testing are right. Pixels from 0 to 1 get noise once, but ``add_noise``
+    gets clean ones.
     """
     generator = generator_of(seed, 1001)
     bunch = load_digits()
@@ -119,9 +127,8 @@ def digits(
     train = sizes[0]
     start = train if augment is add_noise else 0
     x[start:] += noise * torch.randn(x[start:].shape, generator=generator)
-    replaced = torch.rand(train, generator=generator) < wrong
-    labels = torch.randint(len(classes), (train,), generator=generator)
-    y[:train] = torch.where(replaced, labels, y[:train])
+    noisy = train if clean_validation else sum(sizes)
+    y[:noisy] = mislabelled(y[:noisy], wrong, len(classes), generator)
     split = [*sizes, len(x) - sum(sizes)]
     parts = [TensorDataset(*part) for part in zip(x.split(split), y.split(split), strict=True)]
     return Data(shuffled(parts[0], batch_size, seed, augment), parts[1], parts[2])

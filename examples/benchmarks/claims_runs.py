@@ -1,124 +1,180 @@
-"""Runs of the claims benchmark: ordinary training that leaves its weights in files, and scores.
+"""What the rows of the claims benchmark are made of: fixed averages, learning-rate drops, scores.
 
-Scores are accuracy in percent and NLL in nats.
-
-    python examples/benchmarks/claims_runs.py all --seed 1        # are the tasks sound?
+A fixed average is a profile: how much the weights after each optimizer step of a run count. All of
+them come from one ordinary run. Nothing here uses ``lightning_twa``.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import tempfile
-import time
-from collections.abc import Collection, Sequence
-from functools import partial
-from pathlib import Path
+import math
 from typing import Any
 
 import lightning as L
 import torch
-from claims_data import Data, generator_of, soup_data
-from claims_tasks import TASKS, Learner, Recipe, Task, fit, pretrained
+from claims_data import Batch, Data
+from claims_tasks import Learner, Task
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import update_bn
 
-from lightning_twa.candidates import RunningAverages
+EMA_DECAYS = (0.9, 0.97, 0.99, 0.995, 0.998)  # per optimizer step
+SIGMAS = (0.02, 0.056, 0.13, 0.23)  # relative widths of power averages
+WINDOWS = (2, 4, 8, 16)  # snapshots
+STATISTICS = 50  # batches for BatchNorm; docs/benchmarks.md says why that is enough
+LAST = "last weights"
 
-EMA_DECAYS = (0.9, 0.97, 0.99)  # of the baselines, per optimizer step
-BANK = (0.9, 0.97, 0.99, 0.995, 0.998)  # of CollectConfig.ema_decays
-START = 30  # epochs of ordinary training before the phase
-BANK_START = START // 2  # where the callback begins to collect
-SOUP_RUNS = 12
+Row = dict[str, Any]
 
-# --- runs
+# --- profiles
+
+
+def exponent(sigma: float) -> float:
+    """``gamma`` that gives ``sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3))``."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        wide = math.sqrt(middle + 1) / ((middle + 2) * math.sqrt(middle + 3)) > sigma
+        low, high = (middle, high) if wide else (low, middle)
+    return low
+
+
+def tail(steps: int, count: int) -> Tensor:
+    """The mean of the last ``count`` steps."""
+    profile = torch.zeros(steps, dtype=torch.float64)
+    profile[steps - count :] = 1 / count
+    return profile
+
+
+def ema(steps: int, decay: float) -> Tensor:
+    """``decay ** age``, normalised."""
+    ages = torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    powers = decay**ages
+    return powers / powers.sum()
+
+
+def power(steps: int, sigma: float) -> Tensor:
+    """What ``a += (1 - (1 - 1/s)**(gamma + 1)) * (w_s - a)`` gives, in closed form."""
+    edges = (torch.arange(steps + 1, dtype=torch.float64) / steps) ** (exponent(sigma) + 1)
+    return edges.diff()
+
+
+def decay_curve(steps: int, count: int) -> Tensor:
+    """The average that stands for a rate that falls as ``1 - sqrt(u)`` over the last ``count``
+    steps (arXiv 2507.17634): the update of a step counts by the curve in its middle.
+    """
+    u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    curve = torch.cat([torch.ones(1, dtype=torch.float64), 1 - u.sqrt(), torch.zeros(1)])
+    profile = torch.zeros(steps, dtype=torch.float64)
+    profile[steps - count - 1 :] = -curve.diff()
+    return profile
+
+
+def profiles(steps: int, interval: int) -> dict[str, Tensor]:
+    """By title, ``(steps,)`` float64 with the sum 1; entry ``s - 1`` is of the weights after step
+    ``s``. A snapshot is taken every ``interval`` steps.
+    """
+    found = {
+        LAST: tail(steps, 1),
+        "uniform, all steps": tail(steps, steps),
+        "uniform, last half": tail(steps, steps // 2),
+        "uniform, last quarter": tail(steps, steps // 4),
+    }
+    for count in WINDOWS:
+        if count * interval <= steps:
+            end = steps - steps % interval
+            profile = torch.zeros(steps, dtype=torch.float64)
+            profile[end - 1 - (count - 1) * interval : end : interval] = 1 / count
+            found[f"last {count} snapshots"] = profile
+    found |= {f"EMA {decay}": ema(steps, decay) for decay in EMA_DECAYS}
+    found |= {f"power average {sigma}": power(steps, sigma) for sigma in SIGMAS}
+    found["1 - sqrt, last half"] = decay_curve(steps, steps // 2)
+    found["1 - sqrt, last tenth"] = decay_curve(steps, steps // 10)
+    return found
+
+
+# --- callbacks
 
 
 class Recorder(L.Callback):
-    """Saves weights, buffers and running averages after every epoch, and some checkpoints.
+    """Sums the weights after every step by profiles, in float32, and keeps the last ones.
 
-    The averages are plain: ``a = d a + (1 - d) w`` from zero, divided by ``1 - d^t``.
+    Args:
+        profiles: As from :func:`profiles`; steps after their length are not looked at.
     """
 
-    def __init__(self, folder: Path, checkpoints: Collection[int]) -> None:
-        self.folder, self.checkpoints = folder, checkpoints
-        self.averages: dict[float, dict[str, Tensor]] = {d: {} for d in EMA_DECAYS}
-        self.updates = 0
-        self.bank = RunningAverages(BANK)  # as the callback keeps them
+    def __init__(self, profiles: dict[str, Tensor]) -> None:
+        self.titles = list(profiles)
+        self.coefficients = torch.stack(list(profiles.values()), dim=1).float()
+        self.sums = torch.empty(0)
+        self.last: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Update the averages."""
-        if trainer.current_epoch >= BANK_START:
-            self.bank.update(pl_module)
-        self.updates += 1
-        for decay, average in self.averages.items():
-            for name, w in pl_module.named_parameters():
-                before = average.get(name, torch.zeros_like(w))
-                average[name] = decay * before + (1 - decay) * w
+        """Add the weights."""
+        step, steps = trainer.global_step, len(self.coefficients)
+        if step > steps:
+            return
+        weights = parameters_to_vector(pl_module.parameters())
+        if not self.sums.numel():
+            self.sums = torch.zeros(len(self.titles), len(weights))
+        self.sums.addr_(self.coefficients[step - 1], weights)
+        if step == steps:
+            self.last = copy.deepcopy(pl_module.state_dict())
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Epochs count from 0."""
-        epoch, state = trainer.current_epoch, pl_module.state_dict()
-        torch.save(state, self.folder / f"epoch={epoch}.pt")
-        for decay, average in self.averages.items():
-            unbiased = {name: w / (1 - decay**self.updates) for name, w in average.items()}
-            torch.save({**state, **unbiased}, self.folder / f"ema={decay}-epoch={epoch}.pt")
-        for i, decay in enumerate(BANK if epoch + 1 == START else ()):
-            torch.save({**state, **self.bank.weights(i)}, self.folder / f"bank={decay}.pt")
-        if epoch in self.checkpoints:
-            trainer.save_checkpoint(self.folder / f"epoch={epoch}.ckpt")
+    def put(self, title: str, module: Learner, data: Data) -> None:
+        """Load an average, with BatchNorm statistics for it; the last weights keep theirs."""
+        module.load_state_dict(self.last)
+        if title != LAST:
+            vector_to_parameters(self.sums[self.titles.index(title)], module.parameters())
+            reestimate(module, data)
 
 
 class Drop(L.Callback):
-    """Anneals the learning rate linearly, from what it is to 0, whatever the scheduler says."""
+    """After a step a copy of the model goes on beside it, on the same batches, while its learning
+    rate falls linearly to 0.
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.done = steps, 0
-        self.start: list[float] = []
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """The scheduler has set its own rates since the last call."""
-        groups = trainer.optimizers[0].param_groups
-        self.start = self.start or [group["lr"] for group in groups]
-        for group, lr in zip(groups, self.start, strict=True):
-            group["lr"] = lr * (1 - self.done / self.steps)
-        self.done += 1
-
-
-def base_run(
-    task: Task,
-    seed: int,
-    folder: Path,
-    until: int | None = None,
-    callbacks: Sequence[L.Callback] = (),
-    checkpoints: Collection[int] = (),
-) -> None:
-    """Save a state dict after every epoch, counted from 0, in ``folder/"epoch=<e>.pt"``.
-
-    ``until`` stops after so many epochs of the same schedule; after each epoch in
-    ``checkpoints``, Lightning's complete checkpoint goes to ``folder/"epoch=<e>.ckpt"``.
+    Args:
+        module: To become the copy; it ends with the annealed weights.
+        start: Optimizer steps before it.
+        steps: Its length.
+        falling: ``False`` keeps the rate, for a test.
     """
-    epochs = task.epochs if until is None else until
-    recorder = Recorder(folder, checkpoints)
-    fit(task.module(seed), task.data(seed), epochs, [*callbacks, recorder])
+
+    def __init__(self, module: Learner, start: int, steps: int, falling: bool = True) -> None:
+        self.module, self.start, self.steps, self.falling = module, start, steps, falling
+        self.rates: list[float] = []
+
+    @torch.enable_grad()
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, _: int
+    ) -> None:
+        """The scheduler has set the rate of the next step by now."""
+        done = trainer.global_step - self.start
+        if done == 0:
+            self.module.load_state_dict(pl_module.state_dict())
+            state = copy.deepcopy(trainer.optimizers[0].state_dict())
+            self.optimizer = self.module.recipe.optimizer(self.module.parameters())
+            self.optimizer.load_state_dict(state)
+            self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        elif 0 < done <= self.steps:
+            factor = 1 - (done - 1) / self.steps if self.falling else 1.0
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+            self.optimizer.zero_grad()
+            self.module.training_step(batch, 0).backward()
+            self.optimizer.step()
 
 
-def lr_drop(task: Task, seed: int, ckpt: Path, epochs: int) -> Learner:
-    """Go on from a checkpoint, the learning rate falling linearly to 0 in so many epochs."""
-    module, data = task.module(seed), task.data(seed)
-    done = torch.load(ckpt, weights_only=True)["epoch"] + 1
-    fit(module, data, done + epochs, [Drop(epochs * len(data.train))], ckpt)
-    return module
+# --- scores
 
 
 def reestimate(module: nn.Module, data: Data) -> None:
-    """Take BatchNorm statistics, if there are any, from the training data of epoch 0."""
+    """Take BatchNorm statistics, if there are any, from the first batches of epoch 0."""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-        update_bn(data.train.batches(0), module)
+        batches = zip(range(STATISTICS), data.train.batches(0), strict=False)
+        update_bn((batch for _, batch in batches), module)
 
 
 def evaluate(module: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -134,106 +190,27 @@ def evaluate(module: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     return 100 * correct / y.numel(), nll / y.numel()
 
 
-def load(path: Path) -> dict[str, Tensor]:
-    """Weights that a run saved."""
-    return torch.load(path, weights_only=True)
-
-
-def uniform(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The average with equal weights; integers, such as BatchNorm's counts, are the last's."""
+def scores(module: nn.Module, data: Data, kind: str, steps: int) -> Row:
+    """A row: test accuracy in percent and NLL, those on the validation data, and optimizer steps.
+    ``kind`` is ``"fixed"`` for an average with fixed weights.
+    """
+    accuracy, nll = evaluate(module, *data.test.tensors)
+    val_accuracy, val_nll = evaluate(module, *data.val.tensors)
     return {
-        name: sum(state[name] for state in states) / len(states) if x.is_floating_point() else x
-        for name, x in states[-1].items()
+        "accuracy": accuracy,
+        "nll": nll,
+        "val_accuracy": val_accuracy,
+        "val_nll": val_nll,
+        "kind": kind,
+        "steps": steps,
     }
 
 
-def soup_net(seed: int) -> Learner:
-    """The module to load weights of soup runs, or an average of them, into."""
-    return TASKS["language"].module(seed)
+def default_phase(steps: int) -> int:
+    """The length of the phase that the callback takes by default, in steps."""
+    return min(max(round(0.01 * steps), 32), max(steps // 10, 1))
 
 
-def soup_run(seed: int, i: int, settings: dict[str, float], data: Data) -> Learner:
-    """Fine-tune the language model once; each run sees other windows of the same text."""
-    optimizer = partial(AdamW, lr=settings["lr"], weight_decay=settings["weight_decay"])
-    recipe = Recipe(optimizer, label_smoothing=settings["smoothing"])
-    epochs = int(settings["epochs"])
-    start = copy.deepcopy(pretrained("language", seed))
-    module = Learner(start, recipe, epochs * len(data.train))
-    data.train.seed = SOUP_RUNS * seed + i
-    fit(module, data, epochs)
-    return module
-
-
-def soup_runs(seed: int, folder: Path) -> None:
-    """Fine-tune a language model 12 times, with random settings, on Python's manual.
-
-    Writes the weights, ``folder/"run=<i>.pt"``, and ``folder/"runs.json"``, a list of settings
-    and validation scores.
-    """
-    data = soup_data(seed)
-    rows = torch.rand(SOUP_RUNS, 4, generator=generator_of(seed, 1004)).tolist()
-    runs: list[dict[str, float]] = []
-    for i, (a, b, c, d) in enumerate(rows):
-        settings = {
-            "lr": 10 ** (0.7 * a - 2.7),  # 0.002 to 0.01
-            "weight_decay": 10 ** (3 * b - 4),  # 0.0001 to 0.1
-            "smoothing": 0.1 * c,
-            "epochs": 3 + int(5 * d),
-        }
-        module = soup_run(seed, i, settings, data)
-        torch.save(module.state_dict(), folder / f"run={i}.pt")
-        accuracy, nll = evaluate(module, *data.val.tensors)
-        runs.append({**settings, "accuracy": accuracy, "nll": nll})
-    (folder / "runs.json").write_text(json.dumps(runs, indent=2))
-
-
-# --- are the tasks sound?
-
-
-def check(name: str, seed: int, folder: Path) -> None:
-    """Run a task and print the scores that show whether it is sound."""
-    began = time.perf_counter()
-    if name == "language-soup":
-        soup_runs(seed, folder)
-        module, data = soup_net(seed), soup_data(seed)
-        rows = {f"run {i}": [load(folder / f"run={i}.pt")] for i in range(SOUP_RUNS)}
-        seconds = time.perf_counter() - began
-        rows["uniform soup"] = [state for states in rows.values() for state in states]
-    else:
-        task = TASKS[name]
-        module, data, half = task.module(seed), task.data(seed), task.epochs // 2
-        began = time.perf_counter()  # pre-training is over, and is shared by the runs of a seed
-        base_run(task, seed, folder, checkpoints=[half - 1])
-        seconds = time.perf_counter() - began
-        states = [load(folder / f"epoch={epoch}.pt") for epoch in range(task.epochs)]
-        rows = {f"epoch {half - 1}": [states[half - 1]]}
-        rows[f"uniform {half // 2} to {half - 1}"] = states[half // 2 : half]
-        rows[f"epoch {task.epochs - 1}"] = [states[-1]]
-        dropped = lr_drop(task, seed, folder / f"epoch={half - 1}.ckpt", 5)
-        rows[f"epoch {half + 4}, lr to 0"] = [dropped.state_dict()]
-    print(f"\n{name}, seed {seed}: {seconds:.1f} s\n")
-    print("| weights | val. accuracy (%) | val. NLL | test accuracy (%) | test NLL |")
-    print("|---|---:|---:|---:|---:|")
-    for title, states in rows.items():
-        module.load_state_dict(uniform(states))
-        if len(states) > 1:
-            reestimate(module, data)
-        (va, vn), (ta, tn) = (evaluate(module, *d.tensors) for d in (data.val, data.test))
-        print(f"| {title} | {va:.2f} | {vn:.3f} | {ta:.2f} | {tn:.3f} |", flush=True)
-
-
-def main() -> None:
-    """Check the task that the command line names."""
-    names = [*TASKS, "language-soup"]
-    parser = argparse.ArgumentParser(description="Run a task of the claims benchmark.")
-    parser.add_argument("task", choices=[*names, "all"])
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in names if arguments.task == "all" else [arguments.task]:
-        with tempfile.TemporaryDirectory() as folder:
-            check(name, arguments.seed, Path(folder))
-
-
-if __name__ == "__main__":
-    main()
+def paper_phase(task: Task) -> int:
+    """Five epochs, or, of a single one, a sixth, the share that five epochs have of thirty."""
+    return 5 * task.steps if task.run > 5 else task.total // 6

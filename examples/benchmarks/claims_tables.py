@@ -1,39 +1,53 @@
-"""Markdown tables and sentences from the results of the claims benchmark."""
+"""Markdown tables and sentences from the results of the claims benchmark.
+
+Differences are paired over the seeds that have both rows; positive is better for both metrics.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-Rows = Mapping[str, Mapping[str, float]]
-Results = Mapping[tuple[str, str, int], Rows]
+from claims_groups import COSINE, DROP, LONG_DROP, PAPER, TWA, WHOLE
+from claims_runs import LAST
+from claims_tasks import Task
 
-TWA = "TWA-t"
-FULL = "full schedule"
-DROP = "learning-rate drop"
-FIXED = (  # averages with fixed weights
-    "uniform over all",
-    "uniform over the last half",
-    "last k, k by validation",
-    "EMA, best of three by validation",
-)
-METRICS = {"accuracy": (1, 2), "nll": (-1, 3)}  # sign of what is better, digits
+Rows = Mapping[str, Mapping[str, Any]]
+Results = Mapping[tuple[str, int, str], Mapping[str, Any]]  # by task, seed and group
 
+PICKED = "best fixed, picked by validation"
+ORACLE = "best fixed, picked after the fact for each seed"
+METRICS = {"nll": ("NLL", "nats", -1, 4), "accuracy": ("accuracy", "points", 1, 2)}
+BOLD = "Bold: more than two standard errors."
 
-def of_task(results: Results, kind: str, task: str) -> list[Rows]:
-    """The rows of each seed."""
-    return [rows for (k, t, _), rows in results.items() if (k, t) == (kind, task)]
+# --- numbers
 
 
-def tasks_of(results: Results, kind: str) -> list[str]:
-    """The tasks that have results."""
-    return list(dict.fromkeys(task for k, task, _ in results if k == kind))
+def seeds_of(results: Results, task: str) -> list[Rows]:
+    """The rows of each seed, with the fixed averages that somebody would have picked."""
+    found: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for (name, seed, _), group in results.items():
+        if name == task:
+            found.setdefault(seed, {}).update(group["rows"])
+    for rows in found.values():
+        averages = [row for row in rows.values() if row["kind"] == "fixed"]
+        if averages:
+            rows[PICKED] = {**min(averages, key=lambda row: row["val_nll"]), "kind": "picked"}
+            rows[ORACLE] = {**min(averages, key=lambda row: row["nll"]), "kind": "picked"}
+    return list(found.values())
+
+
+def notes_of(results: Results, task: str, group: str) -> list[Mapping[str, Any]]:
+    """What the runs of a group said, of each seed."""
+    return [r["notes"] for (name, _, g), r in results.items() if (name, g) == (task, group)]
 
 
 def values(seeds: Sequence[Rows], title: str, metric: str) -> list[float]:
-    """Of one row in all seeds."""
-    return [rows[title][metric] for rows in seeds]
+    """Of one row in all seeds that have it."""
+    return [rows[title][metric] for rows in seeds if title in rows]
 
 
 def standard_error(numbers: Sequence[float]) -> float:
@@ -44,47 +58,49 @@ def standard_error(numbers: Sequence[float]) -> float:
 
 
 def difference(seeds: Sequence[Rows], a: str, b: str, metric: str) -> tuple[float, float]:
-    """How much better ``a`` is than ``b`` in the same seed: mean and standard error; positive is
-    better for both metrics.
+    """How much better ``a`` is than ``b`` in the same seed: mean and standard error; NaN where no
+    seed has both.
     """
-    sign = METRICS[metric][0]
-    pairs = zip(values(seeds, a, metric), values(seeds, b, metric), strict=True)
-    gaps = [sign * (x - y) for x, y in pairs]
-    return statistics.mean(gaps), standard_error(gaps)
+    sign = METRICS[metric][2]
+    both = [rows for rows in seeds if a in rows and b in rows]
+    gaps = [sign * (rows[a][metric] - rows[b][metric]) for rows in both]
+    return (statistics.mean(gaps), standard_error(gaps)) if gaps else (math.nan, math.nan)
+
+
+def best_fixed(seeds: Sequence[Rows], metric: str) -> str | None:
+    """The fixed average that is best in the mean: picked after the fact, in its favour."""
+    sign = METRICS[metric][2]
+    titles = [title for title, row in seeds[0].items() if row["kind"] == "fixed"] if seeds else []
+    means = {title: sign * statistics.mean(values(seeds, title, metric)) for title in titles}
+    return max(means, key=lambda title: means[title], default=None)
+
+
+def verdict(gap: tuple[float, float]) -> str:
+    """``"better"``, ``"equal"`` or ``"worse"``, by one standard error."""
+    mean, error = gap
+    if not math.isfinite(error):
+        return "unknown"
+    return "equal" if abs(mean) <= error else "better" if mean > 0 else "worse"
+
+
+# --- text
 
 
 def spread(numbers: Sequence[float], digits: int) -> str:
     """Mean and standard deviation."""
-    deviation = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
-    return f"{statistics.mean(numbers):.{digits}f} ± {deviation:.{digits}f}"
+    mean = f"{statistics.mean(numbers):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
 
 
 def signed(gap: tuple[float, float], digits: int) -> str:
     """A mean and its standard error, bold where it is more than two of them from zero."""
-    text = f"{gap[0]:+.{digits}f} ± {gap[1]:.{digits}f}"
-    return f"**{text}**" if abs(gap[0]) > 2 * gap[1] else text
-
-
-def best(seeds: Sequence[Rows], titles: Iterable[str], metric: str) -> str:
-    """The row that is best in the mean: picked after the fact, in its favour."""
-    sign = METRICS[metric][0]
-    return max(titles, key=lambda title: sign * statistics.mean(values(seeds, title, metric)))
-
-
-def verdict(seeds: Sequence[Rows], a: str, titles: Iterable[str], metric: str) -> tuple[str, str]:
-    """``"better"``, ``"equal"`` or ``"worse"`` by more than a standard error than the best of other
-    rows, and a sentence.
-    """
-    rival = best(seeds, titles, metric)
-    gap, error = difference(seeds, a, rival, metric)
-    word = "equal" if abs(gap) <= error else "better" if gap > 0 else "worse"
-    unit, digits = ("points", 2) if metric == "accuracy" else ("nats", 3)
-    how = "within one standard error of" if word == "equal" else f"{word} than"
-    name = "accuracy" if metric == "accuracy" else "NLL"
-    return word, (
-        f"By {name} {a} is {how} the best average with fixed weights, *{rival}*: "
-        f"{gap:+.{digits}f} ± {error:.{digits}f} {unit}."
-    )
+    mean, error = gap
+    if not math.isfinite(mean):
+        return ""
+    if not math.isfinite(error):
+        return f"{mean:+.{digits}f}"
+    text = f"{mean:+.{digits}f} ± {error:.{digits}f}"
+    return f"**{text}**" if abs(mean) > 2 * error else text
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -93,174 +109,199 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def compared(
-    seeds: Sequence[Rows], titles: Iterable[str], against: str, seconds: bool = True
-) -> str:
+def compared(seeds: Sequence[Rows], against: str, steps: bool = True) -> str:
     """One line a row: scores, and how much better ``against`` is."""
+    titles = list(dict.fromkeys(title for rows in seeds for title in rows))
+    order = {"learned": 0, "picked": 1, "fixed": 2, "soup": 2}
+    row_of = {title: next(rows[title] for rows in seeds if title in rows) for title in titles}
+    titles.sort(key=lambda title: order.get(row_of[title]["kind"], 3))
     lines = []
     for title in titles:
-        gaps = [
-            "" if title == against else signed(difference(seeds, against, title, m), METRICS[m][1])
-            for m in METRICS
-        ]
-        scores = [spread(values(seeds, title, m), METRICS[m][1]) for m in METRICS]
-        time = f"{statistics.median(values(seeds, title, 'seconds')):.1f}"
-        epochs = f"{seeds[0][title]['epochs']:.0f}"
-        lines.append([title, *([epochs, time] if seconds else []), *scores, *gaps])
-    names = [f"{against}: points better", f"{against}: NLL better"]
-    header = ["weights", *(["epochs", "s"] if seconds else []), "accuracy (%)", "NLL", *names]
+        shown = [f"{row_of[title]['steps']}"] if steps else []
+        shown.append(str(len(values(seeds, title, "nll"))))
+        for metric, (_, _, _, digits) in METRICS.items():
+            gap = (
+                ""
+                if title == against
+                else signed(difference(seeds, against, title, metric), digits)
+            )
+            shown += [spread(values(seeds, title, metric), digits), gap]
+        lines.append([title, *shown])
+    header = ["weights", *(["steps"] if steps else []), "seeds"]
+    for name, unit, *_ in METRICS.values():
+        label = f"{name} (%)" if unit == "points" else name
+        header += [label, f"{against} better, {unit}"]
     return table(header, lines)
 
 
-def claims(results: Results) -> str:
+# --- the report
+
+
+def claims(results: Results, tasks: Mapping[str, Task]) -> str:
     """The whole report."""
-    parts = [_summary(results)]
-    for task in tasks_of(results, "generalization"):
-        parts.append(_generalization(task, of_task(results, "generalization", task)))
-    for task in tasks_of(results, "rates"):
-        parts.append(_rates(task, of_task(results, "rates", task)))
-    for task in tasks_of(results, "generalization"):
-        parts.append(_budgets(task, of_task(results, "generalization", task)))
-    for task in tasks_of(results, "soups"):
-        parts.append(_soups(task, of_task(results, "soups", task)))
+    there = [task for name, task in tasks.items() if any(name == key[0] for key in results)]
+    parts = [
+        _summary(results, [t for t in there if t.kind == "main"], "At equal optimizer steps"),
+        _summary(results, [t for t in there if t.kind == "noise"], "Label noise"),
+        _times(results, there),
+        _choices(results, there),
+    ]
+    parts += [_rates(results, base, tasks) for base in dict.fromkeys(map(_base, there)) if base]
+    for task in there:
+        if task.kind != "rate":
+            seeds = seeds_of(results, task.name)
+            parts.append(f"### {task.name}\n\n{task.words}.\n\n{compared(seeds, TWA)}")
+    for name in dict.fromkeys(key[0] for key in results if key[0] not in tasks):
+        text = compared(seeds_of(results, name), "TWA-v", steps=False)
+        parts.append(f"### {name}: averages of fine-tuning runs\n\n{text}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _summary(results: Results) -> str:
-    tasks = tasks_of(results, "generalization")
+def _base(task: Task) -> str:
+    return task.name.partition(" x")[0] if task.kind == "rate" else ""
+
+
+def _summary(results: Results, there: Sequence[Task], heading: str) -> str:
+    """How much better TWA is than what it has to beat, by both metrics."""
+    parts = []
+    for metric, (name, unit, _, digits) in METRICS.items():
+        lines = []
+        words: dict[str, list[str]] = {}
+        for task in there:
+            seeds = seeds_of(results, task.name)
+            rival = best_fixed([rows for rows in seeds if ORACLE in rows], metric)
+            if rival is None or not values(seeds, TWA, metric):
+                continue
+            rivals = [rival, ORACLE, PICKED, PAPER, DROP, LONG_DROP, COSINE, WHOLE]
+            gaps = [difference(seeds, TWA, r, metric) for r in rivals]
+            count = sum(TWA in rows and rival in rows for rows in seeds)
+            words.setdefault(verdict(gaps[0]), []).append(task.name)
+            lines.append([task.name, str(count), rival, *(signed(gap, digits) for gap in gaps)])
+        if not lines:
+            continue
+        header = [
+            "task",
+            "seeds",
+            "best fixed in the mean (a)",
+            "than (a)",
+            "than each seed's best",
+        ]
+        header += ["than the one picked by validation", "than the paper's phase"]
+        header += ["than a rate drop as long as the phase", "than one of the paper's length"]
+        header += ["than a cosine to 0", "than twice the steps"]
+        said = "; ".join(
+            f"{word} on {len(names)} ({', '.join(names)})" for word, names in words.items()
+        )
+        parts.append(
+            f"By {name}, TWA with its defaults is better by so many {unit}:\n\n"
+            + table(header, lines)
+            + f"\n\nBy one standard error against (a): {said}."
+        )
+    if not parts:
+        return ""
+    return (
+        f"### {heading}\n\nPaired differences to TWA, mean ± standard error; positive is "
+        "better. (a) is picked after the fact by its mean on the test data, each seed's best by "
+        f"that seed's test NLL: nobody could have known them. {BOLD}\n\n" + "\n\n".join(parts)
+    )
+
+
+def _times(results: Results, there: Sequence[Task]) -> str:
     lines = []
-    for task in tasks:
-        seeds = of_task(results, "generalization", task)
-        cells = [task]
-        for metric, (_, digits) in METRICS.items():
-            rival = best(seeds, FIXED, metric)
-            cells += [
-                rival,
-                signed(difference(seeds, TWA, rival, metric), digits),
-                signed(difference(seeds, "TWA-v", rival, metric), digits),
-            ]
-        lines.append(cells)
+    for task in there:
+        runs = notes_of(results, task.name, "twa")
+        phases = notes_of(results, task.name, "fixed")
+        if task.kind != "main" or not runs or not phases:
+            continue
+        shares = [
+            [100 * run[key] / run["seconds"] for run in runs]
+            for key in ("phase_seconds", "measuring_seconds")
+        ]
+        both = [a + b for a, b in zip(*shares, strict=True)]
+        plain = [n["ordinary_seconds"] for n in notes_of(results, task.name, "cosine")]
+        seconds = statistics.median(run["seconds"] for run in runs)
+        against = f"{seconds / statistics.median(plain):.3f}" if plain else ""
+        percents = [f"{statistics.median(share):.2f}" for share in (*shares, both)]
+        cells = [str(task.total), str(phases[0]["phase"]), f"{seconds:.1f}", *percents, against]
+        lines.append([task.name, *cells])
     if not lines:
         return ""
-    header = ["task", "best fixed weights, accuracy", "TWA-t, points", "TWA-v, points"]
-    header += ["best fixed weights, NLL", "TWA-t, NLL", "TWA-v, NLL"]
+    header = ["task", "steps", "of the phase", "run, s", "phase (%)", "measuring (%)"]
+    header += ["both (%)", "run / ordinary run"]
     return (
-        "### In short\n\nPaired differences to the best average with fixed weights of each task, "
-        "mean ± standard error; positive is better. The best is picked after the fact by its mean, "
-        "in its favour. Bold: more than two standard errors.\n\n"
+        "### Time\n\nWhat the phase and measuring by held-out data take of the run with TWA, "
+        "medians over seeds; the goal is at most 2 % on fashion and stream.\n\n"
         + table(header, lines)
-        + "\n\n"
-        + _same_epochs(results, tasks)
     )
 
 
-def _same_epochs(results: Results, tasks: Sequence[str]) -> str:
-    """TWA-t against what needs no phase and trains on meanwhile."""
+def _choices(results: Results, there: Sequence[Task]) -> str:
     lines = []
-    for task in tasks:
-        seeds = of_task(results, "generalization", task)
-        end = f"@{seeds[0][TWA]['epochs']:.0f}"
-        fixed = [title for title in seeds[0] if title.endswith(end) and title[: -len(end)] in FIXED]
-        cells = [task]
-        for metric, (_, digits) in METRICS.items():
-            for rivals in (fixed, [DROP]):
-                rival = best(seeds, rivals, metric)
-                cells.append(signed(difference(seeds, TWA, rival, metric), digits))
-        lines.append(cells)
-    header = ["task", "averages, points", "drop, points", "averages, NLL", "drop, NLL"]
-    return (
-        "The averages above are of 30 epochs, and TWA takes 5 more. At the same number of epochs, "
-        "35, TWA-t against the better of the average of the last half and the EMA, and against the "
-        "learning-rate drop; positive is better:\n\n" + table(header, lines)
-    )
+    for task in there:
+        runs = notes_of(results, task.name, "twa")
+        if runs and task.kind != "rate":
+            counts = [Counter(run[key] for run in runs) for key in ("start", "accepted")]
+            lines.append(
+                [task.name, *(", ".join(f"{k} ({n})" for k, n in c.most_common()) for c in counts)]
+            )
+    header = ["task", "start (seeds)", "accepted (seeds)"]
+    return "### What held-out data chose\n\n" + table(header, lines) if lines else ""
 
 
-def _generalization(task: str, seeds: Sequence[Rows]) -> str:
-    titles = [title for title in seeds[0] if "@" not in title]
-    sentences = [verdict(seeds, TWA, FIXED, metric)[1] for metric in METRICS]
-    return (
-        f"### {task}: candidates of 30 epochs, {len(seeds)} seeds\n\n"
-        + compared(seeds, titles, TWA)
-        + "\n\n"
-        + " ".join(sentences)
-    )
-
-
-def _columns(seeds: Sequence[Rows]) -> tuple[list[str], list[str]]:
-    """Methods and what they were varied by, of titles ``method@value``."""
-    pairs = [title.split("@") for title in seeds[0] if "@" in title]
-    return list(dict.fromkeys(m for m, _ in pairs)), list(dict.fromkeys(v for _, v in pairs))
-
-
-def _rates(task: str, seeds: Sequence[Rows]) -> str:
-    methods, factors = _columns(seeds)
+def _rates(results: Results, base: str, tasks: Mapping[str, Task]) -> str:
+    """How much the learning rate matters; the task itself is the factor 1."""
+    factors = {1.0: base}
+    factors |= {float(name.partition(" x")[2]): name for name in tasks if f"{base} x" in name}
     lines = []
-    for method in methods:
-        means = [
-            statistics.mean(values(seeds, f"{method}@{factor}", "accuracy")) for factor in factors
-        ]
-        lines.append([method, *(f"{m:.2f}" for m in means), f"{max(means) - min(means):.2f}"])
-    header = ["accuracy (%), mean", *(f"x {factor}" for factor in factors), "largest - smallest"]
-    return f"### {task}: the learning rate of the collecting run, {len(seeds)} seeds\n\n" + table(
-        header, lines
-    )
+    counts: list[int] = []
+    for title in (LAST, "uniform, all steps", "uniform, last half", PICKED, TWA):
+        found = [values(seeds_of(results, factors[f]), title, "accuracy") for f in sorted(factors)]
+        if not all(found):
+            continue
+        counts += [len(numbers) for numbers in found]
+        means = [statistics.mean(numbers) for numbers in found]
+        lines.append([title, *(f"{m:.2f}" for m in means), f"{max(means) - min(means):.2f}"])
+    if not lines:
+        return ""
+    header = ["accuracy (%), mean", *(f"x {f}" for f in sorted(factors)), "largest - smallest"]
+    return f"### {base}: the learning rate, {min(counts)} seeds or more\n\n" + table(header, lines)
 
 
-def _budgets(task: str, seeds: Sequence[Rows]) -> str:
-    methods, budgets = _columns(seeds)
-    texts: list[str] = []
-    for metric, (_, digits) in METRICS.items():
-        lines = []
-        for method in methods:
-            gaps = [difference(seeds, f"{method}@{b}", FULL, metric) for b in budgets]
-            reached = [b for b, (gap, error) in zip(budgets, gaps, strict=True) if gap >= -error]
-            first = reached[0] if reached else "none"
-            lines.append([method, *(signed(gap, digits) for gap in gaps), first])
-        if metric == "accuracy":
-            for title, key in (("TWA-t, s", TWA), ("fixed weights, s", methods[-1])):
-                seconds = [
-                    statistics.median(values(seeds, f"{key}@{b}", "seconds")) for b in budgets
-                ]
-                lines.append([title, *(f"{s:.1f}" for s in seconds), ""])
-        name = "accuracy, points" if metric == "accuracy" else "NLL"
-        header = [f"{name} better than full", *(f"{b} epochs" for b in budgets), "first reached"]
-        texts.append(table(header, lines))
-    epochs = seeds[0][FULL]["epochs"]
-    seconds = statistics.median(values(seeds, FULL, "seconds"))
-    return (
-        f"### {task}: against the full schedule of {epochs:.0f} epochs ({seconds:.1f} s), "
-        f"{len(seeds)} seeds\n\n" + "\n\n".join(texts)
-    )
-
-
-def _soups(task: str, seeds: Sequence[Rows]) -> str:
-    return f"### {task}: twelve fine-tuning runs, {len(seeds)} seeds\n\n" + compared(
-        seeds, seeds[0], "TWA-v", seconds=False
-    )
-
-
-def study(results: Results) -> str:
-    """Each setting against the best average with fixed weights of the task, and over the tasks."""
-    tasks = tasks_of(results, "study")
+def study(results: Results, tasks: Mapping[str, Task]) -> str:
+    """Each setting against the best fixed average of the task, and over the tasks."""
     parts = []
-    for metric, (_, digits) in METRICS.items() if tasks else ():
-        by_task = {task: of_task(results, "study", task) for task in tasks}
-        titles = [t for t in by_task[tasks[0]][0] if t.startswith("TWA")]
-        rivals = {task: best(seeds, FIXED, metric) for task, seeds in by_task.items()}
-
-        def gap(task: str, title: str, metric: str = metric, rivals: dict = rivals) -> tuple:  # type: ignore[type-arg]
-            return difference(of_task(results, "study", task), title, rivals[task], metric)
-
-        lines = []
-        for title in titles:
-            gaps = [gap(task, title) for task in tasks]
-            worst = min(g / e if e else 0.0 for g, e in gaps)
-            lines.append([title, *(signed(g, digits) for g in gaps), f"{worst:+.1f}"])
-        name = "accuracy, points" if metric == "accuracy" else "NLL"
-        header = [f"{name} better", *tasks, "worst, standard errors"]
-        parts.append(table(header, lines))
-    for task in tasks_of(results, "soup_study"):
-        seeds = of_task(results, "soup_study", task)
-        parts.append(f"{task}, {len(seeds)} seeds:")
-        parts.append(compared(seeds, seeds[0], "greedy soup by accuracy", seconds=False))
+    names = [name for name in dict.fromkeys(key[0] for key in results) if name in tasks]
+    for metric, (label, unit, _, digits) in METRICS.items():
+        lines: dict[str, list[str]] = {}
+        worst: dict[str, list[float]] = {}
+        header = [f"better by {label}, {unit}"]
+        for name in names:
+            seeds = [rows for rows in seeds_of(results, name) if ORACLE in rows]
+            rival = best_fixed(seeds, metric)
+            if rival is None:
+                continue
+            header.append(f"{name} (seeds: {len(seeds)}; {rival})")
+            learned = {t for rows in seeds for t, row in rows.items() if row["kind"] == "learned"}
+            for title in (PICKED, *sorted(learned)):
+                gap = difference(seeds, title, rival, metric)
+                row = lines.setdefault(title, [""] * (len(header) - 2))
+                row += [""] * (len(header) - 2 - len(row)) + [signed(gap, digits)]
+                if math.isfinite(gap[1]) and gap[1] > 0:
+                    worst.setdefault(title, []).append(gap[0] / gap[1])
+        if not lines:
+            continue
+        rows = []
+        for title, cells in lines.items():
+            cells += [""] * (len(header) - 1 - len(cells))
+            rows.append([title, *cells, f"{min(worst[title]):+.1f}" if title in worst else ""])
+        parts.append(table([*header, "worst, standard errors"], rows))
+    if parts:
+        parts.insert(
+            0,
+            "How much better each setting is than the best fixed average in the mean, picked after "
+            f"the fact (named in the header), mean ± standard error over seeds. {BOLD}",
+        )
+    for name in dict.fromkeys(key[0] for key in results if key[0] not in tasks):
+        parts.append(f"{name}:")
+        parts.append(compared(seeds_of(results, name), "greedy soup by NLL", steps=False))
     return "\n\n".join(parts) + "\n"

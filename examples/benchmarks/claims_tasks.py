@@ -6,14 +6,15 @@ First weights depend on the seed only.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -29,6 +30,7 @@ from claims_data import (
     sources,
     unchanged,
 )
+from claims_larger import fashion, residual_net, stream
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
@@ -102,11 +104,14 @@ def halves(done: float) -> float:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: ``schedule`` maps the share of the training done to one of the rate."""
+    """How to train: ``schedule`` maps the share of the training done to one of the rate, which
+    rises over the first ``warmup`` steps.
+    """
 
     optimizer: Callable[..., Optimizer]
     schedule: Callable[[float], float] = cosine
     label_smoothing: float = 0.0
+    warmup: int = 1
 
 
 class Learner(L.LightningModule):
@@ -129,20 +134,17 @@ class Learner(L.LightningModule):
         """The full schedule, step by step."""
         optimizer = self.recipe.optimizer(self.parameters())
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.recipe.schedule(step / self.steps)
+            optimizer,
+            lambda step: (
+                self.recipe.schedule(step / self.steps) * min(1.0, (step + 1) / self.recipe.warmup)
+            ),
         )
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
-def fit(
-    module: Learner,
-    data: Data,
-    epochs: int,
-    callbacks: Sequence[L.Callback] = (),
-    ckpt: Path | None = None,
-) -> None:
-    """Train on the CPU and print nothing; ``epochs`` include those before the checkpoint."""
-    val = shuffled(data.val, 50, 0, unchanged)  # for TWACallback(data="val")
+def fit(module: Learner, data: Data, epochs: int, callbacks: Sequence[L.Callback] = ()) -> float:
+    """Train on the CPU and print nothing; returns the seconds it took."""
+    val = shuffled(data.val, 50, 0, unchanged)  # what TWACallback takes for held-out data
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -154,7 +156,9 @@ def fit(
             trainer = L.Trainer(
                 accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), **off
             )
-            trainer.fit(module, data.train, val, ckpt_path=ckpt)
+            began = time.perf_counter()
+            trainer.fit(module, data.train, val)
+            return time.perf_counter() - began
     finally:
         logger.setLevel(level)
 
@@ -163,22 +167,50 @@ def fit(
 
 
 @dataclass(frozen=True)
+class Options:
+    """What the command line says about the tasks."""
+
+    fashion: str | None = None
+    fashion_epochs: int = 30
+    fashion_width: int = 16
+    stream_steps: int = 2000
+    stream_width: int = 64
+
+
+@dataclass(frozen=True)
 class Task:
-    """A kind of run: ``data`` and ``net`` are made from a seed, an epoch has ``steps`` batches."""
+    """A kind of run: ``data`` and ``net`` are made from a seed, an epoch has ``steps`` batches.
+
+    The runs that are compared are the first ``run`` epochs of a schedule for ``epochs``; candidates
+    and windows are of the weights after every ``every`` steps, by default at the ends of epochs.
+    """
 
     name: str
     data: Callable[[int], Data]
     net: Callable[[int], nn.Module]
     recipe: Recipe
-    batch_size: int
     steps: int
     epochs: int = 60
+    run: int = 30
+    every: int | None = None
+    kind: str = "main"  # or "noise", "rate"
+    words: str = ""
 
-    def module(self, seed: int) -> Learner:
+    @property
+    def total(self) -> int:
+        """Optimizer steps of a run."""
+        return self.run * self.steps
+
+    @property
+    def interval(self) -> int:
+        """Steps between two snapshots."""
+        return self.every or self.steps
+
+    def module(self, seed: int, recipe: Recipe | None = None, steps: int | None = None) -> Learner:
         """A module to train from the start; the global random state stays as it is."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Learner(self.net(seed), self.recipe, self.epochs * self.steps)
+            return Learner(self.net(seed), recipe or self.recipe, steps or self.epochs * self.steps)
 
 
 @functools.cache
@@ -189,11 +221,7 @@ def pretrained(name: str, seed: int) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 500)
-        net = (
-            cnn(5)
-            if name == "digits"
-            else Transformer(nn.Embedding(256, 48), CONTEXT, 48, causal=True, out=256)
-        )
+        net = cnn(5) if name == "digits" else language_model(48)
     if name == "digits":
         data = digits(seed, (600, 10), 50, 0.3, move, classes=range(5))
         recipe, epochs = Recipe(partial(AdamW, lr=3e-3)), 8
@@ -205,6 +233,11 @@ def pretrained(name: str, seed: int) -> nn.Module:
     return net
 
 
+def language_model(width: int) -> nn.Module:
+    """Of bytes."""
+    return Transformer(nn.Embedding(256, width), CONTEXT, width, causal=True, out=256)
+
+
 def transfer_net(seed: int) -> nn.Module:
     """A CNN that knows the digits 0 to 4, with a new last layer."""
     net = copy.deepcopy(pretrained("digits", seed))
@@ -212,48 +245,114 @@ def transfer_net(seed: int) -> nn.Module:
     return net
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "digits-cnn",
-            lambda seed: digits(seed, (400, 80), 50, 0.3, move),
-            lambda seed: cnn(10),
-            Recipe(partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4), halves),
-            batch_size=50,
-            steps=8,
+DIGITS = (
+    Task(
+        "digits-cnn",
+        lambda seed: digits(seed, (400, 80), 50, 0.3, move),
+        lambda seed: cnn(10),
+        Recipe(partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4), halves),
+        steps=8,
+        words="400 noisy 8x8 digits, a CNN with BatchNorm; SGD, whose rate falls after the run",
+    ),
+    Task(
+        "digits-vit",
+        lambda seed: digits(seed, (800, 100), 50, 0.1, add_noise),
+        lambda seed: Transformer(nn.Linear(4, 32), 16, 32, causal=False, out=10),
+        Recipe(partial(AdamW, lr=4e-3, weight_decay=0.1)),
+        steps=16,
+        words="800 digits, a small vision transformer; AdamW, half of a cosine",
+    ),
+    Task(
+        "language",
+        lambda seed: sources(seed, 8, 15),
+        lambda seed: copy.deepcopy(pretrained("language", seed)),
+        Recipe(partial(AdamW, lr=1e-2, weight_decay=0.1)),
+        steps=15,
+        words="a byte-level transformer goes on with the standard library's sources; AdamW, half "
+        "of a cosine",
+    ),
+    Task(
+        "digits-transfer",
+        lambda seed: digits(seed, (150, 60), 25, 0.3, move, classes=range(5, 10)),
+        transfer_net,
+        Recipe(partial(AdamW, lr=3e-3, weight_decay=0.05)),
+        steps=6,
+        words="a CNN that knows the digits 0 to 4, fine-tuned on 150 images of 5 to 9; AdamW, "
+        "half of a cosine",
+    ),
+)
+RATES = (0.25, 0.5, 2.0, 4.0)  # factors of the learning rate
+
+
+def noisy(percent: int, clean_validation: bool = False) -> Task:
+    """Digits some of whose labels, for training and validation, are drawn at random."""
+    words = f"800 digits, {percent} % of the labels drawn at random, an MLP; SGD, half of a cosine"
+    wrong = percent / 100
+    return Task(
+        f"noise-{percent}" + ("-clean" if clean_validation else ""),
+        lambda seed: digits(
+            seed, (800, 150), 50, 0.1, wrong=wrong, clean_validation=clean_validation
         ),
-        Task(
-            "digits-vit",
-            lambda seed: digits(seed, (800, 100), 50, 0.1, add_noise),
-            lambda seed: Transformer(nn.Linear(4, 32), 16, 32, causal=False, out=10),
-            Recipe(partial(AdamW, lr=4e-3, weight_decay=0.1)),
-            batch_size=50,
-            steps=16,
-        ),
-        Task(
-            "language",
-            lambda seed: sources(seed, 8, 15),
-            lambda seed: copy.deepcopy(pretrained("language", seed)),
-            Recipe(partial(AdamW, lr=1e-2, weight_decay=0.1)),
-            batch_size=8,
-            steps=15,
-        ),
-        Task(
-            "digits-mlp-noisy",
-            lambda seed: digits(seed, (800, 150), 50, 0.1, wrong=0.2),
-            lambda seed: mlp(),
-            Recipe(partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)),
-            batch_size=50,
-            steps=16,
-        ),
-        Task(
-            "digits-transfer",
-            lambda seed: digits(seed, (150, 60), 25, 0.3, move, classes=range(5, 10)),
-            transfer_net,
-            Recipe(partial(AdamW, lr=3e-3, weight_decay=0.05)),
-            batch_size=25,
-            steps=6,
-        ),
+        lambda seed: mlp(),
+        Recipe(partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)),
+        steps=16,
+        kind="noise",
+        words=words + ("; those held out are right" if clean_validation else ""),
     )
-}
+
+
+def at_rate(task: Task, factor: float) -> Task:
+    """The task with another learning rate."""
+    make = task.recipe.optimizer
+    assert isinstance(make, functools.partial)
+    optimizer = partial(make.func, **{**make.keywords, "lr": factor * make.keywords["lr"]})
+    recipe = dataclasses.replace(task.recipe, optimizer=optimizer)
+    return dataclasses.replace(task, name=f"{task.name} x{factor}", recipe=recipe, kind="rate")
+
+
+def fashion_task(options: Options, percent: int) -> Task:
+    """Of the folder that the options name; with noise a percentage of the labels is random."""
+    folder, width, epochs = options.fashion, options.fashion_width, options.fashion_epochs
+    assert folder is not None
+    noise = f", {percent} % of the labels drawn at random" if percent else ""
+    return Task(
+        f"fashion-noise-{percent}" if percent else "fashion",
+        lambda seed: fashion(folder, seed, (10_000, 500), percent / 100),
+        lambda seed: residual_net(width),
+        Recipe(partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4), halves),
+        steps=100,
+        epochs=epochs,
+        run=epochs // 2,
+        kind="noise" if percent else "main",
+        words=f"10,000 images of Fashion-MNIST{noise}, a residual CNN of width {width}; SGD, whose "
+        "rate falls after the run",
+    )
+
+
+def stream_task(options: Options) -> Task:
+    """One epoch, in which every batch is new."""
+    steps, width = options.stream_steps, options.stream_width
+    size = steps * 32 * (CONTEXT + 1) / 1e6
+    return Task(
+        "stream",
+        lambda seed: stream(seed, 32, steps),
+        lambda seed: language_model(width),
+        Recipe(partial(AdamW, lr=4e-3, weight_decay=0.1), lambda done: 1.0, warmup=100),
+        steps=steps,
+        epochs=1,
+        run=1,
+        every=max(1, steps // 32),
+        words=f"one pass over {size:.1f} MB of source text of installed packages, a byte-level "
+        f"transformer of width {width}; AdamW at a constant rate",
+    )
+
+
+@functools.cache
+def tasks(options: Options) -> dict[str, Task]:
+    """All of them by name; those of Fashion-MNIST where there is a folder."""
+    found = [*DIGITS, stream_task(options), *(noisy(percent) for percent in (0, 20, 40, 60))]
+    found.append(noisy(40, clean_validation=True))
+    found += [at_rate(task, factor) for task in DIGITS[:2] for factor in RATES]
+    if options.fashion is not None:
+        found += [fashion_task(options, percent) for percent in (0, 20, 40, 60)]
+    return {task.name: task for task in found}
