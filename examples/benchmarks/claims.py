@@ -101,17 +101,18 @@ def work(job: Job, out: Path, code: str, options: Options) -> float:
 
 def run(
     jobs: list[Job], out: Path, processes: int, options: Options, budget: float | None = None
-) -> dict[Job, claims_groups.Group]:
+) -> tuple[dict[Job, claims_groups.Group], list[Job]]:
     """All jobs that are not finished yet, in turn; after ``budget`` minutes none is started.
 
     Returns:
-        What is there of them in the end.
+        What is there of them in the end, and those that failed, after which the others went on.
     """
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     codes = {job: fingerprint(job, options) for job in jobs}
     missing = [job for job in jobs if read(job, out, codes[job]) is None]
     done, left = len(jobs) - len(missing), iter(missing)
+    failed: list[Job] = []
     print(f"{done} of {len(jobs)} results are there", file=sys.stderr)
 
     def another() -> Job | None:
@@ -129,14 +130,17 @@ def run(
             for future in wait(futures, return_when=FIRST_COMPLETED).done:
                 job, done = futures.pop(future), done + 1
                 minutes = (time.perf_counter() - began) / 60
+                error = future.exception()
+                said = f"failed: {error!r}" if error else f"{future.result():.0f} s"
+                failed += [job] * (error is not None)
                 print(
                     f"[{done}/{len(jobs)}, {minutes:.1f} min] {job.task}, seed {job.seed}, "
-                    f"{job.group}: {future.result():.0f} s",
+                    f"{job.group}: {said}",
                     file=sys.stderr,
                     flush=True,
                 )
     results = {job: read(job, out, codes[job]) for job in jobs}
-    return {job: result for job, result in results.items() if result is not None}
+    return {job: result for job, result in results.items() if result is not None}, failed
 
 
 def planned(args: argparse.Namespace, options: Options) -> list[Job]:
@@ -193,17 +197,20 @@ def main() -> None:
         parser.error(f"no such task: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     jobs = planned(args, options)
     began = time.perf_counter()
-    results = run(jobs, args.out, args.processes, options, args.budget)
-    missing = len(jobs) - len(results)
+    results, failed = run(jobs, args.out, args.processes, options, args.budget)
+    missing = len(jobs) - len(results) - len(failed)
     text = (claims_tables.study if args.study else claims_tables.claims)(results, tasks(options))
     if missing:
-        text += f"\n{missing} of {len(jobs)} runs are missing: the same command makes them.\n"
+        text += f"\n{missing} of {len(jobs)} results are missing: the same command makes them.\n"
+    if failed:
+        text += f"\nFailed: {'; '.join(' '.join(map(str, job)) for job in failed)}.\n"
     if options.fashion is None and not args.study:
         text += "\nFashion-MNIST was skipped: no folder was given.\n"
     name = "study" if args.study else "claims"
     (args.out / f"{name}.md").write_text(text)
     print(text)
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

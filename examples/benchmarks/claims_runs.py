@@ -212,5 +212,5 @@ def default_phase(steps: int) -> int:
 
 
 def paper_phase(task: Task) -> int:
-    """Five epochs, or, of a single one, a sixth, the share that five epochs have of thirty."""
-    return 5 * task.steps if task.run > 5 else task.total // 6
+    """Five epochs, or, of a run of few, a sixth, the share that five epochs have of thirty."""
+    return 5 * task.steps if task.run >= 10 else task.total // 6

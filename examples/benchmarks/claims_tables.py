@@ -264,7 +264,9 @@ def _rates(results: Results, base: str, tasks: Mapping[str, Task]) -> str:
     if not lines:
         return ""
     header = ["accuracy (%), mean", *(f"x {f}" for f in sorted(factors)), "largest - smallest"]
-    return f"### {base}: the learning rate, {min(counts)} seeds or more\n\n" + table(header, lines)
+    return f"### {base}: the learning rate, at least {min(counts)} seed(s)\n\n" + table(
+        header, lines
+    )
 
 
 def study(results: Results, tasks: Mapping[str, Task]) -> str:
