@@ -163,7 +163,7 @@ def planned(args: argparse.Namespace, options: Options) -> list[Job]:
             else:
                 groups = claims_groups.groups_of(found[name])
             jobs += [Job(name, first + i, group) for group in groups]
-    return jobs
+    return sorted(jobs, key=lambda job: job.task.startswith("fashion-noise"))  # long: last
 
 
 def main() -> None:
