@@ -273,6 +273,22 @@ def test_every_setting_of_the_study_is_one(parts) -> None:
         TWACallback(**setting)
 
 
+def test_soups_of_networks_with_batchnorm(parts, small, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(parts.soups, "SOUP_RUNS", 3)
+    monkeypatch.setattr(parts.soups, "EPOCHS", 1)
+
+    def net(seed: int) -> torch.nn.Module:
+        return small.module(seed).net
+
+    kind = parts.soups.Kind(lambda seed, both: small.data(seed), net, (-3.0, -2.0), (1, 3))
+    rows = parts.soups.soups(kind, 0, str(tmp_path))["rows"]
+    assert {"TWA-v", "TWA-t", "uniform soup", "greedy soup by NLL", "Model Stock"} <= set(rows)
+    assert all(math.isfinite(r["nll"]) and r["nll"] < 10 for r in rows.values())
+    results = {("language-soup", seed, "soups"): {"rows": rows, "notes": {}} for seed in (0, 1)}
+    assert "| Model Stock |" in parts.tables.claims(results, {})
+    assert "| TWA-t |" in parts.tables.study(results, {})
+
+
 class InProcess:
     """A pool that runs at once."""
 

@@ -34,7 +34,7 @@ from claims_tasks import Options, tasks
 
 import lightning_twa
 
-SOUP = "language-soup"
+SOUP, VISION_SOUP = "language-soup", "vision-soup"
 STUDIED = ("digits-cnn", "digits-vit", "language", "digits-transfer", "noise-20", SOUP)
 PLAIN = ("fixed", "cosine")  # groups that no code of the package makes
 
@@ -50,7 +50,7 @@ class Job(NamedTuple):
 def fingerprint(job: Job, options: Options) -> str:
     """Of the code that makes the numbers of a job, and of the options."""
     here = Path(__file__).parent
-    parts = ["data", "larger", "tasks", "runs", "groups"] + ["soups"] * (job.task == SOUP)
+    parts = ["data", "larger", "tasks", "runs", "groups"] + ["soups"] * job.task.endswith("soup")
     files = [here / f"claims_{part}.py" for part in parts]
     if job.group not in PLAIN:
         files += sorted(Path(lightning_twa.__file__).parent.rglob("*.py"))
@@ -78,9 +78,10 @@ def read(job: Job, out: Path, code: str) -> claims_groups.Group | None:
 
 def compute(job: Job, options: Options) -> claims_groups.Group:
     """Run a job."""
-    if job.task == SOUP:
+    if job.task in (SOUP, VISION_SOUP):
+        kind = claims_soups.kind_of(job.task, options)
         with tempfile.TemporaryDirectory() as folder:
-            return getattr(claims_soups, job.group)(job.seed, folder)
+            return getattr(claims_soups, job.group)(kind, job.seed, folder)
     task = tasks(options)[job.task]
     if job.group.startswith("study "):
         return claims_groups.study(task, job.seed, job.group.removeprefix("study "))
@@ -156,7 +157,7 @@ def planned(args: argparse.Namespace, options: Options) -> list[Job]:
             count = 1 if name.startswith("fashion-noise") else large.get(name, args.seeds)
             if i >= count:
                 continue
-            if name == SOUP:
+            if name in (SOUP, VISION_SOUP):
                 groups = ["soup_study" if args.study else "soups"]
             elif args.study:
                 groups = ["fixed", *(f"study {setting}" for setting in claims_groups.STUDY)]
@@ -173,7 +174,7 @@ def main() -> None:
     )
     default = Options()
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
-    parser.add_argument("--tasks", nargs="+", help="names; by default all")
+    parser.add_argument("--tasks", nargs="+", help=f"names; by default all but {VISION_SOUP}")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--first-seed", type=int, help="200, or 100 with --study")
     parser.add_argument("--processes", type=int, default=2)
@@ -190,9 +191,11 @@ def main() -> None:
     options = Options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Options)})
     if options.fashion is None:
         print("Fashion-MNIST is skipped: --fashion names no folder.", file=sys.stderr)
-    elif lacking := claims_larger.missing(Path(options.fashion)):
-        parser.error(f"--fashion {options.fashion}: it lacks {', '.join(lacking)}")
-    names = [*tasks(options), SOUP]
+    elif files := claims_larger.missing(Path(options.fashion)):
+        parser.error(f"--fashion {options.fashion}: it lacks {', '.join(files)}")
+    names = [*tasks(options), SOUP, VISION_SOUP]
+    if VISION_SOUP in (args.tasks or ()) and (lacking := claims_soups.lacking(options)):
+        parser.error(f"{VISION_SOUP} needs {lacking}")
     if unknown := set(args.tasks or ()) - set(names):
         parser.error(f"no such task: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     jobs = planned(args, options)

