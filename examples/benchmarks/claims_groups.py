@@ -126,7 +126,7 @@ STUDY: dict[str, dict[str, Any]] = {
     "power averages alone": {"collect": CollectConfig(every_n_epochs=None)},
     "eight snapshots": {"collect": CollectConfig(max_candidates=8)},
     "nothing chosen": {"heldout": None},
-    "TWA-v": {"data": "val"},
+    "trained on held-out data": {"data": "val"},
 }
 
 

@@ -283,8 +283,8 @@ def study(results: Results, tasks: Mapping[str, Task]) -> str:
             if rival is None:
                 continue
             header.append(f"{name} (seeds: {len(seeds)}; {rival})")
-            learned = {t for rows in seeds for t, row in rows.items() if row["kind"] == "learned"}
-            for title in (PICKED, *sorted(learned)):
+            learned = [t for rows in seeds for t, row in rows.items() if row["kind"] == "learned"]
+            for title in dict.fromkeys([PICKED, *learned]):
                 gap = difference(seeds, title, rival, metric)
                 row = lines.setdefault(title, [""] * (len(header) - 2))
                 row += [""] * (len(header) - 2 - len(row)) + [signed(gap, digits)]
