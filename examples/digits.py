@@ -1,8 +1,8 @@
 """TWA beside what it has to beat, on scikit-learn's digits; about 8 seconds a seed on one core.
 
-A small CNN with BatchNorm learns from 400 images. Ordinary training takes 60 epochs; every other
-row stops after 30, or after 35 with 5 epochs for TWA or for an ordinary learning-rate drop. All
-rows of a seed share their first 30 epochs. The table goes to stdout, progress to stderr.
+A small CNN with BatchNorm learns from 400 images, for 30 epochs of a schedule of 60: all rows but
+the last take as many optimizer steps, those of the phase included, while averages with fixed
+weights train on through them. The table goes to stdout, progress to stderr.
 
     python examples/digits.py              # 5 seeds
     python examples/digits.py --seeds 2
@@ -197,58 +197,56 @@ class Comparison:
 
     Args:
         full: Epochs of the full schedule.
-        collect: Epochs before TWA starts.
-        phase: Epochs of TWA.
+        epochs: Of every other row.
+        phase: Epochs of a phase as in the paper, and of the learning-rate drop.
     """
 
-    def __init__(self, full: int, collect: int, phase: int) -> None:
-        self.full, self.collect, self.phase = full, collect, phase
+    def __init__(self, full: int, epochs: int, phase: int) -> None:
+        self.full, self.epochs, self.phase = full, epochs, phase
         self.rows: dict[str, Row] = {}
-        self.learned: tuple[list[str], Tensor] | None = None  # of the default run, first seed
+        self.default: TWACallback | None = None  # of the first seed
         self.began = time.monotonic()
 
     def add_seed(self, seed: int) -> None:
         """All rows; those of the full schedule's first epochs come from one run."""
         data = Digits(seed)
-        recorder = Recorder(self.collect)
+        recorder = Recorder(self.epochs)
         full = self._fit(seed, data, self.full, self._step_schedule, recorder)
         self._add_fixed_weights(seed, data, recorder)
 
-        budget = self.collect + self.phase
-        dropped = self._fit(seed, data, budget, self._drop)
-        self._add(seed, "trained", "ordinary LR drop to 0", budget, test(dropped, data))
+        dropped = self._fit(seed, data, self.epochs, self._drop)
+        self._add(seed, "trained", "ordinary LR drop to 0", self.epochs, test(dropped, data))
 
-        default = TWACallback(start_epoch=self.collect)
-        everything = TWACallback(start_epoch=self.collect, collect=CollectConfig(start=0))
-        held_out = TWACallback(start_epoch=self.collect, data="val")
+        default = TWACallback()
+        held_out = TWACallback(data="val")
+        start = self.epochs - self.phase
+        no_averages = CollectConfig(power_averages=(), max_candidates=None)
+        as_in_paper = TWACallback(start_epoch=start, heldout=None, collect=no_averages)
         for name, twa in (
-            ("TWA-t (default)", default),
-            (f"TWA-t over all {self.collect}", everything),
+            ("TWA (default)", default),
             ('TWA-v (data="val")', held_out),
+            (f"TWA-t, {self.phase} epochs, nothing chosen", as_in_paper),
         ):
-            model = self._fit(seed, data, budget, self._step_schedule, twa)
-            self._add(seed, "twa", name, budget, test(model, data))
+            model = self._fit(seed, data, self.epochs, self._step_schedule, twa)
+            self._add(seed, "twa", name, self.epochs, test(model, data))
             check_paired(model, twa, recorder)
-        if self.learned is None:
-            assert default.averaging_weights is not None
-            self.learned = default.candidate_names, default.averaging_weights[:, 0]
+        self.default = self.default or default
         self._add(seed, "trained", "full schedule", self.full, test(full, data))
 
     def _add_fixed_weights(self, seed: int, data: Digits, recorder: Recorder) -> None:
         model = Classifier(self._step_schedule)
         model.load_state_dict(recorder.last)
-        name = f"last iterate (epoch {self.collect})"
-        self._add(seed, "trained", name, self.collect, test(model, data))
+        self._add(seed, "trained", "last iterate", self.epochs, test(model, data))
         snapshots = torch.stack(recorder.snapshots)
         for name, average in (
-            (f"uniform over all {self.collect} (SWA)", snapshots.mean(dim=0)),
-            ("uniform over the last half", snapshots[self.collect // 2 :].mean(dim=0)),
+            ("uniform over all epochs (SWA)", snapshots.mean(dim=0)),
+            ("uniform over the last half", snapshots[self.epochs // 2 :].mean(dim=0)),
             (f"EMA {EMA_DECAY} per step", recorder.ema),
         ):
             L.seed_everything(seed, verbose=False)
             vector_to_parameters(average, model.parameters())
             update_bn([augment(images) for images, _ in data.train_dataloader()], model)
-            self._add(seed, "fixed", name, self.collect, test(model, data))
+            self._add(seed, "fixed", name, self.epochs, test(model, data))
 
     def _fit(
         self,
@@ -274,21 +272,26 @@ class Comparison:
         return 0.1 ** ((epoch >= self.full // 2) + (epoch >= self.full * 3 // 4))
 
     def _drop(self, step: int) -> float:
-        """Constant while the others collect, then linearly to zero."""
+        """Constant, then linearly to zero."""
         epoch = step / (TRAIN // BATCH)
-        return min(1.0, max(0.0, (self.collect + self.phase - epoch) / self.phase))
+        return min(1.0, max(0.0, (self.epochs - epoch) / self.phase))
 
 
 def check_paired(model: Classifier, twa: TWACallback, recorder: Recorder) -> None:
-    """The learned average, rebuilt by hand from the *other* run's weights: same first epochs.
+    """The learned average, rebuilt by hand: of the *other* run's weights, where they are of epochs,
+    since both runs have the same first ones.
 
     Raises:
         RuntimeError: When the two runs differ.
     """
     assert twa.averaging_weights is not None
     beta = twa.averaging_weights[:, 0]  # one block: the same weights for every tensor
-    epochs = [int(name.removeprefix("epoch=")) for name in twa.candidate_names]
-    rebuilt = beta.float() @ torch.stack([recorder.snapshots[epoch] for epoch in epochs])
+    flat = []
+    for candidate in twa.candidates:
+        kind, _, epoch = candidate.name.partition("=")
+        own = parameters_to_vector(candidate.parameters.values())
+        flat.append(recorder.snapshots[int(epoch)] if kind == "epoch" else own)
+    rebuilt = beta.float() @ torch.stack(flat)
     off = (rebuilt - parameters_to_vector(model.parameters())).abs().max().item()
     if off > 1e-4:
         raise RuntimeError(f"TWA did not average the recorded weights: off by up to {off:.1e}.")
@@ -300,8 +303,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--seed-offset", type=int, default=0, help="the first seed")
     parser.add_argument("--full-epochs", type=int, default=60, help="epochs of the full schedule")
-    parser.add_argument("--collect-epochs", type=int, default=30, help="epochs before TWA starts")
-    parser.add_argument("--twa-epochs", type=int, default=5, help="epochs of TWA")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of every other row")
+    parser.add_argument("--phase-epochs", type=int, default=5, help="of a phase as in the paper")
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"--seeds is {arguments.seeds}, but must be at least 1")
@@ -310,15 +313,18 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")  # advice on workers and checkpoints, once per fit
 
-    comparison = Comparison(arguments.full_epochs, arguments.collect_epochs, arguments.twa_epochs)
+    comparison = Comparison(arguments.full_epochs, arguments.epochs, arguments.phase_epochs)
     for seed in range(arguments.seed_offset, arguments.seed_offset + arguments.seeds):
         comparison.add_seed(seed)
     print(f"\n{table(comparison.rows)}\n\n{verdict(comparison.rows)}\n")
 
-    assert comparison.learned is not None
-    names, beta = comparison.learned
-    weights = ", ".join(f"{n} {b:+.3f}" for n, b in zip(names, beta.tolist(), strict=True))
-    print(f"Averaging weights of TWA-t (default), seed {arguments.seed_offset}: {weights}")
+    twa = comparison.default
+    assert twa is not None
+    assert twa.averaging_weights is not None
+    print(f"TWA (default), seed {arguments.seed_offset}: {twa.result}")
+    beta = twa.averaging_weights[:, 0].tolist()
+    weights = ", ".join(f"{n} {b:+.3f}" for n, b in zip(twa.candidate_names, beta, strict=True))
+    print(f"Averaging weights of TWA (default), seed {arguments.seed_offset}: {weights}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ digits = load_digits()
 images = torch.tensor(digits.data / 16, dtype=torch.float32)
 train, test = random_split(TensorDataset(images, torch.tensor(digits.target)), [1000, 797])
 
-twa = TWACallback()  # weights of epochs 8 to 15 are candidates; epochs 16 to 19 learn their average
+twa = TWACallback()  # the last 32 of 400 steps learn how to average what was kept before them
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 trainer = L.Trainer(max_epochs=20, callbacks=[twa], **quiet)
 model = Classifier()
@@ -45,4 +45,4 @@ accuracy = trainer.test(model, DataLoader(test, batch_size=50), verbose=False)[0
 assert twa.averaging_weights is not None
 print(f"test accuracy of the average: {100 * accuracy:.2f} %, made of")
 for name, weight in zip(twa.candidate_names, twa.averaging_weights[:, 0].tolist(), strict=True):
-    print(f"{weight:+.3f} of the weights after {name}")
+    print(f"{weight:+.3f} of {name}")

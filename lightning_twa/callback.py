@@ -37,7 +37,8 @@ class TWAHooks(RunResults, Hooks):
         start_epoch: First epoch (0-based) of the phase that trains the coefficients; a float is a
             fraction of ``max_epochs`` or, of a run with ``max_steps`` alone, of ``max_steps``: the
             phase then begins at that optimizer step, within an epoch too. 0 with
-            ``CollectConfig.checkpoints``: a soup. By default 0.8, unless ``phase_steps`` is given.
+            ``CollectConfig.checkpoints``: a soup. ``None``: ``phase_steps`` before the end of the
+            run; with ``SolverConfig(name="uniform")`` 0.8.
         data: What the coefficients are trained on: ``"train"``, the training data (TWA-t);
             ``"val"``, the validation dataloader, in random order (TWA-v); ``"twa"``, what a
             ``twa_dataloader()`` hook of the module or datamodule returns. ``training_step`` is used
@@ -74,21 +75,20 @@ class TWAHooks(RunResults, Hooks):
         phase_steps: Length of the phase in optimizer steps, or as a fraction of the run's. Ordinary
             training goes on until so many are left, within an epoch too (with ``data="val"`` or
             ``"twa"`` to the start of the epoch in which that falls). With ``start_epoch`` as well
-            the run ends when the phase has taken them.
+            the run ends when the phase has taken them. With neither, 1 % of the run's, at least
+            32, at most a tenth.
         continue_from: What a finished run goes on from when it is trained on (``fit`` again with
             more ``max_epochs``, in the same Trainer or from its last checkpoint): the average that
             it ended with, or ``"raw"``, the weights that ordinary training ended with, of which a
             copy is kept in memory and in checkpoints. Candidates are then collected anew, and the
             phase comes at ``start_epoch`` of the longer run. ``None``: that is an error.
 
-        heldout: Data that the coefficients are not trained on, by which averages are chosen: the
-            phase starts from the best of the averages that one could take without learning (last
-            weights, uniform ones, running averages), and of about eight points of its path and the
-            start the best is the result. ``"val"``: the validation data, of which a quarter is held
+        heldout: Data, other than those trained on, by which averages are chosen: the phase starts
+            from the best average that needs no learning, and the best of its start and eight points
+            of its path is the result. ``"val"``: the validation data, of which a quarter is held
             back with ``data="val"``; ``"twa"``: those of ``twa_dataloader()``; ``"auto"``: the
-            validation data, where there are any, in one loader, that ``training_step`` takes;
-            ``None``: nothing is chosen. What is compared is the loss of ``training_step`` in
-            evaluation mode, on so many batches that it costs no more than the phase (``result``).
+            validation data, if ``training_step`` takes them; ``None``: nothing is chosen. Compared
+            is its loss in evaluation mode, on as many batches as cost no more than the phase.
 
     Raises:
         ValueError: When an argument is outside its range or two contradict each other.
@@ -113,7 +113,7 @@ class TWAHooks(RunResults, Hooks):
         start_on_early_stopping: bool = False,
         continue_from: Literal["average", "raw"] | None = None,
         phase_steps: int | float | None = None,
-        heldout: Literal["auto", "val", "twa"] | None = None,
+        heldout: Literal["auto", "val", "twa"] | None = "auto",
     ) -> None:
         super().__init__()
         self.settings = Settings(

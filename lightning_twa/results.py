@@ -24,7 +24,8 @@ class Result:
         reason: Why nothing was.
         losses: Mean loss on them of each average that could be taken without learning.
         path: The same of points of the phase's path, by its optimizer step.
-        start: The best of them, from which free coefficients start.
+        start: The one that was chosen, from which free coefficients start: the best, or the uniform
+            one, where the best is not better than that by more than the standard error.
         accepted: The optimizer step of the phase whose weights are the result; ``None`` where
             ``start`` is.
         gain: By how much the result's loss is below that of ``start``, the mean over batches.
@@ -61,7 +62,7 @@ class Result:
         batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
         lines = [f"loss on {self.heldout}, {batches}:"]
         for name, loss in rows:
-            marks = {"best fixed": name == self.start, "result": name == best}
+            marks = {"chosen": name == self.start, "result": name == best}
             note = ", ".join(mark for mark, is_so in marks.items() if is_so)
             lines.append(f"  {name:<{width}}  {loss:<9.5g} {note}".rstrip())
         return "\n".join([*lines, self.verdict])
@@ -76,14 +77,14 @@ class Result:
             )
         if self.accepted is None:
             return (
-                f"No point of the phase's path was better than the best fixed average, "
+                f"No point of the phase's path was better than the average that was chosen, "
                 f"{self.start!r}, which is the result: learning gained nothing here."
             )
         error = "" if math.isnan(self.gain_error) else f" +- {self.gain_error:.2g}"
         chance = "" if self.gain > 2 * self.gain_error else ", which may be chance"
         return (
             f"The result is the average after step {self.accepted} of {self.steps} of the phase: "
-            f"{self.gain:.2g}{error} below the best fixed average, {self.start!r}{chance}."
+            f"{self.gain:.2g}{error} below the average that was chosen, {self.start!r}{chance}."
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from helpers.common import Regressor, loader, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, state
-from lightning_twa import CollectConfig, TWACallback, average
+from lightning_twa import average
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")
 

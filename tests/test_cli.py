@@ -67,7 +67,9 @@ def test_options_of_the_command_line(example, tmp_path, monkeypatch, name) -> No
     assert twa.settings.solver == SolverConfig(radius=1.5)
     assert twa.settings.storage.kind == "memory"
     assert twa.phase == "done"
-    assert twa.candidate_names == ["ema(0.9)", "ema(0.99)", "epoch=1", "epoch=2", "epoch=3"]
+    power = [*(f"power({width})" for width in (0.02, 0.056, 0.13, 0.23)), "mean"]
+    snapshots = ["epoch=1", "epoch=2", "epoch=3"]
+    assert twa.candidate_names == ["ema(0.9)", "ema(0.99)", *power, *snapshots]
 
 
 @pytest.mark.parametrize(("file", "average"), [("twa.yaml", "learned"), ("swa.yaml", "uniform")])
@@ -77,7 +79,7 @@ def test_the_files_of_the_example(example, tmp_path, monkeypatch, file, average)
     twa = callback_of(cli)
     assert twa.phase == "done"
     n = twa.num_candidates
-    assert n == 6
+    assert n == (6 if average == "uniform" else 11)
     uniform = torch.full((n, 1), 1 / n, dtype=torch.float64)
     assert torch.equal(twa.averaging_weights, uniform) == (average == "uniform")
 

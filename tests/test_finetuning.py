@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.common import Frozen, Regressor, loader, mse, trainer, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, equal, ordered, run, state
 from helpers.runs import fit
-from lightning_twa import CollectConfig, StorageConfig, SubspaceConfig, TWACallback, average
+from lightning_twa import StorageConfig, SubspaceConfig, average
 from lightning_twa.candidates import Store, leave_out_frozen
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import lightning_twa
 from helpers.common import loader, mse, weights
-from lightning_twa import CollectConfig, SubspaceConfig, average, plot_averaging_weights
+from helpers.plain import CollectConfig
+from lightning_twa import SubspaceConfig, average, plot_averaging_weights
 
 old = pytest.importorskip("pytorch_lightning")
 import pytorch_lightning.callbacks as old_callbacks  # noqa: E402

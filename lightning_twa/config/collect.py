@@ -66,9 +66,9 @@ class CollectConfig:
     start: int | float | None = None
     every_n_epochs: int | None = 1
     every_n_train_steps: int | None = None
-    max_candidates: int | Literal["auto"] | None = None
+    max_candidates: int | Literal["auto"] | None = "auto"
     keep: Literal["newest", "evenly"] = "newest"
-    power_averages: tuple[float, ...] = ()
+    power_averages: tuple[float, ...] = (0.02, 0.056, 0.13, 0.23)
     ema_decays: tuple[float, ...] = ()
     ema_device: str | None = None
     checkpoints: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None

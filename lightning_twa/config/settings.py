@@ -15,7 +15,9 @@ from lightning_twa.config.values import as_epoch, check_choice, check_epoch_or_f
 __all__ = ["DATA", "Settings"]
 
 SAVED = (".ckpt", ".pt", ".pth", ".bin")  # what may hold an average
-START = 0.8  # of the run, where neither start_epoch nor phase_steps is given
+POWER = CollectConfig().power_averages
+START = 0.8  # of the run, where an average without a phase begins
+SHARE, LEAST = 0.01, 32  # of the run's steps, and steps, that a phase has where none are given
 DISTRIBUTE = ("auto", "replicate", "shard")
 HELD_OUT = ("auto", "val", "twa")
 DATA = {  # what the coefficients can be trained on, in words
@@ -48,13 +50,13 @@ class Settings:
     start_on_early_stopping: bool = False
     continue_from: Literal["average", "raw"] | None = None
     phase_steps: int | float | None = None
-    heldout: Literal["auto", "val", "twa"] | None = None
+    heldout: Literal["auto", "val", "twa"] | None = "auto"
 
     def __post_init__(self) -> None:
         if self.start_epoch is not None:
             object.__setattr__(self, "start_epoch", as_epoch(self.start_epoch))
             check_epoch_or_fraction("start_epoch", self.start_epoch)
-        elif self.phase_steps is None:
+        elif self.uniform:
             object.__setattr__(self, "start_epoch", START)
         object.__setattr__(self, "phase_steps", as_epoch(self.phase_steps))
         _check_phase_steps(self.phase_steps)
@@ -94,6 +96,24 @@ class Settings:
         return self.solver.name == "uniform"
 
     @property
+    def length_is_given(self) -> bool:
+        """Whether the phase has a number of steps, and not epochs."""
+        return self.phase_steps is not None or self.start_epoch is None
+
+    def steps_of_phase(self, length: int | None) -> int | None:
+        """Optimizer steps of the phase of a run of so many; ``None`` where that is not known, or
+        the phase has epochs.
+        """
+        steps = self.phase_steps
+        if isinstance(steps, int):
+            return steps
+        if length is None or not self.length_is_given:
+            return None
+        if steps is None:
+            return max(min(max(_round(SHARE * length), LEAST), length // 10), 1)
+        return max(_round(steps * length), 1)
+
+    @property
     def power_averages(self) -> tuple[float, ...]:
         """Those that are kept: of a phase with training before it."""
         return () if self.uniform or self.start_epoch == 0 else self.collect.power_averages
@@ -103,6 +123,11 @@ class Settings:
         """Candidates that the phase has beside snapshots and files; two with the power averages."""
         power = len(self.power_averages)
         return len(self.collect.ema_decays) + (power + 2 if power else 0)
+
+
+def _round(value: float) -> int:
+    """Without the noise of floats: 0.7 * 10 is 7.000000000000001."""
+    return int(round(value, 6))
 
 
 def _check_phase_steps(value: object) -> None:
@@ -190,10 +215,12 @@ def _check_uniform(settings: Settings) -> None:
         "distribute": (settings.distribute, "auto"),
         "start_on_early_stopping": (settings.start_on_early_stopping, False),
         "phase_steps": (settings.phase_steps, None),
+        "heldout": (settings.heldout, "auto"),
+        "CollectConfig.power_averages": (settings.collect.power_averages, POWER),
         "CollectConfig.checkpoints": (settings.collect.checkpoints, None),
     }
     for name, (value, default) in values.items():
-        if value != default:
+        if value not in (default, None, ()):
             raise ValueError(
                 f"{name}={value!r} has no meaning with SolverConfig(name='uniform'), which trains "
                 f"no coefficients. Leave it out."

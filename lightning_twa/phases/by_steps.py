@@ -61,13 +61,13 @@ def check_limits(settings: Settings, max_epochs: int | None, max_steps: int) -> 
         ValueError: When the run has none.
     """
     steps = settings.phase_steps
-    if steps is None or max_epochs is not None or max_steps != -1:
+    if not settings.length_is_given or max_epochs is not None or max_steps != -1:
         return
     if settings.start_epoch is None or isinstance(steps, float):
         raise ValueError(
-            f"phase_steps={steps!r} is counted from the end of the run, but this Trainer has no "
-            f"limit (max_epochs=-1, max_steps=-1). Set Trainer(max_epochs=...) or max_steps, or "
-            f"pass start_epoch and phase_steps, an int."
+            f"The phase (phase_steps={steps!r}) is counted from the end of the run, but this "
+            f"Trainer has no limit (max_epochs=-1, max_steps=-1). Set Trainer(max_epochs=...) or "
+            f"max_steps, or pass start_epoch and phase_steps, an int."
         )
 
 
@@ -82,13 +82,12 @@ def check_placed(plan: CollectPlan, settings: Settings) -> None:
     Raises:
         ValueError: When it would be known too late.
     """
-    waits = (
-        plan.start_step is None and settings.phase_steps is not None and plan.start_epoch == NEVER
-    )
+    waits = plan.start_step is None and settings.length_is_given and plan.start_epoch == NEVER
     if waits and plan.end is not None and plan.end - plan.first < 2:
         raise ValueError(
-            f"phase_steps={settings.phase_steps} is counted from the end of the run, but the "
-            f"training data has no length, and there is one epoch. Set Trainer(max_steps=...)."
+            f"The phase (phase_steps={settings.phase_steps}) is counted from the end of the run, "
+            f"but the training data has no length, and there is one epoch. Set "
+            f"Trainer(max_steps=...)."
         )
 
 
@@ -135,7 +134,7 @@ def place(plan: CollectPlan, settings: Settings, now: Position) -> CollectPlan:
     length, left = length_of(plan, now), _left(plan, now)
     if length is None or left is None:
         return plan
-    phase = _phase_steps(settings, length)
+    phase = settings.steps_of_phase(length)
     first_step = now.steps + left - length
     if settings.start_epoch is not None:
         start = _round(settings.start_epoch * now.max_steps)
@@ -174,10 +173,10 @@ def phase_stops(
     by_steps = plan.start_step is not None and now.steps >= plan.start_step
     by_epochs = plan.start_step is None and now.epoch >= plan.start_epoch
     early = early and not (by_steps or by_epochs)
-    if early and plan.start_step is None and plan.end is not None and settings.phase_steps is None:
+    if early and plan.start_step is None and plan.end is not None and not settings.length_is_given:
         return {"stops_at": now.epoch + plan.end - plan.start_epoch}
     both = settings.phase_steps is not None and settings.start_epoch is not None
-    unsized = settings.phase_steps is not None and not sized
+    unsized = settings.length_is_given and not sized
     if plan.phase_steps is None or not (early or both or unsized):
         return {}
     end = now.steps + plan.phase_steps
@@ -187,19 +186,11 @@ def phase_stops(
 def _with_length(plan: CollectPlan, settings: Settings, now: Position) -> CollectPlan:
     """With the steps of a phase that begins with an epoch, where they are not those to the end."""
     if settings.phase_steps is not None:
-        return replace(plan, phase_steps=_phase_steps(settings, length_of(plan, now)))
+        return replace(plan, phase_steps=settings.steps_of_phase(length_of(plan, now)))
     if plan.end is None and now.max_steps != -1 and now.per_epoch is not None:
         before = plan.start_epoch * now.per_epoch
         return replace(plan, phase_steps=max(now.max_steps - before, 1))
     return plan
-
-
-def _phase_steps(settings: Settings, length: int | None) -> int | None:
-    """``phase_steps`` of a run of so many."""
-    steps = settings.phase_steps
-    if not isinstance(steps, float):
-        return steps
-    return None if length is None else max(_round(steps * length), 1)
 
 
 def _with_window(

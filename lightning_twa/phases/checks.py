@@ -96,9 +96,7 @@ def check_trainer(
             "Trainer has none. Add one, or leave the argument out."
         )
     check_limits(settings, epochs, trainer.max_steps)
-    if settings.phase_steps is not None and "GradientAccumulationScheduler" in callback_names(
-        trainer
-    ):
+    if settings.length_is_given and "GradientAccumulationScheduler" in callback_names(trainer):
         raise ValueError(
             f"phase_steps={settings.phase_steps} does not go with GradientAccumulationScheduler: "
             f"epochs have different numbers of optimizer steps. Pass start_epoch instead."
@@ -295,7 +293,7 @@ def check_data(
     known = given or (solver.lr is not None and solver.schedule == "constant")
     sized = settings.data == "train" or has_length(loader)
     endless = max_epochs(trainer) is None or not sized
-    if settings.cycles > 1 and settings.phase_steps is not None and not sized:
+    if settings.cycles > 1 and settings.length_is_given and not sized:
         raise ValueError(
             f"cycles={settings.cycles} does not go with data={settings.data!r} without a length: "
             f"the run would end with the first phase. Give the data a length, or use cycles=1."

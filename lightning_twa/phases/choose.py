@@ -18,6 +18,7 @@ __all__ = ["LAST", "POINTS", "Comparison", "fixed_averages", "points_of_path"]
 LAST = "last weights"
 POINTS = 8  # of the path
 WINDOWS = (2, 4, 8)  # newest snapshots
+USUAL = ("uniform", "power(0.13)")  # what one takes who knows nothing
 SINGLE = 16  # candidates of a soup, of which each is compared too
 
 
@@ -100,8 +101,14 @@ class Comparison:
 
     @property
     def start(self) -> str:
-        """The best fixed average."""
-        return min(self.fixed, key=lambda name: _mean(self.fixed[name]))
+        """The best fixed average, or the usual one, where it is better than that by no more than a
+        standard error.
+        """
+        best = min(self.fixed, key=lambda name: _mean(self.fixed[name]))
+        usual = next((name for name in USUAL if name in self.fixed), best)
+        gain, error = _paired(self.fixed[usual] - self.fixed[best])
+        m = len(self.fixed[best])  # few batches do not tell their standard error well
+        return usual if m > 1 and gain <= error * m / (m - 1) else best
 
     @property
     def accepted(self) -> int | None:
@@ -115,9 +122,7 @@ class Comparison:
         """By how much a point is better than the start, the mean over batches, and its standard
         error.
         """
-        gain = self.fixed[self.start] - self.path[step]
-        spread = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
-        return float(gain.mean()), spread
+        return _paired(self.fixed[self.start] - self.path[step])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on with."""
@@ -132,6 +137,13 @@ class Comparison:
         self.fixed = dict(state["fixed"])
         self.path = {point["step"]: point["losses"] for point in state["path"]}
         self.best = dict(state["best"])
+
+
+def _paired(differences: Tensor) -> tuple[float, float]:
+    """Their mean and its standard error; that is no number with one alone."""
+    m = len(differences)
+    error = float(differences.std()) / math.sqrt(m) if m > 1 else math.nan
+    return float(differences.mean()), error
 
 
 def _mean(losses: Tensor) -> float:

@@ -50,11 +50,12 @@ class HeldOut:
         self.seconds = 0.0
         self.batches = 0
         self._drawn: list[Any] = []
+        self._loader: Any = None
         self._refused = False
 
     def clear(self) -> None:
         """Forget the batches."""
-        self._drawn = []
+        self._drawn, self._loader = [], None
 
     def check(self, trainer: Trainer, held_back: Any) -> None:
         """At the start of training: whether there will be held-out data, where they were asked for.
@@ -106,8 +107,10 @@ class HeldOut:
         """The loader of held-out data; ``None`` without one."""
         if self._refused:
             return None
-        loader, self.data, self.reason = hold_out_loader(self.settings, trainer, held_back)
-        return loader
+        if self._loader is None:
+            found = hold_out_loader(self.settings, trainer, held_back)
+            self._loader, self.data, self.reason = found
+        return self._loader
 
     def draw(
         self,
@@ -128,6 +131,7 @@ class HeldOut:
             Whether there are any.
         """
         self.seconds, began = 0.0, time.perf_counter()
+        self._loader = None  # a run may reload its data
         loader = self._find(trainer, held_back)
         if loader is None:
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +26,8 @@ from torch.utils.data import (
     Subset,
 )
 
-from lightning_twa.trainer.data import own_copy
+from lightning_twa.trainer.data import own_copy, validation_loader
+from lightning_twa.trainer.features import has_validation_data, is_a
 from lightning_twa.trainer.replay import without_traces
 
 __all__ = [
@@ -38,14 +40,25 @@ __all__ = [
 ]
 
 SEED = 34701  # of the choice of samples, which is the same in a run that is resumed
+SOME, SMALLEST = 4, 32  # batches, and samples in one, where there are few
 ROOM = 1 << 28  # bytes of main memory that the batches may take
 
 
 def validation_parts(trainer: Trainer) -> list[Any]:
-    """The dataloaders of the run's validation, as the Trainer has them now; none without any."""
+    """The dataloaders of the run's validation, as the Trainer has them now or, before its first
+    validation, requested; none without any.
+    """
     combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
-    limits = trainer.limit_val_batches
-    return [] if combined is None or limits == 0 else list(combined.flattened)
+    if trainer.limit_val_batches == 0 or not has_validation_data(trainer):
+        return []
+    loaders: Any = validation_loader(trainer) if combined is None else combined
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if is_a(loaders, "CombinedLoader"):
+        return list(loaders.flattened)
+    if isinstance(loaders, (list, tuple)):
+        return list(loaders)
+    return [] if loaders is None else [loaders]
 
 
 def _is_sized(loader: Any) -> bool:
@@ -139,17 +152,13 @@ def draw_batches(loader: Any, at_most: int, rank: int, processes: int) -> list[A
     """
     with ExitStack() as stack:
         stack.enter_context(isolate_rng())
-        torch.manual_seed(SEED)
-        random.seed(SEED)
-        np.random.seed(SEED)
+        _seed()
         source = own_copy(loader)
         if _is_sized(loader):
             size = min(at_most * loader.batch_size * processes, len(loader.dataset))
             own = _order(len(loader.dataset))[: size - size % processes][rank::processes]
-            whole = (
-                len(own) >= loader.batch_size
-            )  # a last batch of few samples counts as the others
-            source = _with_samples(loader, own, drop_last=whole)
+            even = _even(len(own), loader.batch_size)
+            source, at_most = _with_samples(loader, own, batch_size=even), len(own)
         elif isinstance(loader, DataLoader):
             _set_sampler_epoch(loader, 0)  # the Trainer sets it before every epoch of its own
         batches: list[Any] = []
@@ -160,6 +169,19 @@ def draw_batches(loader: Any, at_most: int, rank: int, processes: int) -> list[A
             if len(batches) >= at_most or room <= 0:
                 break
         return batches
+
+
+def _even(samples: int, most: int) -> int:
+    """Samples in a batch, so that all have as many, and there are some to tell chance by."""
+    size = min(most, max(math.ceil(samples / SOME), SMALLEST))
+    return math.ceil(samples / math.ceil(samples / size))
+
+
+def _seed() -> None:
+    """Begin the same random numbers, within ``isolate_rng``."""
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    np.random.seed(SEED)
 
 
 def _bytes(batch: Any) -> int:
@@ -193,6 +215,7 @@ def batch_losses(
     """
     found: list[Tensor] = []
     with without_traces(trainer, module, in_training) as step:
+        _seed()  # random transforms are the same for all weights that are compared
         for i, batch in enumerate(batches):
             output = step(_own(batch), i, hooks)
             loss = output.get("loss") if isinstance(output, Mapping) else output

@@ -40,6 +40,7 @@ PRIVATE_NAMES = (
     "fit_loop.epoch_loop.batch_progress.total.ready",
     "fit_loop.epoch_loop.batch_progress.total.processed",
     "fit_loop.epoch_loop.val_loop._data_source",
+    "fit_loop.epoch_loop.val_loop._combined_loader",
     "fit_loop.epoch_loop.val_loop._module_mode",
     "fit_loop.epoch_loop.val_loop.run",
     "val_check_interval",

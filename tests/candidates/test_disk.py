@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from helpers.common import Frozen, Regressor, flat, loader, trainer
+from helpers.plain import CollectConfig
 from helpers.resume import equal, state
 from helpers.storage import files, run, saver, twa
-from lightning_twa import CollectConfig, StorageConfig
+from lightning_twa import StorageConfig
 from lightning_twa.candidates import store
 
 pytestmark = [

@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.common import Regressor
+from helpers.plain import CollectConfig
 from helpers.resume import equal
 from helpers.storage import files, run, saver, twa
-from lightning_twa import CollectConfig, StorageConfig
+from lightning_twa import StorageConfig
 from lightning_twa.candidates import CandidateFileError, disk
 
 pytestmark = [

@@ -14,9 +14,10 @@ from torch import nn
 
 from helpers.common import Regressor, flat
 from helpers.ddp import fit, strided
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal
 from helpers.storage import files, saver, twa
-from lightning_twa import CollectConfig, StorageConfig, TWACallback
+from lightning_twa import StorageConfig
 from lightning_twa.candidates import disk
 
 pytestmark = [

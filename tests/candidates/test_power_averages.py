@@ -12,9 +12,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+import lightning_twa
 from helpers.common import Recorder, Regressor, loader, trainer, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, run
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, TWACallback, average
+from lightning_twa import SolverConfig, StorageConfig, average
 from lightning_twa.candidates import fitted_factors
 from lightning_twa.candidates.power_averages import PowerAverages, interval_of
 from lightning_twa.candidates.profiles import gamma_of, profile, width_of
@@ -233,8 +235,8 @@ def test_every_cycle_has_its_own(tmp_path: Path) -> None:
 
 
 def test_a_uniform_average_and_a_soup_have_none(tmp_path: Path) -> None:
-    collect = CollectConfig(start=1, power_averages=WIDTHS)
-    swa = TWACallback(2, collect=collect, solver=SolverConfig(name="uniform"), save_average=False)
+    default = lightning_twa.CollectConfig(start=1)
+    swa = TWACallback(2, collect=default, solver=SolverConfig(name="uniform"), save_average=False)
     trainer(tmp_path, callbacks=[swa]).fit(Regressor(), loader())
     assert swa.candidate_names == [f"epoch={e}" for e in range(1, 6)]
     files = []

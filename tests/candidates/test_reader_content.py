@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from helpers.common import Frozen, Regressor, loader, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.readers import PARAMETERS, equal, fresh, read, refused, saved, tensors_of, whole
-from lightning_twa import CollectConfig, StorageConfig, TWACallback
+from lightning_twa import StorageConfig
 from lightning_twa.candidates import Candidate
 from lightning_twa.candidates.files import make_directory, write_candidate
 from lightning_twa.candidates.find import find_files

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from helpers.common import Recorder, Regressor, loader, trainer, weights
 from helpers.ddp import fit, strided
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, run
-from lightning_twa import CollectConfig, StorageConfig, TWACallback
+from lightning_twa import StorageConfig
 from lightning_twa.candidates.running_averages import RunningAverages
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")

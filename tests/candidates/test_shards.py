@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.common import Regressor, loader, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal
-from lightning_twa import CollectConfig, TWACallback, average
+from lightning_twa import average
 from lightning_twa.candidates import find_files, read_file, unique_names
 
 KINDS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}

@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from helpers.common import Recorder, Regressor, loader, trainer, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, run
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from helpers.common import Regressor, loader, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, TWACallback, average
+from lightning_twa import SolverConfig, StorageConfig, average
 from lightning_twa.candidates import fit_singular_vectors_
 
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {

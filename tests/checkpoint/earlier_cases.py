@@ -20,14 +20,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from helpers.common import Regressor, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import ordered, state
-from lightning_twa import (
-    CollectConfig,
-    SolverConfig,
-    StorageConfig,
-    SubspaceConfig,
-    TWACallback,
-)
+from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig
 
 __all__ = [
     "CANDIDATES",

@@ -27,7 +27,7 @@ from earlier_cases import (
 )
 from torch import Tensor
 
-from lightning_twa import TWACallback
+from helpers.plain import TWACallback
 from lightning_twa.__main__ import main
 
 pytestmark = [

@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from helpers.common import TESTS, Regressor, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, interrupted, ordered, run, twa
-from lightning_twa import CollectConfig, StorageConfig, TWACallback
+from lightning_twa import StorageConfig
 from lightning_twa.candidates import CandidateFileError
 
 pytestmark = [

@@ -13,13 +13,8 @@ from safetensors.torch import save_file
 
 from helpers.commands import checkpoints, failure, printed, usage
 from helpers.common import Regressor, loader, trainer
-from lightning_twa import (
-    CollectConfig,
-    SolverConfig,
-    StorageConfig,
-    SubspaceConfig,
-    TWACallback,
-)
+from helpers.plain import CollectConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig
 from lightning_twa.candidates.reference import Reference, resolve
 from lightning_twa.commands import inspect
 

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
+from helpers.plain import CollectConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),

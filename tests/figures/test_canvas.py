@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from helpers.figures import trained
-from lightning_twa import TWACallback, plot_averaging_weights, plot_subspace
+from helpers.plain import TWACallback
+from lightning_twa import plot_averaging_weights, plot_subspace
 
 
 @pytest.mark.parametrize(("n", "count"), [(2, 1), (6, 1), (60, 1), (3, 2), (6, 14), (60, 100)])

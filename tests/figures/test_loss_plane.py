@@ -10,13 +10,8 @@ from torch import Tensor, nn
 
 from helpers.common import Regressor, flat, mse, regression_data, weights
 from helpers.figures import trained
-from lightning_twa import (
-    SolverConfig,
-    SubspaceConfig,
-    TWACallback,
-    plot_averaging_weights,
-    plot_subspace,
-)
+from helpers.plain import TWACallback
+from lightning_twa import SolverConfig, SubspaceConfig, plot_averaging_weights, plot_subspace
 
 
 @pytest.mark.parametrize("blocks", ["global", "tensor"])

@@ -10,7 +10,8 @@ import torch
 
 from helpers.common import Regressor, loader, trainer
 from helpers.figures import trained
-from lightning_twa import CollectConfig, TWACallback, plot_averaging_weights, plot_subspace
+from helpers.plain import CollectConfig, TWACallback
+from lightning_twa import plot_averaging_weights, plot_subspace
 
 
 def test_bars_are_the_averaging_weights(tmp_path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers.common import Regressor, loader, trainer, weights
-from lightning_twa import CollectConfig, TWACallback
+from helpers.plain import CollectConfig, TWACallback
 
 
 def twa(**kwargs: Any) -> TWACallback:

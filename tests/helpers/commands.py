@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.common import Regressor, loader, trainer
-from lightning_twa import CollectConfig, TWACallback
+from helpers.plain import CollectConfig, TWACallback
 from lightning_twa.__main__ import main
 
 

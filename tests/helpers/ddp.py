@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from helpers.common import Regressor, loader, regression_data, trainer, weights
+from helpers.plain import TWACallback
 from helpers.resume import state
-from lightning_twa import TWACallback
 
 
 class Wide(Regressor):

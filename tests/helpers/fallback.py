@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.common import Regressor, loader, trainer, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, state
-from lightning_twa import CollectConfig, StorageConfig, SubspaceConfig, TWACallback
+from lightning_twa import StorageConfig, SubspaceConfig
 from lightning_twa.phases import optimize, span
 from lightning_twa.subspace import Subspace
 

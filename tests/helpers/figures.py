@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.common import Regressor, loader, trainer
-from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+from helpers.plain import CollectConfig, TWACallback
+from lightning_twa import SolverConfig, SubspaceConfig
 
 
 def trained(

@@ -9,7 +9,8 @@ import lightning as L
 import torch
 
 from helpers.common import loader, trainer
-from lightning_twa import CollectConfig, SolverConfig, TWACallback
+from helpers.plain import CollectConfig, TWACallback
+from lightning_twa import SolverConfig
 
 KINDS: dict[str, dict[str, Any]] = {
     "default": {},

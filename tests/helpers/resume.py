@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from helpers.common import Recorder, Regressor, regression_data, trainer
-from lightning_twa import CollectConfig, TWACallback
+from helpers.plain import CollectConfig, TWACallback
 
 
 class EpochOrder(Sampler):

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from helpers.common import Recorder, Regressor, loader, trainer, weights
-from lightning_twa import TWACallback
+from helpers.plain import TWACallback
 
 
 def fit(tmp_path, twa: TWACallback, module: L.LightningModule | None = None, **kwargs: Any):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from helpers.common import Regressor, flat, loader, trainer
 from helpers.ddp import strided
+from helpers.plain import CollectConfig, TWACallback
 from helpers.processes import run
-from lightning_twa import CollectConfig, StorageConfig, TWACallback
+from lightning_twa import StorageConfig
 
 MARKS = [
     pytest.mark.slow,

@@ -9,8 +9,9 @@ import lightning as L
 import torch
 from torch import nn
 
+import lightning_twa
 from helpers.common import loader, trainer
-from lightning_twa import CollectConfig, TWACallback
+from helpers.plain import CollectConfig, TWACallback
 
 
 def short_run(path: Path, make: type[L.LightningModule], *callbacks: Any, **kwargs: Any) -> Any:
@@ -33,4 +34,4 @@ def holds_its_average(twa: TWACallback, module: nn.Module) -> None:
 
 
 def twa_of(the_trainer: L.Trainer) -> TWACallback:
-    return next(c for c in the_trainer.callbacks if isinstance(c, TWACallback))
+    return next(c for c in the_trainer.callbacks if isinstance(c, lightning_twa.TWACallback))

@@ -9,8 +9,9 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.common import Regressor, loader, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import state
-from lightning_twa import CollectConfig, StorageConfig, TWACallback
+from lightning_twa import StorageConfig
 
 
 def twa(folder: Path | None = None, **kwargs: Any) -> TWACallback:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers.ddp import fit
-from lightning_twa import TWACallback
+from helpers.plain import TWACallback
 
 # Every collective of torch.distributed, and which of its arguments is what this process puts in.
 COLLECTIVES = {

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 
 from helpers.common import Regressor, loader, mse, trainer
 from helpers.modules import Augmented
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal
 from helpers.runs import DATA
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig
 from lightning_twa.phases.batchnorm import reestimate, tracked_batch_norms
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from helpers.common import Regressor, loader, trainer, weights
 from helpers.ddp import fit as fit_several
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, ordered, run
 from helpers.runs import fit_fails
 from helpers.short import holds_its_average
-from lightning_twa import CollectConfig, SolverConfig, TWACallback
+from lightning_twa import SolverConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:It is recommended to use .self.log.'val_loss",
@@ -352,9 +353,9 @@ def test_an_exception_in_a_phase_that_began_within_an_epoch(tmp_path) -> None:
         ),
         (
             {"phase_steps": 5}, {"max_epochs": -1},
-            "phase_steps=5 is counted from the end of the run, but this Trainer has no limit "
-            "(max_epochs=-1, max_steps=-1). Set Trainer(max_epochs=...) or max_steps, or pass "
-            "start_epoch and phase_steps, an int.",
+            "The phase (phase_steps=5) is counted from the end of the run, but this Trainer has no "
+            "limit (max_epochs=-1, max_steps=-1). Set Trainer(max_epochs=...) or max_steps, or "
+            "pass start_epoch and phase_steps, an int.",
         ),
         (
             {"phase_steps": 5}, {"max_epochs": 2},

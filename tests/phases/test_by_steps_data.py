@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from torch.utils.data import DataLoader, IterableDataset
 
 from helpers.common import Regressor, loader, regression_data, trainer, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.runs import fit_fails
 from helpers.short import holds_its_average
-from lightning_twa import CollectConfig, TWACallback
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Length of IterableDataset",

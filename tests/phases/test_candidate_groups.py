@@ -24,15 +24,9 @@ from helpers.common import (
     weights,
 )
 from helpers.ddp import fit, strided
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, run
-from lightning_twa import (
-    CollectConfig,
-    SolverConfig,
-    SubspaceConfig,
-    SubspaceOptimizer,
-    TWACallback,
-    build_subspace,
-)
+from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
 from lightning_twa.commands.inspect import describe_run
 from lightning_twa.phases.candidate_groups import CandidateGroups
 

@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from helpers.common import Recorder, Regressor, loader, regression_data, trainer, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.runs import Broken, fit_fails, plain_weights
-from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+from lightning_twa import SolverConfig, SubspaceConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from helpers.common import Recorder, Regressor, loader, regression_data, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.runs import fit, is_borrowed
-from lightning_twa import CollectConfig, TWACallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 

@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from helpers.common import Regressor, loader, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal
 from helpers.short import holds_its_average
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:TWACallback.data='val'. trains",

@@ -14,15 +14,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 
 from helpers.common import Regressor, loader, trainer, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, state
-from lightning_twa import (
-    CollectConfig,
-    StorageConfig,
-    SubspaceConfig,
-    TWACallback,
-    average,
-    plot_subspace,
-)
+from lightning_twa import StorageConfig, SubspaceConfig, average, plot_subspace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.common import Regressor, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, ordered, run
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be"),

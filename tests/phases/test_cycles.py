@@ -12,15 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from helpers.common import Recorder, Regressor, loader, mse, trainer, uniform, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, run
 from helpers.runs import is_borrowed
-from lightning_twa import (
-    CollectConfig,
-    SolverConfig,
-    SubspaceOptimizer,
-    TWACallback,
-    build_subspace,
-)
+from lightning_twa import SolverConfig, SubspaceOptimizer, build_subspace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),

@@ -13,14 +13,9 @@ from torch import nn
 
 from helpers import ddp
 from helpers.common import Regressor, loader, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, ordered, state
-from lightning_twa import (
-    CollectConfig,
-    SolverConfig,
-    StorageConfig,
-    SubspaceConfig,
-    TWACallback,
-)
+from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig
 
 KINDS: dict[str, dict[str, Any]] = {
     "default": {},

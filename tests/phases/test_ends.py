@@ -16,8 +16,9 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch.utils.data import DataLoader, IterableDataset
 
 from helpers.common import Regressor, loader, regression_data, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, state
-from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+from lightning_twa import SolverConfig, SubspaceConfig
 
 KINDS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 
 from helpers.common import Regressor, loader, trainer, weights
 from helpers.fallback import KINDS, break_switch, check_sound_end, fit, planned, twa
+from helpers.plain import CollectConfig, TWACallback
 from helpers.runs import is_borrowed
-from lightning_twa import CollectConfig, StorageConfig, SubspaceConfig, TWACallback
-from lightning_twa.phases import fallback, optimize, span
+from lightning_twa import StorageConfig, SubspaceConfig
+from lightning_twa.phases import fallback, span
 from lightning_twa.subspace import Subspace
 
 pytestmark = [

@@ -15,8 +15,9 @@ from torch import nn
 
 from helpers.common import Regressor, loader, mse, trainer
 from helpers.ddp import fit as fit_ddp
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, state
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig
 
 KINDS: dict[str, dict[str, Any]] = {
     "default": {},

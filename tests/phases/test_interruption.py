@@ -16,17 +16,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
+import lightning_twa
 from helpers.common import Regressor, loader, trainer, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal
 from helpers.runs import is_borrowed
-from lightning_twa import (
-    CollectConfig,
-    SolverConfig,
-    StorageConfig,
-    SubspaceConfig,
-    SubspaceOptimizer,
-    TWACallback,
-)
+from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig, SubspaceOptimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 
@@ -56,7 +51,7 @@ class AtStart(L.Callback):
 
 def note(trainer: L.Trainer, module: Any) -> Any:
     """Weights, and the state and the settings of the optimizer that steps."""
-    (callback,) = (c for c in trainer.callbacks if isinstance(c, TWACallback))
+    (callback,) = (c for c in trainer.callbacks if isinstance(c, lightning_twa.TWACallback))
     optimizer = callback._run.optimization.optimizer or trainer.optimizers[0]
     assert is_borrowed(trainer) == isinstance(optimizer, SubspaceOptimizer)
     lrs = [group["lr"] for group in optimizer.param_groups]

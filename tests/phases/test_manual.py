@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from helpers.common import Regressor, flat, loader, mse, weights
+from helpers.plain import CollectConfig
 from helpers.resume import equal
 from helpers.short import holds_its_average, short_run
-from lightning_twa import CollectConfig, SolverConfig, average
+from lightning_twa import SolverConfig, average
 
 UNIFORM = {"solver": SolverConfig(name="uniform"), "start_epoch": 3, "collect": CollectConfig()}
 

@@ -14,8 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from helpers.common import Regressor, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, ordered
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Be aware that when using `ckpt_path`", "ignore:Found keys that are in the model"

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from helpers.common import flat
+from helpers.plain import CollectConfig
 from helpers.resume import equal
 from helpers.sharded import MARKS, Normed, Sharded, Split, Unsplit, fit
-from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig
+from lightning_twa import SolverConfig, SubspaceConfig
 
 pytestmark = MARKS
 

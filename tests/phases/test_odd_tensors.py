@@ -10,15 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from helpers.common import Regressor, loader, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal
-from lightning_twa import (
-    CollectConfig,
-    SolverConfig,
-    StorageConfig,
-    SubspaceConfig,
-    TWACallback,
-    average,
-)
+from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig, average
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*[Ss]parse"),  # beta state

@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from helpers.common import Regressor, loader, mse, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.runs import fit
-from lightning_twa import (
-    CollectConfig,
-    SubspaceConfig,
-    SubspaceOptimizer,
-    TWACallback,
-    build_subspace,
-)
+from lightning_twa import SubspaceConfig, SubspaceOptimizer, build_subspace
 
 
 def hull_distance(points: list[torch.Tensor], theta: torch.Tensor) -> float:

@@ -12,8 +12,9 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from helpers.common import Regressor, loader, trainer, weights
 from helpers.ddp import fit
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, equal, run
-from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+from lightning_twa import SolverConfig, SubspaceConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from lightning_twa import CollectConfig
+from helpers.plain import CollectConfig
 from lightning_twa.phases.plan import resolve_epoch, resolve_plans
 from lightning_twa.phases.schedule import CollectPlan
 

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from helpers.common import Regressor, trainer, weights
 from helpers.hooks import HOOKS
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, ordered, state
 from helpers.runs import is_borrowed
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig
 from lightning_twa.candidates import find_files, read_file
 
 LOSING = ("on_train_epoch_start", "on_train_batch_start")  # resumed there, Lightning skips a part

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from helpers.common import Regressor
 from helpers.ddp import Wide, fit
+from helpers.plain import CollectConfig
 from helpers.resume import equal, twa
-from lightning_twa import CollectConfig
 from lightning_twa.machine import rank
 from lightning_twa.subspace import Subspace, build
 

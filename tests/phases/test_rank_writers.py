@@ -15,8 +15,9 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from helpers.common import Regressor
 from helpers.ddp import fit
+from helpers.plain import CollectConfig
 from helpers.resume import equal, twa
-from lightning_twa import CollectConfig, StorageConfig
+from lightning_twa import StorageConfig
 from lightning_twa.candidates import disk, files, store
 from lightning_twa.machine import rank
 from lightning_twa.phases import collect, finished

@@ -14,11 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+import lightning_twa
 from helpers.common import Regressor, flat, regression_data, weights
 from helpers.ddp import Wide, fit, strided
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, state, twa
 from helpers.traffic import traffic
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig
 from lightning_twa.subspace.training import exchange
 
 pytestmark = [
@@ -284,7 +286,9 @@ def test_auto_shards_where_memory_is_short_on_any_rank(tmp_path, monkeypatch, sh
 
         def on_train_epoch_start(self) -> None:
             if self.trainer.current_epoch == 5:
-                (callback,) = (c for c in self.trainer.callbacks if isinstance(c, TWACallback))
+                (callback,) = (
+                    c for c in self.trainer.callbacks if isinstance(c, lightning_twa.TWACallback)
+                )
                 optimizer = callback._run.optimization.optimizer
                 self.extra = [torch.tensor(isinstance(optimizer.exchange, exchange.Shard)),
                               torch.tensor(optimizer.subspace.nbytes)]  # fmt: skip

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from helpers.common import loader
+from helpers.plain import TWACallback
 from helpers.runs import fit
-from lightning_twa import SolverConfig, TWACallback
+from lightning_twa import SolverConfig
 from lightning_twa.phases.report import FEW, LossRecord
 from lightning_twa.results import effective_candidates
 

@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.common import Recorder, Regressor, loader, trainer, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import EpochOrder, ResumableLoader, differences, equal, ordered, run, saved, twa
-from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+from lightning_twa import SolverConfig, SubspaceConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),

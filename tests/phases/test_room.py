@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from helpers.common import Regressor, loader, regression_data, trainer
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
+from helpers.plain import CollectConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig
 from lightning_twa.phases import room
 from lightning_twa.subspace import stored_bytes
 

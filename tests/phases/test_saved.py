@@ -12,14 +12,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+import lightning_twa
 from helpers.common import Regressor, mse, trainer, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, equal, interrupted, ordered, run, saved, twa
-from lightning_twa import (
-    CollectConfig,
-    SolverConfig,
-    SubspaceConfig,
-    TWACallback,
-)
+from lightning_twa import SolverConfig, SubspaceConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),
@@ -174,7 +171,7 @@ def test_a_phase_of_another_length_keeps_within_the_radius(
 
     class Look(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-            (callback,) = (c for c in trainer.callbacks if isinstance(c, TWACallback))
+            (callback,) = (c for c in trainer.callbacks if isinstance(c, lightning_twa.TWACallback))
             optimizer = callback._run.optimization.optimizer
             if optimizer is not None:
                 lengths.append((optimizer.path_length.max().item(), optimizer.last_lr))

@@ -12,8 +12,9 @@ import torch
 
 from helpers.common import Regressor, loader, trainer
 from helpers.hooks import HOOKS
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, ordered, state
-from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+from lightning_twa import SolverConfig, SubspaceConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 

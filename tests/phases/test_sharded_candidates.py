@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from helpers.common import Regressor
+from helpers.plain import CollectConfig
 from helpers.resume import equal
 from helpers.sharded import MARKS, Sharded, Split, Unsplit, fit
-from lightning_twa import CollectConfig, SolverConfig
+from lightning_twa import SolverConfig
 
 pytestmark = MARKS
 

@@ -13,8 +13,8 @@ from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from helpers.common import Regressor, loader, trainer, weights
+from helpers.plain import TWACallback
 from helpers.runs import fit, is_borrowed, plain_weights
-from lightning_twa import TWACallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 

@@ -20,9 +20,10 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from helpers.common import Regressor, loader, regression_data, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.recipes import KINDS, run, twa
 from helpers.resume import equal, ordered, state
-from lightning_twa import CollectConfig, StorageConfig, TWACallback
+from lightning_twa import StorageConfig
 
 # --- what else is in a checkpoint
 

@@ -13,8 +13,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.common import Regressor, loader, trainer
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, ordered, state
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig
 
 HOOKS = (
     "on_validation_start",

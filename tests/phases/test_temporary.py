@@ -8,7 +8,7 @@ import torch
 
 from helpers.common import Recorder, Regressor, loader, trainer, weights
 from helpers.modules import Fails
-from lightning_twa import CollectConfig, TWACallback
+from helpers.plain import CollectConfig, TWACallback
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

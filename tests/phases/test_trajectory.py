@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from helpers.common import Regressor, loader, trainer
-from lightning_twa import SolverConfig, TWACallback, plot_averaging_weights
+from helpers.plain import TWACallback
+from lightning_twa import SolverConfig, plot_averaging_weights
 
 
 def test_the_path_of_a_long_phase_is_thinned_out(tmp_path) -> None:

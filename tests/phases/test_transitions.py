@@ -16,7 +16,8 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from torch.utils.data import DataLoader, IterableDataset
 
 from helpers.common import Regressor, loader, regression_data, trainer
-from lightning_twa import CollectConfig, SolverConfig, TWACallback
+from helpers.plain import CollectConfig, TWACallback
+from lightning_twa import SolverConfig
 from lightning_twa.phases.run import STAGES, Run
 from lightning_twa.phases.transitions import TABLE, Event, StageName
 

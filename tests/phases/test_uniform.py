@@ -12,8 +12,9 @@ from torch import Tensor
 
 from helpers.common import Recorder, Regressor, loader, trainer, weights
 from helpers.ddp import fit
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, equal, run, state
-from lightning_twa import CollectConfig, SolverConfig, StorageConfig, TWACallback
+from lightning_twa import SolverConfig, StorageConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from helpers.beside import beside, plain, twa
 from helpers.common import Recorder, Regressor, loader, mse, trainer, weights
-from lightning_twa import TWACallback
+from helpers.plain import TWACallback
 
 
 def is_the_average(module: nn.Module, callback: TWACallback, atol: float = 1e-6) -> None:

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 
 from helpers.common import Regressor, loader, mse, regression_data, trainer, weights
 from helpers.ddp import fit as fit_several
+from helpers.plain import CollectConfig, TWACallback
 from helpers.runs import fit, fit_fails
-from lightning_twa import CollectConfig, TWACallback
 from lightning_twa.trainer import shuffled
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")

@@ -16,8 +16,9 @@ from lightning.pytorch.strategies import (
 )
 
 from helpers.common import Regressor, loader, trainer, weights
+from helpers.plain import TWACallback
 from helpers.runs import fit_fails
-from lightning_twa import StorageConfig, TWACallback
+from lightning_twa import StorageConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 

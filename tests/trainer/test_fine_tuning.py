@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, 
 from torch import Tensor, nn
 
 from helpers.common import Regressor, loader, trainer, weights
+from helpers.plain import TWACallback
 from helpers.short import holds_its_average, short_run
-from lightning_twa import SolverConfig, SubspaceConfig, TWACallback
+from lightning_twa import SolverConfig, SubspaceConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Parameters were unfrozen in the phase",

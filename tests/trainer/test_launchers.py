@@ -42,7 +42,8 @@ import lightning as L
 import torch
 from helpers.common import Regressor, trainer
 from helpers.ddp import Report, strided
-from lightning_twa import CollectConfig, StorageConfig, TWACallback
+from helpers.plain import CollectConfig, TWACallback
+from lightning_twa import StorageConfig
 
 folder = Path(sys.argv[1])
 twa = TWACallback(

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from helpers.common import Regressor, loader, trainer, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import EpochOrder, equal, state
 from helpers.runs import is_borrowed
-from lightning_twa import CollectConfig, SolverConfig, TWACallback
+from lightning_twa import SolverConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from helpers.common import Regressor, loader, trainer, weights
+from helpers.plain import TWACallback
 from helpers.runs import fit
-from lightning_twa import TWACallback
 
 
 class GradientRecorder(L.Callback):

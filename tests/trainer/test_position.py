@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from helpers.common import weights
+from helpers.plain import TWACallback
 from helpers.runs import fit
-from lightning_twa import TWACallback
 
 
 def test_max_steps_with_endless_epochs(tmp_path) -> None:

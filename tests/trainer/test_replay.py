@@ -12,7 +12,7 @@ import torch
 
 from helpers.common import Recorder, Regressor, loader, trainer, weights
 from helpers.modules import Augmented
-from lightning_twa import CollectConfig, TWACallback
+from helpers.plain import CollectConfig, TWACallback
 
 
 def test_reestimation_sees_the_batches_as_training_does(tmp_path) -> None:

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 
 from helpers.common import Regressor
+from helpers.plain import TWACallback
 from helpers.runs import fit
-from lightning_twa import TWACallback
 
 
 def test_logged_values_and_learning_rate_monitor(tmp_path) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler
 
 from helpers.common import Regressor, loader, regression_data, trainer
+from helpers.plain import TWACallback
 from helpers.runs import fit_fails
-from lightning_twa import TWACallback
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:TWACallback.data='val'. trains",

@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from torch import Tensor
 
 from helpers.common import Recorder, Regressor, flat, loader, trainer, weights
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import ordered
 from helpers.runs import fit, is_borrowed
-from lightning_twa import CollectConfig, SolverConfig, SubspaceConfig, TWACallback
+from lightning_twa import SolverConfig, SubspaceConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),

@@ -11,9 +11,9 @@ import torch
 
 from helpers.common import Recorder, Regressor, loader, trainer, weights
 from helpers.modules import Fails
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal
 from helpers.runs import DATA
-from lightning_twa import CollectConfig, TWACallback
 
 
 def snapshot(the_trainer: L.Trainer) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from torchmetrics import MeanMetric
 
 from helpers.common import Regressor, loader, mse, regression_data, trainer
 from helpers.ddp import fit as fit_several
+from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal, state
-from lightning_twa import CollectConfig, TWACallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 

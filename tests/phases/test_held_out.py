@@ -1,0 +1,170 @@
+"""Which data averages are compared on, and what is read of that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from helpers.common import Regressor, loader, regression_data, trainer, weights
+from helpers.selection import POWER, fitted, make, mixed
+from lightning_twa import CollectConfig, TWACallback
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to"),
+    pytest.mark.filterwarnings("ignore:.*trains the averaging coefficients on the validation"),
+]
+
+
+# --- which data
+
+
+@pytest.mark.parametrize(
+    ("options", "held_out", "expected"),
+    [
+        ({}, loader(32), "the validation data"),
+        ({"heldout": "val"}, loader(32), "the validation data"),
+        ({"data": "val"}, loader(32), "a quarter of the validation data"),
+        ({"heldout": None}, loader(32), None),
+        ({}, None, None),
+        ({}, [loader(32), loader(32)], None),
+    ],
+)
+def test_the_data_that_it_is_measured_on(
+    tmp_path: Path, options: dict[str, Any], held_out: Any, expected: str | None
+) -> None:
+    class Several(Regressor):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+
+    twa = make(**options)
+    fitted(tmp_path, twa, Several(), held_out=held_out)
+    assert twa.result.heldout == expected
+    if expected is None:
+        assert (twa.result.start, twa.result.losses) == (None, {})
+        assert "is not known" in str(twa.result)
+    else:
+        assert len(twa.result.path) == min(8, twa.result.steps)
+        assert twa.result.measuring_seconds < twa.result.phase_seconds
+
+
+def test_what_is_held_back_is_not_trained_on(tmp_path: Path) -> None:
+    trained: set[float] = set()
+    compared: set[float] = set()
+
+    class Watching(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if twa.phase == "optimize":
+                (trained if self.training else compared).update(batch[1].flatten().tolist())
+            return super().training_step(batch, batch_idx)
+
+    twa = make(data="val", start_epoch=2, collect=CollectConfig(start=0, power_averages=POWER))
+    fitted(tmp_path, twa, Watching(), held_out=loader(128, 8, seed=1))
+    assert len(trained) == 96
+    assert len(compared) >= 8
+    assert not trained & compared
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(regression_data(32, 1))
+
+
+def test_data_that_cannot_be_divided_choose_nothing_and_the_log_says_so(
+    tmp_path: Path, caplog: Any
+) -> None:
+    twa = make(data="val", start_epoch=None, phase_steps=4)
+    with caplog.at_level("INFO"):
+        held_out = DataLoader(Stream(), 16)
+        trainer(tmp_path, callbacks=[twa], max_epochs=None, max_steps=24).fit(
+            Regressor(), loader(), held_out
+        )
+    assert twa.result.heldout is None
+    assert "cannot be divided" in caplog.text
+    assert "nothing is chosen by held-out data" in caplog.text
+
+
+def test_a_stream_of_validation_data_is_measured_on_its_first_batches(tmp_path: Path) -> None:
+    twa = make()
+    fitted(tmp_path, twa, held_out=DataLoader(Stream(), 16))
+    assert twa.result.heldout == "the validation data"
+
+
+class Picky(Regressor):
+    """Cannot take a batch outside of training."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.training:
+            raise RuntimeError("boxes are missing")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_cannot_take_held_out_batches(tmp_path: Path, caplog: Any) -> None:
+    twa = make()
+    with caplog.at_level("INFO"):
+        fitted(tmp_path, twa, Picky())
+    assert twa.phase == "done"
+    assert twa.result.heldout is None
+    assert "boxes are missing" in twa.result.reason
+    assert "boxes are missing" in caplog.text
+    with pytest.raises(ValueError, match=r"no loss for a batch of the validation data.*boxes are"):
+        fitted(tmp_path, make(heldout="val"), Picky())
+
+
+@pytest.mark.parametrize("heldout", ["val", "twa"])
+def test_data_that_are_asked_for_and_not_there_are_an_error(tmp_path: Path, heldout: str) -> None:
+    module = Regressor()
+    with pytest.raises(ValueError, match=rf"heldout='{heldout}'\) compares .* Use heldout='auto'"):
+        fitted(tmp_path, make(heldout=heldout), module, held_out=None)
+
+
+def test_a_step_that_fails_in_the_phase_leaves_its_end(tmp_path: Path) -> None:
+    class Late(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if not self.training and twa.phase == "optimize" and twa._run.optimization.steps > 3:
+                raise RuntimeError("out of patience")
+            return super().training_step(batch, batch_idx)
+
+    twa = make()
+    with pytest.warns(UserWarning, match=r"could not be measured in the phase.*out of patience"):
+        module = fitted(tmp_path, twa, Late())
+    assert twa.phase == "done"
+    torch.testing.assert_close(weights(module).double(), mixed(twa), rtol=1e-5, atol=1e-6)
+
+
+# --- what is read of it
+
+
+def test_the_losses_are_logged_under_plain_names(tmp_path: Path) -> None:
+    twa = make()
+    logger = CSVLogger(tmp_path)
+    fitted(tmp_path, twa, logger=logger, log_every_n_steps=1)
+    metrics = logger.experiment.metrics_keys
+    found = {key.removeprefix("twa/heldout/") for key in metrics if "heldout" in key}
+    assert {"last_weights", "uniform", "last_2", "power_0.05", "mean", "path"} <= found
+
+
+def test_the_result_travels_in_the_checkpoint_and_prints_a_table(tmp_path: Path) -> None:
+    twa = make(save_average=str(tmp_path / "twa.ckpt"))
+    fitted(tmp_path, twa)
+    text = str(twa.result)
+    assert text.startswith("loss on the validation data, ")
+    assert "chosen" in text
+    assert "result" in text
+    state = torch.load(tmp_path / "twa.ckpt", weights_only=True)["callbacks"]["TWACallback"]
+    again = make()
+    again._run.load(None, state)
+    assert again.result.losses == twa.result.losses
+    assert str(again.result) == text
+    with pytest.raises(AttributeError):
+        twa.result.start = "x"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("bad", ["train", "test", True, 1])
+def test_other_held_out_data_are_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match="Invalid heldout="):
+        TWACallback(heldout=bad)
