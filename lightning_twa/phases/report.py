@@ -130,7 +130,7 @@ def tell_what_begins(phase: Begun, names: list[str], chosen: str | None) -> None
     data = phase.settings.data
     rank_zero_info(switch_report(phase.optimizer, names, DATA[data], phase.started))
     if chosen is not None:
-        rank_zero_info(f"TWA: of the averages without learning {chosen!r} has the least loss.")
+        rank_zero_info(f"TWA: it starts from {chosen!r}, which held-out data have chosen.")
     if phase.groups is not None:
         rank_zero_info(groups_report(phase.groups))
     if data == "val":
