@@ -6,10 +6,12 @@ from lightning_twa.average import average
 from lightning_twa.callback import TWACallback
 from lightning_twa.config import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig
 from lightning_twa.figures import plot_averaging_weights, plot_subspace
+from lightning_twa.results import Result
 from lightning_twa.subspace import Subspace, SubspaceOptimizer, build_subspace
 
 __all__ = [
     "CollectConfig",
+    "Result",
     "SolverConfig",
     "StorageConfig",
     "Subspace",

@@ -24,7 +24,7 @@ from lightning_twa.candidates import (
     resolve,
 )
 from lightning_twa.checkpoint import candidate_entries, file_references, read_state
-from lightning_twa.results import effective_candidates
+from lightning_twa.results import Result, effective_candidates
 from lightning_twa.words import count, printable
 
 __all__ = ["describe_candidates", "describe_run", "is_candidates"]
@@ -64,6 +64,8 @@ def describe_run(path: Path, storage: Path | None = None) -> list[str]:
     lines += [f"{name}: {str(value)[:80]}" for name, value in given.items()]
     lines.append(f"candidates: {len(names)}{_where(state)}")
     lines += _files(state, path, storage)
+    if "result" in state:
+        lines += ["", *str(Result.from_state(state["result"])).splitlines(), ""]
     if weights is None:
         return [*lines, *(f"  {name}" for name in names)]
     lines.append(f"effective number of candidates: {effective_candidates(weights):.1f}")

@@ -25,10 +25,10 @@ class SolverConfig:
             ends with their uniform average: SWA, or, with ``max_candidates``, LAWA.
         radius: Step budget: the length of the path of each block's coefficients over the whole
             phase is at most this, in standard deviations of the candidates (``basis="pca"``), so
-            the learning rate is ``radius / sum(schedule factors)``. ``None`` means 2, and in a soup
-            (``start_epoch=0``) ``2 sqrt(n)``: among runs that are no steps of one way the best may
-            be a single one, and those lie ``sqrt(n - 1)`` from their mean. Not used when ``lr`` is
-            given.
+            the learning rate is ``radius / sum(schedule factors)``. ``None`` means 2, 1 where
+            held-out data choose the start, and in a soup (``start_epoch=0``) ``2 sqrt(n)``: among
+            runs that are no steps of one way the best may be a single one, and those lie
+            ``sqrt(n - 1)`` from their mean. Not used when ``lr`` is given.
         lr: Peak learning rate of the coefficients, instead of ``radius``. Required for ``"sgd"``
             and for every basis but ``"pca"``, where steps have no common unit.
         schedule: ``"cosine"`` to zero, ``"linear"`` to zero, ``"step"`` (a tenth at 50 % and again

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
+import lightning_twa
 from helpers.commands import checkpoints, failure, printed, usage
 from helpers.common import Regressor, loader, trainer
 from helpers.plain import CollectConfig, TWACallback
@@ -253,10 +254,10 @@ def test_inspect_files_of_candidates(tmp_path, capsys) -> None:
 
 
 def test_the_state_of_a_derived_callback_is_found(tmp_path, capsys) -> None:
-    class Mine(TWACallback):
+    class Mine(lightning_twa.TWACallback):
         pass
 
-    twa = Mine(4, collect=CollectConfig(start=1))
+    twa = Mine(4, collect=CollectConfig(start=1), heldout=None)
     saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     trainer(tmp_path, callbacks=[twa, saver], enable_checkpointing=True).fit(
         Regressor(), loader(), loader(32, seed=1)

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import lightning_twa
 from helpers.common import Regressor, loader, trainer, weights
 from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import EpochOrder, equal, state
@@ -85,7 +86,7 @@ class Streaming(Boring):
         return DataLoader(RandomIterableDataset(32, 32), batch_size=4)
 
 
-class Counting(TWACallback):
+class Counting(lightning_twa.TWACallback):
     """Checks at every hook how often things have happened so far."""
 
     def __init__(self, **kwargs: Any) -> None:
