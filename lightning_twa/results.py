@@ -24,10 +24,12 @@ class Result:
         reason: Why nothing was.
         losses: Mean loss on them of each average that could be taken without learning.
         path: The same of points of the phase's path, by its optimizer step.
-        start: The one that was chosen, from which free coefficients start: the best, or the uniform
-            one, where the best is not better than that by more than the standard error.
-        accepted: The optimizer step of the phase whose weights are the result; ``None`` where
-            ``start`` is.
+        start: The one that was chosen, from which free coefficients start: the best, where it is
+            better than ``power(0.13)`` (else the uniform one) by more than the standard error of
+            the difference over batches, else that one.
+        accepted: The optimizer step of the phase whose weights are the result: those of the best
+            point of the path, where it is better than ``start`` by more than the standard error.
+            ``None`` where ``start`` is the result.
         gain: By how much the result's loss is below that of ``start``, the mean over batches.
         gain_error: Standard error of that mean, of the differences batch by batch; not a number
             with one batch.
@@ -77,8 +79,8 @@ class Result:
             )
         if self.accepted is None:
             return (
-                f"No point of the phase's path was better than the average that was chosen, "
-                f"{self.start!r}, which is the result: learning gained nothing here."
+                f"No point of the phase's path was clearly better than the average that was "
+                f"chosen, {self.start!r}, which is the result: learning gained nothing here."
             )
         error = "" if math.isnan(self.gain_error) else f" +- {self.gain_error:.2g}"
         chance = "" if self.gain > 2 * self.gain_error else ", which may be chance"

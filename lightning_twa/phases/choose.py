@@ -18,7 +18,7 @@ __all__ = ["LAST", "POINTS", "Comparison", "fixed_averages", "points_of_path"]
 LAST = "last weights"
 POINTS = 8  # of the path
 WINDOWS = (2, 4, 8)  # newest snapshots
-USUAL = ("uniform", "power(0.13)")  # what one takes who knows nothing
+USUAL = ("power(0.13)", "uniform")  # what one takes who knows nothing: see docs/benchmarks.md
 SINGLE = 16  # candidates of a soup, of which each is compared too
 
 
@@ -101,22 +101,20 @@ class Comparison:
 
     @property
     def start(self) -> str:
-        """The best fixed average, or the usual one, where it is better than that by no more than a
-        standard error.
-        """
+        """The best fixed average, or the usual one, where that is not clearly worse."""
         best = min(self.fixed, key=lambda name: _mean(self.fixed[name]))
         usual = next((name for name in USUAL if name in self.fixed), best)
-        gain, error = _paired(self.fixed[usual] - self.fixed[best])
-        m = len(self.fixed[best])  # few batches do not tell their standard error well
-        return usual if m > 1 and gain <= error * m / (m - 1) else best
+        return best if _is_better(self.fixed[best], self.fixed[usual]) else usual
 
     @property
     def accepted(self) -> int | None:
-        """The step of the best point of the path; ``None`` where the start is better than all."""
+        """The step of the best point of the path; ``None`` where it is not clearly better than the
+        start.
+        """
         if not self.path:
             return None
         step = min(self.path, key=lambda s: _mean(self.path[s]))
-        return step if _mean(self.path[step]) < _mean(self.fixed[self.start]) else None
+        return step if _is_better(self.path[step], self.fixed[self.start]) else None
 
     def gain_of(self, step: int) -> tuple[float, float]:
         """By how much a point is better than the start, the mean over batches, and its standard
@@ -144,6 +142,17 @@ def _paired(differences: Tensor) -> tuple[float, float]:
     m = len(differences)
     error = float(differences.std()) / math.sqrt(m) if m > 1 else math.nan
     return float(differences.mean()), error
+
+
+def _is_better(losses: Tensor, others: Tensor) -> bool:
+    """Whether they are lower by more than the standard error of the difference. A few batches do
+    not tell that well: it counts more, then. One alone does not tell it at all.
+    """
+    gain, error = _paired(others - losses)
+    m = len(losses)
+    if not math.isfinite(gain):
+        return _mean(losses) < _mean(others)
+    return gain > 0 and (m == 1 or gain > error * m / (m - 1))
 
 
 def _mean(losses: Tensor) -> float:
