@@ -84,11 +84,11 @@ class TWAHooks(RunResults, Hooks):
             phase comes at ``start_epoch`` of the longer run. ``None``: that is an error.
 
         heldout: Data, other than those trained on, by which averages are chosen: the phase starts
-            from the best average that needs no learning, and of eight points of its path the best,
-            or its start where that is no worse, is the result. ``"val"``: the validation data, of which a quarter is held
-            back with ``data="val"``; ``"twa"``: those of ``twa_dataloader()``; ``"auto"``: the
-            validation data, if ``training_step`` takes them; ``None``: nothing is chosen. Compared
-            is its loss in evaluation mode, on as many batches as cost no more than the phase.
+            from the best that needs no learning, and the best of eight points of its path, or its
+            start, is the result. ``"val"``: the validation data, of which ``data="val"`` holds back
+            a quarter; ``"twa"``: those of ``twa_dataloader()``; ``"auto"``: the validation data, if
+            ``training_step`` takes them; ``None``: nothing is chosen. Compared is its loss in
+            evaluation mode, on as many batches as cost no more than the phase.
 
     Raises:
         ValueError: When an argument is outside its range or two contradict each other.
