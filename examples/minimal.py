@@ -35,7 +35,7 @@ digits = load_digits()
 images = torch.tensor(digits.data / 16, dtype=torch.float32)
 train, test = random_split(TensorDataset(images, torch.tensor(digits.target)), [1000, 797])
 
-twa = TWACallback()  # the last 32 of 400 steps learn how to average what was kept before them
+twa = TWACallback()  # the last 13 of 400 steps learn how to average what was kept before them
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 trainer = L.Trainer(max_epochs=20, callbacks=[twa], **quiet)
 model = Classifier()

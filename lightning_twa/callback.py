@@ -76,7 +76,7 @@ class TWAHooks(RunResults, Hooks):
             training goes on until so many are left, within an epoch too (with ``data="val"`` or
             ``"twa"`` to the start of the epoch in which that falls). With ``start_epoch`` as well
             the run ends when the phase has taken them. With neither, 1 % of the run's, at least
-            32, at most a tenth.
+            32, at most a thirtieth.
         continue_from: What a finished run goes on from when it is trained on (``fit`` again with
             more ``max_epochs``, in the same Trainer or from its last checkpoint): the average that
             it ended with, or ``"raw"``, the weights that ordinary training ended with, of which a

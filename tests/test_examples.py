@@ -194,8 +194,8 @@ def test_minimal_prints_accuracy_and_averaging_weights() -> None:
     assert float(accuracy[1]) > 80  # chance is 10
     learned = re.findall(rf"^({NUMBER}) of (\S+)$", output, re.M)
     power = [*(f"power({width})" for width in (0.02, 0.056, 0.13, 0.23)), "mean"]
-    snapshots = [f"epoch={epoch}" for epoch in range(9, 18)]
-    assert [name for _, name in learned] == [*power, *snapshots, "step=368"]
+    snapshots = [f"epoch={epoch}" for epoch in range(9, 19)]
+    assert [name for _, name in learned] == [*power, *snapshots, "step=387"]
     assert sum(float(weight) for weight, _ in learned) == pytest.approx(1, abs=0.01)
 
 

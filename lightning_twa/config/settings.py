@@ -17,7 +17,9 @@ __all__ = ["DATA", "Settings"]
 SAVED = (".ckpt", ".pt", ".pth", ".bin")  # what may hold an average
 POWER = CollectConfig().power_averages
 START = 0.8  # of the run, where an average without a phase begins
-SHARE, LEAST = 0.01, 32  # of the run's steps, and steps, that a phase has where none are given
+# Of the run's steps, at least, and at most a thirtieth, where no length is given: measured, see
+# docs/contributing/defaults.md
+SHARE, LEAST, MOST = 0.01, 32, 30
 DISTRIBUTE = ("auto", "replicate", "shard")
 HELD_OUT = ("auto", "val", "twa")
 DATA = {  # what the coefficients can be trained on, in words
@@ -110,7 +112,7 @@ class Settings:
         if length is None or not self.length_is_given:
             return None
         if steps is None:
-            return max(min(max(_round(SHARE * length), LEAST), length // 10), 1)
+            return max(min(max(_round(SHARE * length), LEAST), length // MOST), 1)
         return max(_round(steps * length), 1)
 
     @property

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from helpers.plain import CollectConfig, TWACallback
-from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig
+from lightning_twa import CollectConfig, SolverConfig, StorageConfig, SubspaceConfig, TWACallback
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains"),
@@ -219,3 +218,14 @@ UNIFORM = SolverConfig(name="uniform")
 def test_what_has_no_meaning_without_a_phase(make, message) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [(1, 1), (29, 1), (240, 8), (480, 16), (960, 32), (3200, 32), (5000, 50), (10**6, 10**4)],
+)
+def test_a_phase_without_a_length_has_a_small_share_of_the_run(length: int, steps: int) -> None:
+    assert TWACallback().settings.steps_of_phase(length) == steps
+    assert TWACallback(phase_steps=7).settings.steps_of_phase(length) == 7
+    assert TWACallback(start_epoch=3).settings.steps_of_phase(length) is None
+    assert TWACallback().settings.steps_of_phase(None) is None
