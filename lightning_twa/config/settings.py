@@ -55,13 +55,6 @@ class Settings:
     heldout: Literal["auto", "val", "twa"] | None = "auto"
 
     def __post_init__(self) -> None:
-        if self.start_epoch is not None:
-            object.__setattr__(self, "start_epoch", as_epoch(self.start_epoch))
-            check_epoch_or_fraction("start_epoch", self.start_epoch)
-        elif self.uniform:
-            object.__setattr__(self, "start_epoch", START)
-        object.__setattr__(self, "phase_steps", as_epoch(self.phase_steps))
-        _check_phase_steps(self.phase_steps)
         check_choice("data", self.data, tuple(DATA))
         if self.heldout is not None:
             check_choice("heldout", self.heldout, HELD_OUT)
@@ -76,6 +69,13 @@ class Settings:
             config = getattr(self, name)
             if not isinstance(config, kind):
                 raise TypeError(f"{name}={config!r} must be a {kind.__name__}(...) or None.")
+        if self.start_epoch is not None:
+            object.__setattr__(self, "start_epoch", as_epoch(self.start_epoch))
+            check_epoch_or_fraction("start_epoch", self.start_epoch)
+        elif self.uniform:
+            object.__setattr__(self, "start_epoch", START)
+        object.__setattr__(self, "phase_steps", as_epoch(self.phase_steps))
+        _check_phase_steps(self.phase_steps)
         if not isinstance(self.validate_average, bool):
             raise ValueError(
                 f"Invalid validate_average={self.validate_average!r}. Must be True or False."
