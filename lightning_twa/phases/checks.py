@@ -98,8 +98,9 @@ def check_trainer(
     check_limits(settings, epochs, trainer.max_steps)
     if settings.length_is_given and "GradientAccumulationScheduler" in callback_names(trainer):
         raise ValueError(
-            f"phase_steps={settings.phase_steps} does not go with GradientAccumulationScheduler: "
-            f"epochs have different numbers of optimizer steps. Pass start_epoch instead."
+            f"A phase of the last steps (phase_steps={settings.phase_steps}) does not go with "
+            f"GradientAccumulationScheduler: epochs have different numbers of optimizer steps. "
+            f"Pass start_epoch instead."
         )
     if begins_by_steps(settings, epochs, trainer.max_steps):
         bounds = cycle_bounds(settings.cycles, epochs)

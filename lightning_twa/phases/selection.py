@@ -96,10 +96,12 @@ class Selection:
         self._points = points_of_path(steps)[:-1]  # the end is compared in any case
         if kept is not None and not kept["fixed"]:
             self.held_out.reason = "nothing was compared where the phase began"
+            self.held_out.data = None
             return
         self._on = self.held_out.draw(trainer, held_back, steps, len(averages))
         if kept is not None:
             self.comparison.load_state_dict(kept)
+            self._check_batches()
         elif self._on:
             try:
                 for name, weights in averages.items():
@@ -121,6 +123,18 @@ class Selection:
                 f"starts from the uniform average of the candidates, and its end is the result, "
                 f"whether it is better or not."
             )
+
+    def _check_batches(self) -> None:
+        """Losses of other batches than those of before cannot be compared with theirs."""
+        compared = len(next(iter(self.comparison.fixed.values())))
+        if self._on and self.held_out.batches != compared:
+            self._on = False
+            rank_zero_warn(
+                f"The phase that goes on was compared on {compared} held-out batches, but there "
+                f"are {self.held_out.batches} now (other data, batch size, or length of the run): "
+                f"nothing more is compared, and the best of what was is the result."
+            )
+        self.held_out.batches = compared
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> Tensor:
         with self._batches.in_replay():
@@ -163,7 +177,7 @@ class Selection:
             self._on = False
             rank_zero_warn(
                 f"The loss on held-out data could not be measured in the phase "
-                f"({type(error).__name__}: {error}). Its end is the result."
+                f"({type(error).__name__}: {error}). The best of what was measured is the result."
             )
             return
         self.comparison.path[step] = losses
@@ -178,7 +192,7 @@ class Selection:
         Args:
             step: Of the phase, its last.
         """
-        if not self._on or self.comparison.accepted == step:
+        if not self.chose or self.comparison.accepted == step:
             return None
         return {} if self.comparison.accepted is None else dict(self.comparison.best)
 
@@ -209,7 +223,7 @@ class Selection:
         if accepted in comparison.path:
             gain, error = comparison.gain_of(accepted)
         return Result(
-            heldout=held_out.data,
+            heldout=held_out.data or "held-out data",
             losses={name: float(x.mean()) for name, x in comparison.fixed.items()},
             path={step: float(x.mean()) for step, x in comparison.path.items()},
             start=comparison.start,

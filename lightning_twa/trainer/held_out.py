@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -28,7 +27,7 @@ from torch.utils.data import (
 
 from lightning_twa.trainer.data import own_copy, validation_loader
 from lightning_twa.trainer.features import has_validation_data, is_a
-from lightning_twa.trainer.replay import without_traces
+from lightning_twa.trainer.replay import random_states, random_states_kept, without_traces
 
 __all__ = [
     "batch_losses",
@@ -51,7 +50,8 @@ def validation_parts(trainer: Trainer) -> list[Any]:
     combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     if trainer.limit_val_batches == 0 or not has_validation_data(trainer):
         return []
-    loaders: Any = validation_loader(trainer) if combined is None else combined
+    with random_states_kept():
+        loaders: Any = validation_loader(trainer) if combined is None else combined
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     if is_a(loaders, "CombinedLoader"):
@@ -68,7 +68,7 @@ def _is_sized(loader: Any) -> bool:
     """
     return (
         type(loader) is DataLoader
-        and isinstance(loader.sampler, (SequentialSampler, RandomSampler, DistributedSampler))
+        and type(loader.sampler) in (SequentialSampler, RandomSampler, DistributedSampler)
         and type(loader.batch_sampler) is BatchSampler
         and loader.batch_size is not None
         and not isinstance(loader.dataset, IterableDataset)
@@ -151,13 +151,19 @@ def draw_batches(loader: Any, at_most: int, rank: int, processes: int) -> list[A
         processes: That share the samples, where they can be chosen.
     """
     with ExitStack() as stack:
-        stack.enter_context(isolate_rng())
+        stack.enter_context(random_states_kept())
+        for restore in random_states(loader):
+            stack.callback(restore)
         _seed()
         source = own_copy(loader)
         if _is_sized(loader):
             size = min(at_most * loader.batch_size * processes, len(loader.dataset))
             own = _order(len(loader.dataset))[: size - size % processes][rank::processes]
+            if not own:
+                return []
             even = _even(len(own), loader.batch_size)
+            if len(own) > even and len(own) % even == 1:  # BatchNorm needs two
+                own = own[:-1]
             source, at_most = _with_samples(loader, own, batch_size=even), len(own)
         elif isinstance(loader, DataLoader):
             _set_sampler_epoch(loader, 0)  # the Trainer sets it before every epoch of its own

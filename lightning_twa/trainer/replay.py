@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_twa.trainer.borrowed_optimizer import faces, replace_attribute
@@ -23,7 +24,14 @@ from lightning_twa.trainer.data import own_copy
 from lightning_twa.trainer.features import is_a
 from lightning_twa.trainer.progress_bar import show_progress
 
-__all__ = ["modules_in_training", "training_steps", "try_training_step", "without_traces"]
+__all__ = [
+    "modules_in_training",
+    "random_states",
+    "random_states_kept",
+    "training_steps",
+    "try_training_step",
+    "without_traces",
+]
 
 LOGGING = ("log", "log_dict")
 
@@ -66,7 +74,7 @@ def training_steps(
     batches = 0
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(isolate_rng())
+        stack.enter_context(random_states_kept())
         stack.enter_context(_training_stage(trainer))
         stack.enter_context(_modes(module, training))
         stack.enter_context(_gradients_wanted_as_before(module))
@@ -103,7 +111,7 @@ def try_training_step(trainer: Trainer, module: LightningModule, loader: Any) ->
         combined = CombinedLoader(loader, "max_size_cycle")
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())  # a step may need gradients of its own
-        stack.enter_context(isolate_rng())
+        stack.enter_context(random_states_kept())
         stack.enter_context(_training_stage(trainer))
         stack.enter_context(_logging_off(module))
         stack.enter_context(_metrics_kept(module))
@@ -111,6 +119,19 @@ def try_training_step(trainer: Trainer, module: LightningModule, loader: Any) ->
         for batch in _second_pass(combined, stack.callback):
             _training_step(trainer, module, batch, 0, ())
             break
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """The global random states are as before afterwards, after an exception too, which Lightning's
+    ``isolate_rng`` does not see to.
+    """
+    isolation = isolate_rng()
+    isolation.__enter__()
+    try:
+        yield
+    finally:
+        isolation.__exit__(None, None, None)
 
 
 @contextmanager
@@ -130,14 +151,31 @@ def without_traces(
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(isolate_rng())
+        stack.enter_context(random_states_kept())
         stack.enter_context(_training_stage(trainer))
         stack.enter_context(_modes(module, in_training))
         stack.enter_context(_gradients_wanted_as_before(module))
         stack.enter_context(_logging_off(module))
         stack.enter_context(_metrics_kept(module))
         stack.enter_context(_buffers_kept(module))
+        stack.enter_context(_frozen_kept(module))
         yield partial(_training_step, trainer, module)
+
+
+@contextmanager
+def _frozen_kept(module: nn.Module) -> Iterator[None]:
+    """Parameters without gradients have their values again: a step may move them itself, as those
+    of a momentum encoder.
+    """
+    frozen = [p for p in module.parameters() if not p.requires_grad and not is_lazy(p)]
+    before = [p.detach().clone() for p in frozen]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(frozen, before, strict=True):
+                if not torch.equal(parameter, value):
+                    parameter.copy_(value)
 
 
 @contextmanager
@@ -166,19 +204,20 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
 def _second_pass(combined_loader: Any, at_exit: Callable[..., Any]) -> Iterator[Any]:
     """Batches of a loader that may be in the middle of an epoch, which is not disturbed."""
     second = own_copy(combined_loader)
-    for restore in [r for loader in second.flattened for r in _random_states(loader)]:
+    for restore in [r for loader in second.flattened for r in random_states(loader)]:
         at_exit(restore)
     at_exit(second.reset)
     for batch, _, _ in iter(second):
         yield batch
 
 
-def _random_states(loader: Any) -> Iterator[Callable[[], Any]]:
+def random_states(loader: Any) -> Iterator[Callable[[], Any]]:
     """Functions that bring random states of a loader's own parts back to what they are now."""
     batches = getattr(loader, "batch_sampler", None)
     parts = [getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
     parts += [getattr(part, "data_source", None) for part in list(parts)]
-    for owner in (loader, *parts, getattr(loader, "dataset", None)):
+    dataset = getattr(loader, "dataset", None)
+    for owner in (loader, *parts, dataset, getattr(dataset, "dataset", None)):  # of a Subset
         for source in list(getattr(owner, "__dict__", {}).values()):
             if isinstance(source, torch.Generator):
                 yield partial(source.set_state, source.get_state())

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -14,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from helpers.common import Regressor, loader, regression_data, trainer, weights
 from helpers.selection import POWER, fitted, make, mixed
 from lightning_twa import CollectConfig, TWACallback
+from lightning_twa.trainer import draw_batches
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to"),
@@ -168,3 +172,115 @@ def test_the_result_travels_in_the_checkpoint_and_prints_a_table(tmp_path: Path)
 def test_other_held_out_data_are_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match="Invalid heldout="):
         TWACallback(heldout=bad)
+
+
+# --- nothing of it shows in training
+
+
+def shuffles(tmp_path: Path, seed: int, heldout: Any) -> list[float]:
+    """What training draws after a held-out step that fails."""
+
+    class Drawing(Picky):
+        drawn: list[float]
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.drawn.append(float(torch.rand(())))
+
+    L.seed_everything(seed, verbose=False)
+    module = Drawing()
+    module.drawn = []
+    fitted(tmp_path, make(heldout=heldout), module)
+    return module.drawn
+
+
+def test_a_step_that_fails_leaves_the_random_state(tmp_path: Path) -> None:
+    one, two = (shuffles(tmp_path, seed, "auto") for seed in (1, 2))
+    assert not set(one) & set(two)
+    assert one == shuffles(tmp_path, 1, None)
+
+
+class Momentum(Regressor):
+    """A step of it moves weights that have no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = torch.nn.Linear(6, 1).requires_grad_(False)
+        torch.nn.init.zeros_(self.slow.weight)
+        self.moved: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            self.slow.weight.add_(1.0)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.moved.append(float(self.slow.weight[0, 0]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), 0.05)
+
+
+def test_a_momentum_encoder_moves_in_training_alone(tmp_path: Path) -> None:
+    module = Momentum()
+    fitted(tmp_path, make(), module)
+    assert module.moved[:16] == [float(step) for step in range(1, 17)]  # until the phase
+
+
+class Every(torch.utils.data.SequentialSampler):
+    """A part of the data: the others are trained on."""
+
+    def __iter__(self) -> Any:
+        return iter(range(0, 16))
+
+    def __len__(self) -> int:
+        return 16
+
+
+@pytest.mark.parametrize("kind", ["derived", "wrapped", "subset"])
+def test_samples_that_a_sampler_leaves_out_are_not_looked_at(kind: str) -> None:
+    data = regression_data(64, 1)
+    sampler: Any = Every(data)
+    if kind == "subset":
+        sampler = torch.utils.data.SubsetRandomSampler(range(16))
+    if kind == "wrapped":
+        sampler = DistributedSamplerWrapper(sampler, num_replicas=1, rank=0, shuffle=False)
+    drawn = draw_batches(DataLoader(data, 4, sampler=sampler), 4, 0, 1)
+    seen = {float(y) for _, targets in drawn for y in targets}
+    assert len(drawn) == 4
+    assert seen == {float(data[i][1]) for i in range(16)}
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "sizes"),
+    [(17, 4, [4] * 4), (64, 64, [32, 32]), (80, 50, [27, 27, 26]), (9, 64, [9]), (1, 4, [1])],
+)
+def test_batches_count_alike_and_none_is_of_one_sample(
+    n: int, batch: int, sizes: list[int]
+) -> None:
+    drawn = draw_batches(DataLoader(regression_data(n), batch), 10, 0, 1)
+    assert [len(x) for x, _ in drawn] == sizes
+
+
+def test_a_generator_that_is_shared_with_training_is_as_before() -> None:
+    generator = torch.Generator().manual_seed(5)
+    sampler = torch.utils.data.SubsetRandomSampler(range(16), generator=generator)
+    before = generator.get_state()
+    draw_batches(DataLoader(regression_data(32), 4, sampler=sampler), 2, 0, 1)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_a_phase_that_goes_on_with_other_batches_compares_no_more(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "ck", save_top_k=-1, every_n_train_steps=1)
+    held_out = loader(128, 16, seed=1)
+    trainer(tmp_path, callbacks=[make(), saver], enable_checkpointing=True).fit(
+        Regressor(), loader(), held_out
+    )
+    (path,) = (tmp_path / "ck").glob("*step=20.ckpt")
+    twa, module = make(), Regressor()
+    with pytest.warns(UserWarning, match=r"held-out batches, but there are \d now"):
+        trainer(tmp_path, callbacks=[twa]).fit(
+            module, loader(), loader(64, 64, seed=1), ckpt_path=path
+        )
+    assert twa.phase == "done"
+    assert max(twa.result.path) <= 4
+    torch.testing.assert_close(weights(module).double(), mixed(twa), rtol=1e-5, atol=1e-6)
