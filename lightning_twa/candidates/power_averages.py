@@ -78,11 +78,6 @@ class PowerAverages:
             return []
         return [*(power_name(width) for width in self.widths), MEAN]
 
-    @property
-    def gammas(self) -> dict[str, float]:
-        """The exponent of each average by its name."""
-        return dict(zip(self.names, self._gammas, strict=True)) if self.names else {}
-
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Take in the module's trainable weights, after each optimizer step.
@@ -170,6 +165,9 @@ class PowerAverages:
         """Each average by its name, as weights by name of the parameter, on the CPU."""
         if self._summed:
             self._take_in()
+        return self._by_name()
+
+    def _by_name(self) -> dict[str, dict[str, Tensor]]:
         self._wait()
         return {
             own: {name: averages[i] for name, averages in self._averages.items()}
@@ -192,13 +190,7 @@ class PowerAverages:
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Everything that :meth:`state_dict` holds of tensors, on the CPU."""
-        self._wait()
-        found = {
-            own: {name: averages[i] for name, averages in self._averages.items()}
-            for i, own in enumerate(self.names)
-        }
-        found["sum"] = {name: t.to("cpu") for name, t in self._sums.items()}
-        return found
+        return {**self._by_name(), "sum": {name: t.to("cpu") for name, t in self._sums.items()}}
 
     def numbers(self) -> dict[str, Any]:
         """What :meth:`state_dict` holds beside tensors."""
@@ -238,7 +230,7 @@ def _copies(held: list[Tensor]) -> tuple[list[Tensor], Any]:
     if device is None:
         return [t.clone() for t in held], None
     pinned = device.type == "cuda"
-    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned) for t in held]
+    copies = [torch.empty_like(t, device="cpu", pin_memory=pinned) for t in held]
     for copy, tensor in zip(copies, held, strict=True):
         copy.copy_(tensor, non_blocking=pinned)
     if not pinned:

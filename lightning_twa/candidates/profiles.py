@@ -72,14 +72,15 @@ def fitted_factors(names: Sequence[str], width: float) -> list[float]:
             f"{len(found)}. Give a callback whose run had CollectConfig.power_averages."
         )
     target = torch.tensor(profile(gamma_of(width), PARTS), dtype=torch.float64, device="cpu")
-    held = torch.tensor([profile(g, PARTS) for g in found.values()], dtype=torch.float64).T
+    profiles = [profile(g, PARTS) for g in found.values()]
+    held = torch.tensor(profiles, dtype=torch.float64, device="cpu").T
     # The factors sum to 1: the last is 1 minus the others.
     ways = held[:, :-1] - held[:, -1:]
     solved = torch.linalg.lstsq(ways, (target - held[:, -1])[:, None], driver="gelsd").solution[
         :, 0
     ]
     factors = [*solved.tolist(), 1 - float(solved.sum())]
-    fit = held @ torch.tensor(factors, dtype=torch.float64)
+    fit = held @ torch.tensor(factors, dtype=torch.float64, device="cpu")
     error = float((fit - target).norm() / target.norm())
     rank_zero_info(
         f"TWA: the weights over the steps of sigma_rel={width:g} are fitted by {len(found)} "

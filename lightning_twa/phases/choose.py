@@ -18,7 +18,8 @@ __all__ = ["LAST", "POINTS", "Comparison", "fixed_averages", "points_of_path"]
 LAST = "last weights"
 POINTS = 8  # of the path
 WINDOWS = (2, 4, 8)  # newest snapshots
-USUAL = ("power(0.13)", "uniform")  # what one takes who knows nothing: see docs/benchmarks.md
+# What one takes who knows nothing; see docs/contributing/defaults.md
+USUAL = ("power(0.13)", "uniform")
 SINGLE = 16  # candidates of a soup, of which each is compared too
 
 
@@ -51,7 +52,8 @@ def fixed_averages(names: Sequence[str], given: Sequence[str], *, soup: bool) ->
             result[f"last {k}"] = _uniform(snapshots[-k:], n)
     if len(snapshots) > 2:
         curve = torch.zeros(n, dtype=torch.float64, device="cpu")
-        curve[snapshots] = torch.tensor(decay_curve(len(snapshots)), dtype=torch.float64)
+        shares = decay_curve(len(snapshots))
+        curve[snapshots] = torch.tensor(shares, dtype=torch.float64, device="cpu")
         result["1-sqrt curve"] = curve
     result.update({names[i]: _uniform([i], n) for i in averages})
     return result

@@ -93,8 +93,8 @@ def training_batch_size(trainer: Trainer) -> int | None:
 
 def _order(size: int) -> list[int]:
     """All indices in an order that is always the same."""
-    generator = torch.Generator().manual_seed(SEED)
-    return torch.randperm(size, generator=generator).tolist()
+    generator = torch.Generator(device="cpu").manual_seed(SEED)
+    return torch.randperm(size, generator=generator, device="cpu").tolist()
 
 
 def _with_samples(loader: Any, indices: Sequence[int], **changes: Any) -> Any:
@@ -184,7 +184,7 @@ def _even(samples: int, most: int) -> int:
 
 
 def _seed() -> None:
-    """Begin the same random numbers, within ``isolate_rng``."""
+    """Begin the same random numbers; the caller keeps those of before."""
     torch.manual_seed(SEED)
     random.seed(SEED)
     np.random.seed(SEED)

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 LOGGING = ("log", "log_dict")
+FROZEN = 2  # times the bytes of what is trained
 
 
 def modules_in_training(trainer: Trainer, module: LightningModule) -> set[nn.Module]:
@@ -165,17 +166,21 @@ def without_traces(
 @contextmanager
 def _frozen_kept(module: nn.Module) -> Iterator[None]:
     """Parameters without gradients have their values again: a step may move them itself, as those
-    of a momentum encoder.
+    of a momentum encoder. A backbone that is much larger than what is trained is no such thing, and
+    has no room for a copy.
     """
-    frozen = [p for p in module.parameters() if not p.requires_grad and not is_lazy(p)]
-    before = [p.detach().clone() for p in frozen]
+    held = [p for p in module.parameters() if not is_lazy(p)]
+    own = [getattr(p, "_local_tensor", p) for p in held if not p.requires_grad]  # of a shard
+    if sum(t.nbytes for t in own) > FROZEN * sum(p.nbytes for p in held if p.requires_grad):
+        own = []
+    before = [t.detach().clone() for t in own]
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, value in zip(frozen, before, strict=True):
-                if not torch.equal(parameter, value):
-                    parameter.copy_(value)
+            for tensor, value in zip(own, before, strict=True):
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 @contextmanager

@@ -17,7 +17,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from helpers.common import Regressor, loader, regression_data, trainer, weights
 from helpers.selection import POWER, fitted, make, mixed
 from lightning_twa import CollectConfig, TWACallback
+from lightning_twa.candidates import fitted_factors
+from lightning_twa.phases.choose import fixed_averages
 from lightning_twa.trainer import draw_batches
+from lightning_twa.trainer.held_out import _order
+from lightning_twa.trainer.replay import _frozen_kept
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to"),
@@ -284,3 +288,37 @@ def test_a_phase_that_goes_on_with_other_batches_compares_no_more(tmp_path: Path
     assert twa.phase == "done"
     assert max(twa.result.path) <= 4
     torch.testing.assert_close(weights(module).double(), mixed(twa), rtol=1e-5, atol=1e-6)
+
+
+def test_another_default_device_changes_nothing() -> None:
+    names, data = ["power(0.13)", "mean", "epoch=1", "epoch=2", "epoch=3"], regression_data(16)
+    factors = fitted_factors(names, 0.2)
+    order = [x.tolist() for x, _ in draw_batches(DataLoader(data, 4), 2, 0, 1)]
+    torch.set_default_device("meta")
+    try:
+        assert fitted_factors(names, 0.2) == factors
+        averages = fixed_averages(names, names[:2], soup=False)
+        assert all(w.device.type == "cpu" for w in averages.values())
+        assert _order(16) == _order(16)
+    finally:
+        torch.set_default_device(None)
+    assert [x.tolist() for x, _ in draw_batches(DataLoader(data, 4), 2, 0, 1)] == order
+
+
+def test_a_large_frozen_backbone_is_not_copied() -> None:
+    class Tuned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = torch.nn.Linear(100, 100).requires_grad_(False)
+            self.head = torch.nn.Linear(2, 2)
+
+    module = Tuned()
+    before = module.backbone.weight.clone()
+    with _frozen_kept(module), torch.no_grad():
+        module.backbone.weight.add_(1.0)
+    assert torch.equal(module.backbone.weight, before + 1)
+    module.backbone = torch.nn.Linear(2, 2).requires_grad_(False)
+    before = module.backbone.weight.clone()
+    with _frozen_kept(module), torch.no_grad():
+        module.backbone.weight.add_(1.0)
+    assert torch.equal(module.backbone.weight, before)
