@@ -270,9 +270,7 @@ class Store:
         return [entry_state(e) for e in entries if e.files is not None or not self.shards]
 
     def put_frozen_back(self, module: nn.Module) -> None:
-        """Undo :func:`~lightning_twa.candidates.frozen.leave_out_frozen`, once the module has the
-        weights of the checkpoint.
-        """
+        """Undo :func:`leave_out_frozen`, once the module has the weights of the checkpoint."""
         put_frozen_back([(e.candidate, e.as_in_module) for e in self._entries], module)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
