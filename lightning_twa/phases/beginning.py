@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.by_steps import phase_stops
@@ -49,6 +50,11 @@ def enter_phase(
         early=averaging.early_stopped,
         sized=phase.switch.sized,
     )
+    if now.by_time is not None and "stops_at_step" in stops:
+        rank_zero_info(
+            f"TWA: the Trainer's time ends this run after some {now.by_time} optimizer steps, as "
+            f"far as those so far tell; the phase ends it after step {stops['stops_at_step']}."
+        )
     try:
         phase.started = phase.switch.borrow(
             trainer, averaging.epoch_batches, stops, now.steps_in_epoch

@@ -22,6 +22,9 @@ __all__ = [
 ]
 
 
+SPARE = 2  # times as long as its steps in ordinary training: the switch, measuring, slower steps
+
+
 @dataclass(frozen=True, kw_only=True)
 class Position:
     """Where a run is, and what is known of its length.
@@ -32,6 +35,8 @@ class Position:
         steps_in_epoch: Those of them in this epoch.
         per_epoch: Optimizer steps of an epoch of training; ``None`` where that is not known.
         max_steps: Of the run; -1 without a limit.
+        by_time: Optimizer steps of the run when its time is over, as it looks now; ``None`` without
+            a limit in time, or where nothing is known yet.
     """
 
     epoch: int
@@ -39,35 +44,48 @@ class Position:
     steps_in_epoch: int
     per_epoch: int | None
     max_steps: int
+    by_time: int | None = None
+
+    @property
+    def last_step(self) -> int | None:
+        """The optimizer step that ends a run without a limit in epochs, where that is known."""
+        limits = [] if self.max_steps == -1 else [self.max_steps]
+        return min(limits if self.by_time is None else [*limits, self.by_time], default=None)
 
 
-def begins_by_steps(settings: Settings, max_epochs: int | None, max_steps: int) -> bool:
+def begins_by_steps(settings: Settings, max_epochs: int | None, *, ends: bool) -> bool:
     """Whether the phase (or, without one, collecting) begins at an optimizer step and not with an
     epoch.
+
+    Args:
+        settings: The arguments of the callback.
+        max_epochs: Of the run; ``None`` without a limit.
+        ends: Whether it has a limit in steps or in time.
     """
     if settings.start_epoch is None:
         return True
-    only_steps = max_epochs is None and max_steps != -1
+    only_steps = max_epochs is None and ends
     start = settings.start_epoch
     if settings.uniform and settings.collect.start is not None:
         start = settings.collect.start
     return isinstance(start, float) and only_steps
 
 
-def check_limits(settings: Settings, max_epochs: int | None, max_steps: int) -> None:
-    """Check that the phase's steps can be counted from the end of the run.
+def check_limits(settings: Settings, max_epochs: int | None, *, ends: bool) -> None:
+    """Check that the phase's steps can be counted from the end of the run; the arguments are those
+    of :func:`begins_by_steps`.
 
     Raises:
         ValueError: When the run has none.
     """
     steps = settings.phase_steps
-    if not settings.length_is_given or max_epochs is not None or max_steps != -1:
+    if not settings.length_is_given or max_epochs is not None or ends:
         return
     if settings.start_epoch is None or isinstance(steps, float):
         raise ValueError(
             f"The phase (phase_steps={steps!r}) is counted from the end of the run, but this "
-            f"Trainer has no limit (max_epochs=-1, max_steps=-1). Set Trainer(max_epochs=...) or "
-            f"max_steps, or pass start_epoch and phase_steps, an int."
+            f"Trainer has no limit (max_epochs=-1, max_steps=-1). Set Trainer(max_epochs=...), "
+            f"max_steps or max_time, or pass start_epoch and phase_steps, an int."
         )
 
 
@@ -125,20 +143,25 @@ def place(plan: CollectPlan, settings: Settings, now: Position) -> CollectPlan:
         ValueError: When the phase would leave nothing to collect in.
     """
     max_epochs = plan.end  # None without a limit, with cycles or without
-    if not begins_by_steps(settings, max_epochs, now.max_steps):
+    last_step = now.last_step
+    if not begins_by_steps(settings, max_epochs, ends=True):
         return _with_length(plan, settings, now)
     if settings.uniform:
         start = settings.start_epoch if settings.collect.start is None else settings.collect.start
         assert isinstance(start, float)
-        return replace(plan, collect_start_step=_round(start * now.max_steps))
+        at = None if last_step is None else _round(start * last_step)
+        return replace(plan, collect_start_step=at)
     length, left = length_of(plan, now), _left(plan, now)
     if length is None or left is None:
         return plan
     phase = settings.steps_of_phase(length)
     first_step = now.steps + left - length
+    if _ends_by_time(plan, now) and phase is not None:  # those of the phase take longer
+        length -= min(SPARE * phase, length // 2)
     if settings.start_epoch is not None:
-        start = _round(settings.start_epoch * now.max_steps)
-        phase = min(phase or length, now.max_steps - start)
+        assert last_step is not None  # what is left is known
+        start = _round(settings.start_epoch * last_step)
+        phase = min(phase or _in_time(length, plan, now), last_step - start)
     else:
         assert phase is not None
         start = first_step + length - phase
@@ -176,6 +199,7 @@ def phase_stops(
     if early and plan.start_step is None and plan.end is not None and not settings.length_is_given:
         return {"stops_at": now.epoch + plan.end - plan.start_epoch}
     both = settings.phase_steps is not None and settings.start_epoch is not None
+    both = both or _ends_by_time(plan, now)
     unsized = settings.length_is_given and not sized
     if plan.phase_steps is None or not (early or both or unsized):
         return {}
@@ -187,10 +211,21 @@ def _with_length(plan: CollectPlan, settings: Settings, now: Position) -> Collec
     """With the steps of a phase that begins with an epoch, where they are not those to the end."""
     if settings.phase_steps is not None:
         return replace(plan, phase_steps=settings.steps_of_phase(length_of(plan, now)))
-    if plan.end is None and now.max_steps != -1 and now.per_epoch is not None:
+    last_step = now.last_step
+    if plan.end is None and last_step is not None and now.per_epoch is not None:
         before = plan.start_epoch * now.per_epoch
-        return replace(plan, phase_steps=max(now.max_steps - before, 1))
+        return replace(plan, phase_steps=max(_in_time(last_step - before, plan, now), 1))
     return plan
+
+
+def _ends_by_time(plan: CollectPlan, now: Position) -> bool:
+    """Whether time ends this part of the run, as it looks now."""
+    return now.by_time is not None and _left(plan, now) == max(now.by_time - now.steps, 0)
+
+
+def _in_time(steps: int, plan: CollectPlan, now: Position) -> int:
+    """Optimizer steps of a phase in the time of so many of ordinary training."""
+    return steps * 4 // 5 if _ends_by_time(plan, now) else steps
 
 
 def _with_window(
@@ -227,7 +262,7 @@ def _left(plan: CollectPlan, now: Position) -> int | None:
     several = plan.end is None or plan.end - plan.first > 1
     if plan.end is not None and now.per_epoch is None and several:
         return None  # the next epoch will tell
-    limits = [] if now.max_steps == -1 else [now.max_steps - now.steps]
+    limits = [] if now.last_step is None else [now.last_step - now.steps]
     if plan.end is not None and now.per_epoch is not None:
         limits.append((plan.end - now.epoch) * now.per_epoch - now.steps_in_epoch)
     return max(min(limits), 0) if limits else None

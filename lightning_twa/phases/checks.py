@@ -19,6 +19,7 @@ from lightning_twa.trainer import (
     accumulates_gradients,
     callback_names,
     has_length,
+    has_time_limit,
     has_validation_data,
     max_epochs,
     package_of,
@@ -95,14 +96,15 @@ def check_trainer(
             "TWACallback(start_on_early_stopping=True) needs an EarlyStopping callback, but the "
             "Trainer has none. Add one, or leave the argument out."
         )
-    check_limits(settings, epochs, trainer.max_steps)
+    ends = trainer.max_steps != -1 or has_time_limit(trainer)
+    check_limits(settings, epochs, ends=ends)
     if settings.length_is_given and "GradientAccumulationScheduler" in callback_names(trainer):
         raise ValueError(
             f"A phase of the last steps (phase_steps={settings.phase_steps}) does not go with "
             f"GradientAccumulationScheduler: epochs have different numbers of optimizer steps. "
             f"Pass start_epoch instead."
         )
-    if begins_by_steps(settings, epochs, trainer.max_steps):
+    if begins_by_steps(settings, epochs, ends=ends):
         bounds = cycle_bounds(settings.cycles, epochs)
         return [plan_by_steps(settings, a, b) for a, b in bounds]
     assert settings.start_epoch is not None
@@ -293,7 +295,9 @@ def check_data(
     given = plans[0].phase_steps is not None
     known = given or (solver.lr is not None and solver.schedule == "constant")
     sized = settings.data == "train" or has_length(loader)
-    endless = max_epochs(trainer) is None or not sized
+    epochs = max_epochs(trainer)
+    by_time = epochs is None and plans[0].start_epoch > 0 and has_time_limit(trainer)
+    endless = (epochs is None or not sized) and trainer.max_steps == -1 and not by_time
     if settings.cycles > 1 and settings.length_is_given and not sized:
         raise ValueError(
             f"cycles={settings.cycles} does not go with data={settings.data!r} without a length: "
@@ -301,14 +305,14 @@ def check_data(
         )
     limit = "max_epochs" if sized else "phase_steps"
     remedy = f"{limit} or max_steps" + ("" if sized else " (the data has no length)")
-    if endless and trainer.max_steps == -1 and not known:
+    if endless and not known:
         raise ValueError(
             f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
             f"max_steps={trainer.max_steps}, data={settings.data!r}), but "
             f"schedule={solver.schedule!r} needs it. Set {remedy}, or use "
             f"SolverConfig(schedule='constant', lr=...)."
         )
-    if endless and trainer.max_steps == -1 and not given and settings.subspace.group_size:
+    if endless and not given and settings.subspace.group_size:
         raise ValueError(
             f"The length of the phase is not known (max_epochs={trainer.max_epochs}, "
             f"max_steps={trainer.max_steps}, data={settings.data!r}), but "

@@ -24,6 +24,7 @@ from lightning_twa.phases.by_steps import check_placed
 from lightning_twa.phases.checks import check_data, check_trainer
 from lightning_twa.phases.room import check_directories, check_memory
 from lightning_twa.phases.schedule import CollectPlan
+from lightning_twa.phases.timed import TimedLength
 from lightning_twa.subspace import own_part
 from lightning_twa.trainer import (
     at_epoch_start,
@@ -52,6 +53,7 @@ class Collector:
         plans: The schedule of each part.
         epoch_began: So many batches of the run were before the epoch that is under way.
         followed: Optimizer steps whose weights have been looked at.
+        timed: How many there will be, where time ends the run.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -65,6 +67,7 @@ class Collector:
         self._names: list[str] = []  # of the candidates in them
         self.epoch_began = 0  # so many batches of the run were before it
         self.followed = 0  # optimizer steps whose weights have been looked at
+        self.timed = TimedLength()
 
     @property
     def plan(self) -> CollectPlan:

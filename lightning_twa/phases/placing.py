@@ -35,6 +35,7 @@ def position(
         steps_in_epoch=trained // trainer.accumulate_grad_batches if within_epoch else 0,
         per_epoch=per_epoch,
         max_steps=trainer.max_steps,
+        by_time=collector.timed.steps,
     )
 
 
@@ -56,13 +57,14 @@ def place_plans(
         narrows: Whether candidates have been taken before it was known where the window is: those
             from before it are left out.
     """
+    collector.timed.look(trainer)
     now = position(collector, trainer, epoch_batches, within_epoch=within_epoch)
     before = collector.plan
     for i in range(collector.cycle, len(collector.plans)):
         plan = collector.plans[i]
         if i > collector.cycle:  # where it will be if all epochs have as many steps
             start = plan.first * (now.per_epoch or 0)
-            if now.max_steps != -1 and start >= now.max_steps:
+            if now.last_step is not None and start >= now.last_step:
                 break  # it will not be reached
             now = replace(now, epoch=plan.first, steps=start, steps_in_epoch=0)
         else:
@@ -71,9 +73,10 @@ def place_plans(
     plan, store = collector.plan, collector.store
     if store.max_candidates is None:
         store.max_candidates, store.evenly = plan.max_candidates, plan.evenly
-    if not narrows or before.start_step is not None or plan.start_step is None:
+    known = before.start_step is not None or plan.start_step is None
+    if not narrows or (known and now.by_time is None):
         return
-    early = {name for name in store.names if not plan.has_named(name)}
+    early = {name for name in store.names if not plan.has_named(name, now.per_epoch)}
     drop(store, early - set(store.given_names))
     by_steps = plan.collect_start_step is not None and trainer.global_step < plan.collect_start_step
     if by_steps or plan.first < plan.collect_start >= trainer.current_epoch:

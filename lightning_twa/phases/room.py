@@ -25,7 +25,7 @@ from lightning_twa.machine import (
     world_size,
 )
 from lightning_twa.subspace import ParameterLayout, cut_evenly, held_locally, stored_bytes
-from lightning_twa.trainer import is_ddp, max_epochs, shards_parameters
+from lightning_twa.trainer import has_time_limit, is_ddp, max_epochs, shards_parameters
 from lightning_twa.words import count, size
 
 __all__ = ["check_directories", "check_memory"]
@@ -260,5 +260,7 @@ def _need(
         processes=trainer.num_devices,
         snapshots=snapshots,
         others=others,
-        endless=trainer.max_steps == -1 and max_epochs(trainer) is None,
+        endless=trainer.max_steps == -1
+        and max_epochs(trainer) is None
+        and not has_time_limit(trainer),
     )

@@ -91,14 +91,21 @@ class CollectPlan:
             and (epoch + 1) % self.every_n_epochs == 0
         )
 
-    def has_named(self, name: str) -> bool:
-        """Whether a candidate of this name, ``"epoch=3"`` or ``"step=40"``, is from the window."""
+    def has_named(self, name: str, per_epoch: int | None = None) -> bool:
+        """Whether a candidate of this name, ``"epoch=3"`` or ``"step=40"``, is from the window.
+
+        Args:
+            name: Of a candidate.
+            per_epoch: Optimizer steps of an epoch; ``None`` where they are not known.
+        """
         kind, _, number = name.partition("=")
         if not number.isdecimal():
             return True
+        first_step = self.collect_start_step or 0
         if kind == "epoch":
-            return int(number) >= self.collect_start
-        return int(number) >= (self.collect_start_step or 0)
+            late = per_epoch is None or (int(number) + 1) * per_epoch >= first_step
+            return late and int(number) >= self.collect_start
+        return int(number) >= first_step
 
     def takes_step(self, epoch: int, steps_taken: int, before: int | None = None) -> bool:
         """Whether the weights after ``steps_taken`` optimizer steps become a candidate.

@@ -61,6 +61,7 @@ from lightning_twa.trainer.progress_bar import show_progress
 from lightning_twa.trainer.replay import modules_in_training, training_steps, try_training_step
 from lightning_twa.trainer.stopping import StopWatch, begin_stopping_anew, was_stopped_early
 from lightning_twa.trainer.switch import TrainerSwitch
+from lightning_twa.trainer.time_limit import has_time_limit, seconds_taken_and_left
 from lightning_twa.trainer.validation import AroundValidation, state_of_module
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "draw_batches",
     "epoch_is_ending",
     "has_length",
+    "has_time_limit",
     "has_validation_data",
     "hold_back",
     "hook_loader",
@@ -105,6 +107,7 @@ __all__ = [
     "restores_late",
     "run_is_ending",
     "scales_loss",
+    "seconds_taken_and_left",
     "shards_parameters",
     "shares_of_data",
     "show_progress",

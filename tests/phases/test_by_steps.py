@@ -354,8 +354,8 @@ def test_an_exception_in_a_phase_that_began_within_an_epoch(tmp_path) -> None:
         (
             {"phase_steps": 5}, {"max_epochs": -1},
             "The phase (phase_steps=5) is counted from the end of the run, but this Trainer has no "
-            "limit (max_epochs=-1, max_steps=-1). Set Trainer(max_epochs=...) or max_steps, or "
-            "pass start_epoch and phase_steps, an int.",
+            "limit (max_epochs=-1, max_steps=-1). Set Trainer(max_epochs=...), max_steps or "
+            "max_time, or pass start_epoch and phase_steps, an int.",
         ),
         (
             {"phase_steps": 5}, {"max_epochs": 2},
