@@ -102,6 +102,11 @@ class Settings:
         """Whether the phase has a number of steps, and not epochs."""
         return self.phase_steps is not None or self.start_epoch is None
 
+    @property
+    def rate_is_constant(self) -> bool:
+        """Whether the learning rate of the phase does not depend on its length."""
+        return self.solver.lr is not None and self.solver.schedule == "constant"
+
     def steps_of_phase(self, length: int | None) -> int | None:
         """Optimizer steps of the phase of a run of so many; ``None`` where that is not known, or
         the phase has epochs.

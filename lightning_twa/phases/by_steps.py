@@ -199,7 +199,9 @@ def phase_stops(
     if early and plan.start_step is None and plan.end is not None and not settings.length_is_given:
         return {"stops_at": now.epoch + plan.end - plan.start_epoch}
     both = settings.phase_steps is not None and settings.start_epoch is not None
-    both = both or _ends_by_time(plan, now)
+    needed = settings.length_is_given or settings.subspace.group_size is not None
+    needed = needed or not settings.rate_is_constant
+    both = both or (_ends_by_time(plan, now) and needed)
     unsized = settings.length_is_given and not sized
     if plan.phase_steps is None or not (early or both or unsized):
         return {}

@@ -293,7 +293,7 @@ def check_data(
     _warn_of_rank(settings, most, averages + files)
     solver = settings.solver
     given = plans[0].phase_steps is not None
-    known = given or (solver.lr is not None and solver.schedule == "constant")
+    known = given or settings.rate_is_constant
     sized = settings.data == "train" or has_length(loader)
     epochs = max_epochs(trainer)
     by_time = epochs is None and plans[0].start_epoch > 0 and has_time_limit(trainer)

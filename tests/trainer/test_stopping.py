@@ -230,7 +230,7 @@ class SteppedTimer(Timer):
         super().on_train_batch_end(*args, **kwargs)
 
 
-def test_max_time_needs_a_constant_schedule_and_works_with_it(tmp_path) -> None:
+def test_a_phase_with_a_constant_rate_goes_on_until_time_is_over(tmp_path) -> None:
     twa = TWACallback(start_epoch=2, solver=SolverConfig(lr=0.1, schedule="constant"))
     timer = SteppedTimer(duration={"seconds": 18})
     _, recorder, the_trainer = fit(tmp_path, twa, max_epochs=-1, callbacks=[timer])
