@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,24 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("helpers")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a ``matrix(n)`` the quick tests have ``n`` members, drawn by the name of the test: always
+    the same, and of every axis. The others are ``long``.
+    """
+    members: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("matrix") and not item.get_closest_marker("long"):
+            members.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for name, found in members.items():
+        kept = found[0].get_closest_marker("matrix").args[0]  # type: ignore[union-attr]
+        if kept >= len(found):  # they were named on the command line
+            continue
+        drawn = random.Random(name.rpartition("::")[2]).sample(range(len(found)), kept)
+        for i in set(range(len(found))) - set(drawn):
+            found[i].add_marker("long")
 
 
 @pytest.fixture(autouse=True)

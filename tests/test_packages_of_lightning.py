@@ -77,6 +77,7 @@ def fit(name: str, tmp_path: Any, others: Any = (), ckpt: Any = None, **kwargs: 
     return module, twa, trainer
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(
     ("others", "options"),
     [

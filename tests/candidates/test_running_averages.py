@@ -111,6 +111,7 @@ def test_running_averages_alone_are_enough(tmp_path) -> None:
     assert twa.candidate_names == [f"ema({decay})" for decay in DECAYS]
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("storage", ["memory", "disk"])
 @pytest.mark.parametrize("every", ["step", "epoch"])
 def test_a_resumed_run_has_the_same_running_averages(tmp_path, every, storage) -> None:

@@ -182,6 +182,7 @@ ALL = [
 ]
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize(
     ("end", "at_epoch_end", "data", "monitor"),
     [*SOME, *(pytest.param(*m, marks=pytest.mark.long) for m in ALL if m not in SOME)],

@@ -189,6 +189,7 @@ def resume(tmp_path_factory) -> Callable[[str, str], Resumed]:
 # --- tests
 
 
+@pytest.mark.matrix(24)
 @each_stage
 def test_a_state_is_given_out_as_it_was_written(resume, name, moment) -> None:
     resumed = resume(name, moment)

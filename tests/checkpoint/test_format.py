@@ -83,6 +83,7 @@ DAMAGE: dict[str, Callable[[Any, Any], Any]] = {
 FREE = ("betas", "lr", "weight_decay", "ridge", "epoch_batches", "frozen", "skipped_steps")
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("epoch", [2, 4])
 @pytest.mark.parametrize("kind", ["memory", "disk"])

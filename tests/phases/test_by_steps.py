@@ -239,6 +239,7 @@ def test_early_stopping_begins_a_phase_of_its_length(tmp_path, options, how, ste
     assert the_trainer.global_step == 2 * STEPS + steps
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("options", "how"),
     [

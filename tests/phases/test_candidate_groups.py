@@ -164,6 +164,7 @@ def test_groups_lower_the_loss_on_what_they_train(tmp_path) -> None:
     assert losses[4] < losses["start"]
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
 @pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss")
 @pytest.mark.parametrize(

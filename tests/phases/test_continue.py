@@ -65,6 +65,7 @@ def fit(
     return twa, module, the_trainer
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", ["average", "raw"])
 @pytest.mark.parametrize("resumed", [False, True])
@@ -149,6 +150,7 @@ def test_values_that_mean_nothing(options, message) -> None:
         TWACallback(**options)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("start", ["average", "raw"])
 def test_a_run_that_early_stopping_has_ended(tmp_path, resumed, start) -> None:
@@ -181,6 +183,7 @@ def test_a_run_that_early_stopping_has_ended(tmp_path, resumed, start) -> None:
     holds_its_average(twa, module)
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("start", ["average", "raw"])
 @pytest.mark.parametrize("end", [False, True])
 @pytest.mark.parametrize("uniform", [False, True])

@@ -122,6 +122,7 @@ def fit(tmp_path: Path, kind: str, copied: Any, look: bool) -> Any:
     return callback, module, copies.made
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(
     ("copied", "kind"),
     [

@@ -129,6 +129,7 @@ def fit(path: Path, callback: TWACallback | None, module: L.LightningModule, **k
     return the_trainer
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize(
     ("model", "kind"),
     [

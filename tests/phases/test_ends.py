@@ -126,6 +126,7 @@ def result_of(tmp_path: Path, kind: str, end: str, saves: str, first: bool) -> A
     return the_trainer, twa, state(module)
 
 
+@pytest.mark.matrix(10)
 @pytest.mark.filterwarnings(
     "ignore:Training stopped in part",
     "ignore:Your `IterableDataset` has `__len__`",
@@ -190,6 +191,7 @@ class InThread(AsyncCheckpointIO):
         pass
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.filterwarnings("ignore:The average could not be written")
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("end", ["epochs", "late"])

@@ -56,6 +56,7 @@ def test_a_phase_that_cannot_begin(tmp_path, monkeypatch, where) -> None:
     assert equal([c.parameters for c in again.candidates], [c.parameters for c in candidates])
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize("step", [None, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_run_falls_back(tmp_path, monkeypatch, kind, step) -> None:

@@ -229,6 +229,7 @@ STORAGES = [
 ]
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("validate", [True, False])
 @pytest.mark.parametrize("uniform", [True, False])

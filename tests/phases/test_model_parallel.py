@@ -32,6 +32,7 @@ SOME = [("pca", 3), ("pca with a block per tensor", 2), ("orthonormal", 2)]
 ALL = itertools.product(BASES, [2, 3])
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("basis", "processes"),
     [*SOME, *(pytest.param(*m, marks=pytest.mark.long) for m in ALL if m not in SOME)],
@@ -52,6 +53,7 @@ def test_shards_equal_one_process_on_the_same_global_batches(tmp_path, basis, pr
     )
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("how", [{"gradient_clip_val": 0.05}, {"accumulate_grad_batches": 2}])
 def test_gradients_that_are_clipped_and_accumulated(tmp_path, how) -> None:
     module = Sharded()
@@ -120,6 +122,7 @@ SOME_RESUMED = [(1, "a file a rank"), (3, "one file")]
 ALL_RESUMED = itertools.product([1, 2, 3], FILES)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("epoch", "kind"),
     [

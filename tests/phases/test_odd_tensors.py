@@ -87,6 +87,7 @@ def fit(path: Path, callback: TWACallback, module: Any, **kwargs: Any) -> None:
     assert callback.phase == "done"
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -200,6 +201,7 @@ WAYS: dict[str, dict[str, Any]] = {
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize(
     ("way", "dtype"),
     [

@@ -134,6 +134,7 @@ ODD = {
 }
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize("subspace", [{}, {"bits": 4, "blocks": "tensor"}, {"group_size": 2}])
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_parameters_have_a_phase(tmp_path, kind, subspace) -> None:

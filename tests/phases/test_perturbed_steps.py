@@ -72,6 +72,7 @@ def test_what_evaluates_the_loss_outside_of_the_step(tmp_path, kind, arguments, 
         the_trainer.fit(Regressor(), loader())
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("kind", ["sam", "mask", "simplex"])
 def test_these_resume_exactly(tmp_path, kind) -> None:
     options: dict[str, Any] = {

@@ -51,6 +51,7 @@ class Fails(Regressor):
         super().validation_step(batch, batch_idx)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("where", ["training", "validation"])
 def test_an_exception_on_one_rank_does_not_hang(tmp_path, where, rank) -> None:
@@ -111,6 +112,7 @@ def on_one_rank(monkeypatch: Any, target: Any, name: str, failing: int, at: int)
     monkeypatch.setattr(target, name, act)
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.filterwarnings("ignore:The TWA phase")
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ SAME = {
 }
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("case", SAME)
 def test_two_processes_equal_one_on_the_same_global_batches(tmp_path, case) -> None:
     kwargs, how = SAME[case]
@@ -73,6 +74,7 @@ SOME = [
 ALL = itertools.product(BASES, ["replicate", "shard"], [2, 3])
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(
     ("basis", "distribute", "processes"),
     [*SOME, *(pytest.param(*m, marks=pytest.mark.long) for m in ALL if m not in SOME)],
@@ -253,6 +255,7 @@ def test_local_gradients_give_the_same_run_as_averaged_ones(
     )
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("options", [{"static_graph": True}, {"find_unused_parameters": True}])
 def test_ddp_s_own_options(tmp_path, options) -> None:
     """Also when a run is resumed in the phase, with a graph that DDP has not seen so far."""

@@ -84,6 +84,7 @@ SOME += [("TWA-v, BatchNorm", w, 1) for w in WRITTEN if w != "after every step"]
 ALL = [(c, w, 1) for c in CASES for w in WRITTEN if c in EVERY_KIND or w == "after every step"]
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize(
     ("case", "written", "nth"),
     [*SOME, *(pytest.param(*m, marks=pytest.mark.long) for m in ALL if m not in SOME)],

@@ -152,6 +152,7 @@ def test_what_the_phase_is_trained_with_does_not_change_unnoticed(
         run(tmp_path, Regressor, lambda: twa(**options), ckpt_path=path)
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.parametrize("max_epochs", [5, 7, 12])

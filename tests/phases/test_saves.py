@@ -60,6 +60,7 @@ def outcome(path: Path, kind: str, hook: str | None, first: bool) -> Any:
     return state(module), twa.averaging_weights, twa.candidate_names, the_trainer.current_epoch
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
@@ -114,6 +115,7 @@ QUICK = {  # one of each kind of what is due, before and behind the callback
 }
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.filterwarnings("ignore:The 2 candidates are equal")  # with an epoch less between them
 @pytest.mark.parametrize(
     ("kind", "hook", "first"),
@@ -154,6 +156,7 @@ def test_from_every_file_a_run_goes_on_as_if_it_had_not_been_interrupted(
             assert equal(found, whole), number
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("kind", ["default", "uniform", "groups"])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_run_resumed_from_the_start_of_an_epoch_may_save_there_again(

@@ -254,6 +254,7 @@ def test_a_path_that_held_out_data_do_not_like_ends_at_its_start(
     torch.testing.assert_close(weights(module).double(), mixed(twa), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     "options",
     [{}, {"subspace": SubspaceConfig(group_size=3)}, {"data": "val"}, {"start_epoch": None}],

@@ -68,6 +68,7 @@ def fit(path: Path, twa: TWACallback, *others: L.Callback, first: bool = False, 
     return state(module), twa.averaging_weights, twa.candidate_names
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(

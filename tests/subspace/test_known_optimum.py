@@ -64,6 +64,7 @@ class Problem:
         return (self.uniform - now) / (self.uniform - self.best)
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("load", [load_diabetes, load_breast_cancer])
 @pytest.mark.parametrize("seed", range(4))
 def test_full_batches_close_99_percent_of_the_gap(load, seed) -> None:

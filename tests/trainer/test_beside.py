@@ -47,6 +47,7 @@ def is_the_average(module: nn.Module, callback: TWACallback, atol: float = 1e-6)
 # --- callbacks
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
     ("make", "options"),
@@ -97,6 +98,7 @@ def test_two_of_them_are_refused(tmp_path) -> None:
 # --- options of the Trainer
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     "options",
     [

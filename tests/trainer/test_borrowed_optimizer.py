@@ -72,6 +72,7 @@ HOOKS = ["on_train_epoch_start", "on_train_batch_start", "on_before_optimizer_st
          "on_before_zero_grad", "on_validation_start", "on_train_epoch_end"]  # fmt: skip
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("by_module", [False, True])
 def test_what_is_read_of_the_optimizer_is_the_users(tmp_path, reading, by_module) -> None:
@@ -150,6 +151,7 @@ class Writes(L.Callback):
             self.writing(the_trainer.optimizers[0])
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("writing", WRITINGS)
 @pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_batch_start"])
 @pytest.mark.parametrize("before", [False, True])

@@ -40,6 +40,7 @@ class Impatient(EarlyStopping):
         self.stopped_epoch = trainer.current_epoch if trainer.should_stop else 0
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("when", [{}, {"check_on_train_epoch_end": True}])
 @pytest.mark.parametrize("kind", KINDS)

@@ -61,6 +61,7 @@ def test_backbone_finetuning_resumes_from_every_epoch(tmp_path, unfreeze, before
             assert torch.equal(weights(whole), weights(resumed)), epoch
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("epoch", [3, 5])
 @pytest.mark.parametrize(
@@ -119,6 +120,7 @@ HOW = {
 }
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("interval", [1.0, 2])
 @pytest.mark.parametrize("by_module", [False, True])
@@ -164,6 +166,7 @@ def test_schedule_free(tmp_path, how, interval, by_module) -> None:
     assert not torch.equal(weights(module), before), "the fit is over: it may switch again"
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("best", [False, True])
 @pytest.mark.parametrize("transition", [2, 4, 5])

@@ -107,6 +107,7 @@ def test_two_nodes_with_a_torchrun_agent_each(tmp_path, distribute) -> None:
     assert files(folder / "twa_candidates") == expected
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.filterwarnings("ignore:You are using .torch.load. with")  # torch 2.4, unpickling
 @pytest.mark.parametrize(
     ("strategy", "distribute"),
@@ -170,6 +171,7 @@ SOME = [("SIGKILL", "phase", "shard"), ("SIGSTOP", "collecting", "replicate")]
 ALL = itertools.product(["SIGKILL", "SIGSTOP"], MOMENTS, ["replicate", "shard"])
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("sent", "moment", "distribute"),
     [*SOME, *(pytest.param(*m, marks=pytest.mark.long) for m in ALL if m not in SOME)],

@@ -322,6 +322,7 @@ def test_a_stream_of_one_endless_epoch_never_reaches_the_phase_and_says_so(tmp_p
 # --- crash and resume, with the checkpoints that a Trainer writes by itself
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("kind", [Boring, CustomScheduler])
 @pytest.mark.parametrize("crash_on_epoch", [1, 3, 4, 5])
 @pytest.mark.parametrize("data", ["train", pytest.param("val", marks=pytest.mark.long)])

@@ -91,6 +91,7 @@ def test_tiles_run_on_one_thread_and_the_number_comes_back_after_an_error(
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 3, 4, 8])
 def test_compiled_products_equal_the_float64_reference(bits) -> None:

@@ -12,6 +12,7 @@ from lightning_twa.subspace.directions import TILE
 ALL_BITS = (*range(1, 9), 16, 32)
 
 
+@pytest.mark.matrix(36)
 @pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize("blocks", ["global", "tensor", 500])
 @pytest.mark.parametrize("basis", ["pca", "candidates", "orthonormal"])
