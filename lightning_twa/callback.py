@@ -28,10 +28,10 @@ else:
 class TWAHooks(RunResults, Hooks):
     """Trainable Weight Averaging (Li et al., arXiv 2205.13104v4) for a Lightning ``Trainer``.
 
-    The run collects weights as candidates, then, from ``start_epoch`` on, trains only the
-    coefficients of their average, by back-propagation through the model, and ends with the learned
-    average in the model. Length and validation are the Trainer's own; the callback never lengthens
-    a run.
+    The run collects weights as candidates. In the averaging phase, by default its last steps, it
+    trains only the coefficients of their average, by back-propagation through the model, and ends
+    with what held-out data say is best. Length and validation are the Trainer's own; the callback
+    never lengthens a run.
 
     Args:
         start_epoch: First epoch (0-based) of the phase that trains the coefficients; a float is a
@@ -82,7 +82,6 @@ class TWAHooks(RunResults, Hooks):
             it ended with, or ``"raw"``, the weights that ordinary training ended with, of which a
             copy is kept in memory and in checkpoints. Candidates are then collected anew, and the
             phase comes at ``start_epoch`` of the longer run. ``None``: that is an error.
-
         heldout: Data, other than those trained on, by which averages are chosen: the phase starts
             from the best that needs no learning, and the best of eight points of its path, or its
             start, is the result. ``"val"``: the validation data, of which ``data="val"`` holds back

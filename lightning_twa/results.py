@@ -208,9 +208,9 @@ class RunResults:
 
     @property
     def averaging_path(self) -> Tensor | None:
-        """The way of the averaging weights through the last phase, ``(points, n, B)`` float32 on
-        the CPU, from the uniform average to what was learned; ``None`` before it, and without
-        one. Of a long phase, evenly spaced points.
+        """The path of the averaging weights through the last phase, ``(points, n, B)`` float32 on
+        the CPU, from the center to what was learned; ``None`` before it, and without one. Of a long
+        phase, evenly spaced points.
         """
         return self._run.averaging_path
 
