@@ -12,6 +12,7 @@ from lightning_twa.config import (
     SolverConfig,
     StorageConfig,
     SubspaceConfig,
+    as_config,
 )
 from lightning_twa.figures import log_figure
 from lightning_twa.phases import Event, Run, check_package
@@ -91,7 +92,7 @@ class TWAHooks(RunResults, Hooks):
 
     Raises:
         ValueError: When an argument is outside its range or two contradict each other.
-        TypeError: When a configuration is not of its class.
+        TypeError: When a configuration is neither of its class nor a mapping of its arguments.
     """
 
     _run: Run
@@ -118,10 +119,10 @@ class TWAHooks(RunResults, Hooks):
         self.settings = Settings(
             start_epoch=start_epoch,
             data=data,
-            collect=CollectConfig() if collect is None else collect,
-            subspace=SubspaceConfig() if subspace is None else subspace,
-            solver=SolverConfig() if solver is None else solver,
-            storage=StorageConfig() if storage is None else storage,
+            collect=as_config("collect", collect, CollectConfig),
+            subspace=as_config("subspace", subspace, SubspaceConfig),
+            solver=as_config("solver", solver, SolverConfig),
+            storage=as_config("storage", storage, StorageConfig),
             distribute=distribute,
             validate_average=validate_average,
             save_average=save_average,

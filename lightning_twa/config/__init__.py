@@ -1,6 +1,7 @@
 """What a user can set: frozen keyword-only dataclasses, checked when they are made."""
 
 from lightning_twa.config.collect import WIDEST, CollectConfig
+from lightning_twa.config.reading import as_config
 from lightning_twa.config.settings import DATA, Settings
 from lightning_twa.config.solver import SolverConfig, check_unit_of_steps
 from lightning_twa.config.storage import StorageConfig
@@ -15,6 +16,7 @@ __all__ = [
     "SolverConfig",
     "StorageConfig",
     "SubspaceConfig",
+    "as_config",
     "check_choice",
     "check_unit_of_steps",
     "is_int",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_twa.config.reading import read_fields
 from lightning_twa.config.values import (
     as_epoch,
     check_choice,
@@ -74,9 +75,9 @@ class CollectConfig:
     checkpoints: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
 
     def __post_init__(self) -> None:
-        if self.start is not None:
-            object.__setattr__(self, "start", as_epoch(self.start))
-            check_epoch_or_fraction("CollectConfig.start", self.start)
+        read_fields(self)
+        object.__setattr__(self, "start", as_epoch(self.start))
+        check_epoch_or_fraction("CollectConfig.start", self.start, "halfway to the phase")
         check_count("CollectConfig.every_n_epochs", self.every_n_epochs, 1, "keep none")
         check_count(
             "CollectConfig.every_n_train_steps",
@@ -84,8 +85,9 @@ class CollectConfig:
             1,
             "collect at epoch ends",
         )
-        if self.max_candidates != "auto":
-            check_count("CollectConfig.max_candidates", self.max_candidates, 2, "keep all")
+        check_count(
+            "CollectConfig.max_candidates", self.max_candidates, 2, "keep all", words=("auto",)
+        )
         check_choice("CollectConfig.keep", self.keep, ("newest", "evenly"))
         if self.every_n_train_steps is not None and self.every_n_epochs not in (1, None):
             raise ValueError(
@@ -113,7 +115,7 @@ class CollectConfig:
         if not fine or len(set(widths)) < len(widths):
             raise ValueError(
                 f"Invalid CollectConfig.power_averages={widths!r}. Must be different numbers in "
-                f"(0, {WIDEST}], such as (0.056, 0.13)."
+                f"(0, {WIDEST}], such as (0.056, 0.13), or () (none)."
             )
         object.__setattr__(self, "power_averages", tuple(widths))
         numbers = isinstance(decays, (tuple, list)) and all(
@@ -122,7 +124,7 @@ class CollectConfig:
         if not numbers or len(set(decays)) < len(decays):
             raise ValueError(
                 f"Invalid CollectConfig.ema_decays={decays!r}. Must be different numbers in "
-                f"(0, 1), such as (0.9, 0.99)."
+                f"(0, 1), such as (0.9, 0.99), or () (none)."
             )
         check_device("CollectConfig.ema_device", self.ema_device, "with the model")
         if self.ema_device is not None and not decays:

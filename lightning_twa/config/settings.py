@@ -7,10 +7,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_twa.config.collect import CollectConfig
+from lightning_twa.config.reading import read_fields
 from lightning_twa.config.solver import SolverConfig, check_unit_of_steps
 from lightning_twa.config.storage import StorageConfig
 from lightning_twa.config.subspace import SubspaceConfig
-from lightning_twa.config.values import as_epoch, check_choice, check_epoch_or_fraction, is_int
+from lightning_twa.config.values import (
+    as_epoch,
+    check_choice,
+    check_count,
+    check_epoch_or_fraction,
+    is_int,
+)
 
 __all__ = ["DATA", "Settings"]
 
@@ -35,7 +42,6 @@ class Settings:
 
     Raises:
         ValueError: When an argument is outside its range or two contradict each other.
-        TypeError: When a configuration is not of its class.
     """
 
     start_epoch: int | float | None
@@ -55,24 +61,13 @@ class Settings:
     heldout: Literal["auto", "val", "twa"] | None = "auto"
 
     def __post_init__(self) -> None:
+        read_fields(self)
         check_choice("data", self.data, tuple(DATA))
-        if self.heldout is not None:
-            check_choice("heldout", self.heldout, HELD_OUT)
+        check_choice("heldout", self.heldout, HELD_OUT, "nothing is chosen")
         check_choice("distribute", self.distribute, DISTRIBUTE)
-        kinds = {
-            "collect": CollectConfig,
-            "subspace": SubspaceConfig,
-            "solver": SolverConfig,
-            "storage": StorageConfig,
-        }
-        for name, kind in kinds.items():
-            config = getattr(self, name)
-            if not isinstance(config, kind):
-                raise TypeError(f"{name}={config!r} must be a {kind.__name__}(...) or None.")
-        if self.start_epoch is not None:
-            object.__setattr__(self, "start_epoch", as_epoch(self.start_epoch))
-            check_epoch_or_fraction("start_epoch", self.start_epoch)
-        elif self.uniform:
+        object.__setattr__(self, "start_epoch", as_epoch(self.start_epoch))
+        check_epoch_or_fraction("start_epoch", self.start_epoch, "phase_steps before the end")
+        if self.start_epoch is None and self.uniform:
             object.__setattr__(self, "start_epoch", START)
         object.__setattr__(self, "phase_steps", as_epoch(self.phase_steps))
         _check_phase_steps(self.phase_steps)
@@ -81,13 +76,10 @@ class Settings:
                 f"Invalid validate_average={self.validate_average!r}. Must be True or False."
             )
         _check_save_average(self.save_average)
-        batches = self.batchnorm_batches
-        if batches is not None and (not is_int(batches) or batches < 1):
-            raise ValueError(
-                f"Invalid batchnorm_batches={batches!r}. Must be an int >= 1, or None."
-            )
-        if self.continue_from is not None:
-            check_choice("continue_from", self.continue_from, ("average", "raw"))
+        check_count("batchnorm_batches", self.batchnorm_batches, 1, "those of an epoch")
+        check_choice(
+            "continue_from", self.continue_from, ("average", "raw"), "a finished run does not go on"
+        )
         _check_cycles(self)
         _check_uniform(self)
         check_unit_of_steps(self.subspace, self.solver)
@@ -101,6 +93,12 @@ class Settings:
     def length_is_given(self) -> bool:
         """Whether the phase has a number of steps, and not epochs."""
         return self.phase_steps is not None or self.start_epoch is None
+
+    @property
+    def length_in_words(self) -> str:
+        """Of a phase whose length is given, for messages."""
+        steps = self.phase_steps
+        return "the default length" if steps is None else f"phase_steps={steps}"
 
     @property
     def rate_is_constant(self) -> bool:
@@ -146,7 +144,7 @@ def _check_phase_steps(value: object) -> None:
     if not (value is None or share or (is_int(value) and value >= 1)):  # type: ignore[operator]
         raise ValueError(
             f"Invalid phase_steps={value!r}. Must be a number of optimizer steps (int >= 1), a "
-            f"fraction of the run's (float in (0, 1)), or None."
+            f"fraction of the run's (float in (0, 1)), or None (the default)."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from lightning_twa.config.reading import read_fields
 from lightning_twa.config.subspace import SubspaceConfig
 from lightning_twa.config.values import check_choice, is_real
 
@@ -57,15 +58,21 @@ class SolverConfig:
     sam_rho: float = 0.0
 
     def __post_init__(self) -> None:
+        read_fields(self)
         check_choice("SolverConfig.name", self.name, SOLVERS)
         check_choice("SolverConfig.schedule", self.schedule, SCHEDULES)
         for field in ("radius", "lr"):
             value = getattr(self, field)
             if value is not None and not (is_real(value) and value > 0):
-                raise ValueError(f"Invalid SolverConfig.{field}={value!r}. Must be a number > 0.")
+                other = "None (by radius)" if field == "lr" else "None (the default)"
+                raise ValueError(
+                    f"Invalid SolverConfig.{field}={value!r}. Must be a number > 0, or {other}."
+                )
         for field, value in (("warmup", self.warmup), ("momentum", self.momentum)):
             if not (is_real(value) and 0 <= value < 1):
-                raise ValueError(f"Invalid SolverConfig.{field}={value!r}. Must be in [0, 1).")
+                raise ValueError(
+                    f"Invalid SolverConfig.{field}={value!r}. Must be a number in [0, 1)."
+                )
         for field in ("weight_decay", "sam_rho"):
             value = getattr(self, field)
             if not (is_real(value) and value >= 0):
@@ -73,7 +80,8 @@ class SolverConfig:
         pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
         if not pair or not all(is_real(b) and 0 <= b < 1 for b in self.betas):
             raise ValueError(
-                f"Invalid SolverConfig.betas={self.betas!r}. Must be two numbers in [0, 1)."
+                f"Invalid SolverConfig.betas={self.betas!r}. Must be two numbers in [0, 1), "
+                f"such as (0.9, 0.999)."
             )
         self._check_unused()
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_twa.config.reading import read_fields
 from lightning_twa.config.values import check_choice
 
 __all__ = ["StorageConfig"]
@@ -37,6 +38,7 @@ class StorageConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        read_fields(self)
         check_choice("StorageConfig.kind", self.kind, STORAGES)
         check_choice("StorageConfig.dtype", self.dtype, ("float32", "bfloat16"))
         if self.dirpath is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_twa.config.reading import read_fields
 from lightning_twa.config.values import check_choice, check_count, check_device, is_int
 
 __all__ = ["SubspaceConfig"]
@@ -54,6 +55,7 @@ class SubspaceConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        read_fields(self)
         check_choice("SubspaceConfig.basis", self.basis, BASES)
         self._check_parametrization()
         if self.blocks not in ("global", "tensor") and not (

@@ -34,32 +34,45 @@ def as_epoch(value: Any) -> Any:
     return int(value) if whole else value
 
 
-def check_epoch_or_fraction(name: str, value: object) -> None:
-    """An epoch (int >= 0) or a fraction of ``max_epochs`` (float in [0, 1))."""
+def check_epoch_or_fraction(name: str, value: object, none_means: str) -> None:
+    """An epoch (int >= 0) or a fraction of ``max_epochs`` (float in [0, 1)), or ``None``."""
+    if value is None:
+        return
     if is_int(value) and value >= 0:  # type: ignore[operator]
         return
     if isinstance(value, float) and 0.0 <= value < 1.0:
         return
     raise ValueError(
-        f"Invalid {name}={value!r}. Must be an epoch (int >= 0) "
-        f"or a fraction of max_epochs (float in [0, 1))."
+        f"Invalid {name}={value!r}. Must be an epoch (int >= 0), "
+        f"a fraction of max_epochs (float in [0, 1)), or None ({none_means})."
     )
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """One of some words."""
-    if value not in choices:
-        raise ValueError(
-            f"Invalid {name}={value!r}. Must be one of {', '.join(map(repr, choices))}."
-        )
-
-
-def check_count(name: str, value: object, minimum: int, none_means: str | None = None) -> None:
-    """An int that is large enough, or ``None`` where that means something."""
+def check_choice(
+    name: str, value: object, choices: tuple[str, ...], none_means: str | None = None
+) -> None:
+    """One of some words, or ``None`` where that means something."""
     if none_means is not None and value is None:
         return
+    if not isinstance(value, str) or value not in choices:
+        words = f"one of {', '.join(map(repr, choices))}"
+        words += "" if none_means is None else f", or None ({none_means})"
+        raise ValueError(f"Invalid {name}={value!r}. Must be {words}.")
+
+
+def check_count(
+    name: str,
+    value: object,
+    minimum: int,
+    none_means: str | None = None,
+    words: tuple[str, ...] = (),
+) -> None:
+    """An int that is large enough, one of some words, or ``None`` where that means something."""
+    if (none_means is not None and value is None) or (isinstance(value, str) and value in words):
+        return
     if not (is_int(value) and value >= minimum):  # type: ignore[operator]
-        alternative = f", or None ({none_means})" if none_means is not None else ""
+        alternative = "".join(f", {word!r}" for word in words)
+        alternative += f", or None ({none_means})" if none_means is not None else ""
         raise ValueError(f"Invalid {name}={value!r}. Must be an int >= {minimum}{alternative}.")
 
 

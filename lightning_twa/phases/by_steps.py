@@ -83,7 +83,7 @@ def check_limits(settings: Settings, max_epochs: int | None, *, ends: bool) -> N
         return
     if settings.start_epoch is None or isinstance(steps, float):
         raise ValueError(
-            f"The phase (phase_steps={steps!r}) is counted from the end of the run, but this "
+            f"The phase ({settings.length_in_words}) is counted from the end of the run, but this "
             f"Trainer has no limit (max_epochs=-1, max_steps=-1). Set Trainer(max_epochs=...), "
             f"max_steps or max_time, or pass start_epoch and phase_steps, an int."
         )
@@ -103,7 +103,7 @@ def check_placed(plan: CollectPlan, settings: Settings) -> None:
     waits = plan.start_step is None and settings.length_is_given and plan.start_epoch == NEVER
     if waits and plan.end is not None and plan.end - plan.first < 2:
         raise ValueError(
-            f"The phase (phase_steps={settings.phase_steps}) is counted from the end of the run, "
+            f"The phase ({settings.length_in_words}) is counted from the end of the run, "
             f"but the training data has no length, and there is one epoch. Set "
             f"Trainer(max_steps=...)."
         )
@@ -166,7 +166,7 @@ def place(plan: CollectPlan, settings: Settings, now: Position) -> CollectPlan:
         assert phase is not None
         start = first_step + length - phase
     if start <= first_step:
-        given, remedy = f"phase_steps={settings.phase_steps}", "Give the phase fewer"
+        given, remedy = settings.length_in_words, "Give the phase fewer"
         if settings.start_epoch is not None:
             given, remedy = f"start_epoch={settings.start_epoch}", "Raise start_epoch"
         raise ValueError(

@@ -100,7 +100,7 @@ def check_trainer(
     check_limits(settings, epochs, ends=ends)
     if settings.length_is_given and "GradientAccumulationScheduler" in callback_names(trainer):
         raise ValueError(
-            f"A phase of the last steps (phase_steps={settings.phase_steps}) does not go with "
+            f"A phase of the last steps ({settings.length_in_words}) does not go with "
             f"GradientAccumulationScheduler: epochs have different numbers of optimizer steps. "
             f"Pass start_epoch instead."
         )

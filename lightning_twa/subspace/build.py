@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from lightning_twa.config import SubspaceConfig
+from lightning_twa.config import SubspaceConfig, as_config
 from lightning_twa.machine import all_ranks, from_rank_zero, in_common, sum_over_ranks
 from lightning_twa.subspace.bases import mix
 from lightning_twa.subspace.columns import Columns
@@ -65,7 +65,7 @@ def build_subspace(
             not finite.
         TypeError: When a tensor to span is not floating-point.
     """
-    config = config or SubspaceConfig()
+    config = as_config("config", config, SubspaceConfig)
     members = list(candidates)
     if len(members) < 2:
         raise ValueError(f"A subspace needs at least two candidates, got {len(members)}.")

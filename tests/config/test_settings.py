@@ -15,11 +15,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, -0.1, float("nan"), float("inf"), True, "4"])
+@pytest.mark.parametrize("value", [-1, 1.5, -0.1, float("nan"), float("inf"), True, "four"])
 def test_start_epoch_is_an_epoch_or_a_fraction(value) -> None:
     message = (
-        f"Invalid start_epoch={value!r}. Must be an epoch (int >= 0) "
-        f"or a fraction of max_epochs (float in [0, 1))."
+        f"Invalid start_epoch={value!r}. Must be an epoch (int >= 0), "
+        f"a fraction of max_epochs (float in [0, 1)), or None (phase_steps before the end)."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         TWACallback(start_epoch=value)
@@ -48,8 +48,8 @@ def test_a_radius_needs_the_pca_basis(basis) -> None:
     [
         (
             lambda: CollectConfig(start=1.5),
-            "Invalid CollectConfig.start=1.5. Must be an epoch (int >= 0) "
-            "or a fraction of max_epochs (float in [0, 1)).",
+            "Invalid CollectConfig.start=1.5. Must be an epoch (int >= 0), "
+            "a fraction of max_epochs (float in [0, 1)), or None (halfway to the phase).",
         ),
         (
             lambda: CollectConfig(every_n_epochs=0),
@@ -62,7 +62,8 @@ def test_a_radius_needs_the_pca_basis(basis) -> None:
         ),
         (
             lambda: CollectConfig(max_candidates=1),
-            "Invalid CollectConfig.max_candidates=1. Must be an int >= 2, or None (keep all).",
+            "Invalid CollectConfig.max_candidates=1. Must be an int >= 2, 'auto', or None "
+            "(keep all).",
         ),
         (
             lambda: CollectConfig(every_n_epochs=2, every_n_train_steps=5),
@@ -97,19 +98,26 @@ def test_a_radius_needs_the_pca_basis(basis) -> None:
             "Invalid SolverConfig.schedule='poly'. Must be one of 'cosine', 'linear', 'step', "
             "'constant'.",
         ),
-        (lambda: SolverConfig(lr=0.0), "Invalid SolverConfig.lr=0.0. Must be a number > 0."),
+        (
+            lambda: SolverConfig(lr=0.0),
+            "Invalid SolverConfig.lr=0.0. Must be a number > 0, or None (by radius).",
+        ),
         (
             lambda: SolverConfig(radius=-1),
-            "Invalid SolverConfig.radius=-1. Must be a number > 0.",
+            "Invalid SolverConfig.radius=-1. Must be a number > 0, or None (the default).",
         ),
-        (lambda: SolverConfig(warmup=1), "Invalid SolverConfig.warmup=1. Must be in [0, 1)."),
+        (
+            lambda: SolverConfig(warmup=1),
+            "Invalid SolverConfig.warmup=1. Must be a number in [0, 1).",
+        ),
         (
             lambda: SolverConfig(weight_decay=-0.1),
             "Invalid SolverConfig.weight_decay=-0.1. Must be a number >= 0.",
         ),
         (
             lambda: SolverConfig(betas=(0.9, 1.0)),
-            "Invalid SolverConfig.betas=(0.9, 1.0). Must be two numbers in [0, 1).",
+            "Invalid SolverConfig.betas=(0.9, 1.0). Must be two numbers in [0, 1), such as "
+            "(0.9, 0.999).",
         ),
         (
             lambda: SolverConfig(name="sgd"),

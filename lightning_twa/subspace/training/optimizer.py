@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_twa.config import SolverConfig, check_unit_of_steps
+from lightning_twa.config import SolverConfig, as_config, check_unit_of_steps
 from lightning_twa.subspace.subspace import Subspace
 from lightning_twa.subspace.training.exchange import Exchange, OneProcess
 from lightning_twa.subspace.training.parametrizations import make_parametrization, pull_back
@@ -66,7 +66,7 @@ class SubspaceOptimizer(Optimizer):
         total_steps: int | None = None,
         exchange: Exchange | None = None,
     ) -> None:
-        solver = solver or SolverConfig()
+        solver = as_config("solver", solver, SolverConfig)
         _check(subspace, solver, total_steps)
         self._outputs = _match(params, subspace)
         self.subspace = subspace
