@@ -37,6 +37,7 @@ from lightning_twa.candidates.readers import (
 )
 from lightning_twa.candidates.reference import SUFFIX, Reference, resolve
 from lightning_twa.candidates.running_averages import average_name
+from lightning_twa.candidates.selected import averaged_names, check_selection
 from lightning_twa.candidates.spectral import fit_singular_vectors_
 from lightning_twa.candidates.store import Store, drop, misfit_of, take_anew
 
@@ -50,8 +51,10 @@ __all__ = [
     "Store",
     "average_buffers_",
     "average_name",
+    "averaged_names",
     "check_complete",
     "check_form",
+    "check_selection",
     "copy_into",
     "decay_curve",
     "decode",

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_twa.candidates.parked import Parked
 from lightning_twa.candidates.power_averages import PowerAverages, interval_of
 from lightning_twa.candidates.running_averages import RunningAverages, average_name
+from lightning_twa.candidates.selected import averaged_names
 from lightning_twa.candidates.store import Store, keep_last
 from lightning_twa.config import CollectConfig
 
@@ -26,6 +27,9 @@ class Averages:
     """
 
     def __init__(self, collect: CollectConfig, widths: tuple[float, ...]) -> None:
+        self._collect = collect
+        self._averaged: set[str] | None = None  # names, where not all are
+        self._parameters = -1  # so many there were when these were found
         self._ema = RunningAverages(collect.ema_decays, collect.ema_device)
         self._power = PowerAverages(widths)
         self._parked = {"averages": Parked(), "power": Parked()}
@@ -46,9 +50,13 @@ class Averages:
             module: The model.
             in_window: Whether the step is in the window of candidates.
         """
-        self._power.update(module)
+        if self._collect.selects:
+            now = sum(1 for _ in module.parameters())
+            if now != self._parameters:  # the names need not be looked at in every step
+                self._averaged, self._parameters = averaged_names(module, self._collect), now
+        self._power.update(module, self._averaged)
         if in_window:
-            self._ema.update(module)
+            self._ema.update(module, self._averaged)
 
     def give(self, store: Store, module: nn.Module, step: int) -> None:
         """At the switch: they become candidates, and with power averages the last weights do.

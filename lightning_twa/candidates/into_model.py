@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,9 @@ __all__ = [
 ROUNDING = 2.0**-40  # of a weight, at most
 
 
-def mean_buffers(candidates: Iterable[Candidate], module: nn.Module) -> dict[str, Tensor]:
+def mean_buffers(
+    candidates: Iterable[Candidate], module: nn.Module, only: Collection[str] | None = None
+) -> dict[str, Tensor]:
     """Uniform average of the floating-point buffers; the newest candidate's value of the others.
 
     One that has come, gone or changed its shape in the run is not in the result: the module has its
@@ -44,10 +46,13 @@ def mean_buffers(candidates: Iterable[Candidate], module: nn.Module) -> dict[str
     Args:
         candidates: One at least.
         module: That gets the result.
+        only: Names of those that are averaged; ``None`` for all.
     """
     members = list(candidates)
     result: dict[str, Tensor] = {}
     for name, own in persistent_buffers(module).items():
+        if only is not None and name not in only:
+            continue
         held = [c.buffers[name] for c in members if name in c.buffers]
         shape = local_part(own).shape
         if len(held) == len(members) and all(tensor.shape == shape for tensor in held):
@@ -57,10 +62,14 @@ def mean_buffers(candidates: Iterable[Candidate], module: nn.Module) -> dict[str
     return result
 
 
-def mean_parameters(candidates: Iterable[Candidate]) -> Iterator[tuple[str, Tensor]]:
-    """Uniform average of the parameters, one float64 tensor at a time."""
+def mean_parameters(
+    candidates: Iterable[Candidate], only: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Uniform average of the parameters, or of some, one float64 tensor at a time."""
     members = list(candidates)
     for name in members[-1].parameters:
+        if only is not None and name not in only:
+            continue
         yield name, _mean([c.parameters[name] for c in members])
 
 
@@ -96,18 +105,25 @@ def total_weight(weights: Sequence[float], divisor: int = 1) -> float:
     return 1.0 if abs(share - 1) <= len(weights) * ROUNDING else share
 
 
-def put_average(module: nn.Module, candidates: Iterable[Candidate]) -> None:
+def put_average(
+    module: nn.Module, candidates: Iterable[Candidate], only: Collection[str] | None = None
+) -> None:
     """Write the uniform average of candidates into a module, one tensor after another; singular
     vectors of spectral normalisation that fit it.
+
+    Args:
+        module: The model.
+        candidates: One at least.
+        only: Names of the parameters and buffers that are averaged, where others stay as they are.
     """
     members = list(candidates)
     changed: list[str] = []
-    for name, value in mean_parameters(members):
+    for name, value in mean_parameters(members, only):
         copy_into(module, {name: value})
         newest = members[-1].parameters[name]
         if not torch.equal(value.to(newest.dtype), newest):
             changed.append(name)
-    copy_into(module, mean_buffers(members, module))
+    copy_into(module, mean_buffers(members, module, only))
     fit_singular_vectors_(weights_and_buffers(module), members[-1].tensors, changed)
 
 

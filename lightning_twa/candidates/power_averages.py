@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -79,8 +79,12 @@ class PowerAverages:
         return [*(power_name(width) for width in self.widths), MEAN]
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self, module: nn.Module, only: Collection[str] | None = None) -> None:
         """Take in the module's trainable weights, after each optimizer step.
+
+        Args:
+            module: The model.
+            only: Names of those that are taken in; ``None`` for all.
 
         Raises:
             ValueError: Naming a parameter that has changed its shape.
@@ -93,6 +97,8 @@ class PowerAverages:
         for name, whole in module.named_parameters():
             # one that was trained stays in, also where it is frozen again
             if not whole.is_floating_point() or not (whole.requires_grad or name in self._sums):
+                continue
+            if only is not None and name not in only:
                 continue
             parameter = local_part(whole).detach()
             held = self._sums.get(name)

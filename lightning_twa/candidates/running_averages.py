@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,8 +47,12 @@ class RunningAverages:
         return [average_name(decay) for decay in self.decays] if self.updates else []
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self, module: nn.Module, only: Collection[str] | None = None) -> None:
         """Take in the module's trainable weights, after each optimizer step.
+
+        Args:
+            module: The model.
+            only: Names of those that are taken in; ``None`` for all.
 
         Raises:
             ValueError: Naming a parameter that has changed its shape.
@@ -61,6 +65,8 @@ class RunningAverages:
         current: list[Tensor] = []
         for name, whole in module.named_parameters():
             if not (whole.requires_grad and whole.is_floating_point()):
+                continue
+            if only is not None and name not in only:
                 continue
             parameter = local_part(whole)
             if name not in self._averages:  # at the first update, or trainable only now

@@ -43,6 +43,8 @@ def check_state(state: Mapping[str, Any]) -> None:
     _check(state, "", {"epoch_batches": _optional(_is_count), "candidate_names": _is_names})
     later = {"cycle": state.get("cycle", 0), "stopped": state.get("stopped", False)}
     _check(later, "", {"cycle": _is_count, "stopped": _is_bool})
+    patterns = {"include": None, "exclude": [], **_dict_of(state, "patterns")}
+    _check(patterns, "patterns.", {"include": _optional(_is_names), "exclude": _is_names})
     if phase != "done":
         _check_candidates(state)
     if phase != "collect":
@@ -105,6 +107,14 @@ def _check_compared(heldout: Any) -> None:
         best = {"raw": torch.zeros(1, 1), **heldout["best"]}
         numbers = {"step": _is_count, "raw": _is_numbers(2), "averaging_weights": _is_numbers(2)}
         _check(best, "heldout.best.", numbers)
+
+
+def _dict_of(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An entry that there need not be."""
+    value = state.get(name, {})
+    if not isinstance(value, dict):
+        raise damaged(name, value)
+    return value
 
 
 def damaged(entry: str, value: Any) -> ValueError:

@@ -1,6 +1,7 @@
 """What a user can set: frozen keyword-only dataclasses, checked when they are made."""
 
 from lightning_twa.config.collect import WIDEST, CollectConfig
+from lightning_twa.config.patterns import check_patterns, is_selected, matches
 from lightning_twa.config.reading import as_config
 from lightning_twa.config.settings import DATA, Settings
 from lightning_twa.config.solver import SolverConfig, check_unit_of_steps
@@ -18,7 +19,10 @@ __all__ = [
     "SubspaceConfig",
     "as_config",
     "check_choice",
+    "check_patterns",
     "check_unit_of_steps",
     "is_int",
     "is_real",
+    "is_selected",
+    "matches",
 ]

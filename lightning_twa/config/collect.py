@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_twa.config.reading import read_fields
+from lightning_twa.config.patterns import check_patterns, is_selected
+from lightning_twa.config.reading import as_names, read_fields
 from lightning_twa.config.values import (
     as_epoch,
     check_choice,
@@ -59,6 +60,12 @@ class CollectConfig:
             libraries (one candidate, in however many files), or a list of these. Lightning
             checkpoints, state dicts (``.pt``, ``.pth``, ``.bin``) and safetensors. Then
             ``start_epoch=0`` makes a soup: nothing is collected, the phase begins at once.
+        include: Patterns of names of parameters, one or a list: only those that match are averaged,
+            the others keep the weights that ordinary training ended with (of a soup those of its
+            newest file). ``"encoder"`` is all within that module, ``"*.bias"`` every bias;
+            ``None``: all. Buffers go by the same patterns, but BatchNorm statistics are computed
+            for the result whatever these say.
+        exclude: Patterns of those that are not, also where ``include`` matches.
 
     Raises:
         ValueError: When a value is outside its range, or both intervals are given.
@@ -73,6 +80,8 @@ class CollectConfig:
     ema_decays: tuple[float, ...] = ()
     ema_device: str | None = None
     checkpoints: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
+    include: str | tuple[str, ...] | None = None
+    exclude: str | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         read_fields(self)
@@ -95,12 +104,26 @@ class CollectConfig:
                 f"every_n_train_steps={self.every_n_train_steps}. Give one of them."
             )
         self._check_averages()
+        object.__setattr__(self, "include", as_names(self.include))
+        object.__setattr__(self, "exclude", as_names(self.exclude))
+        check_patterns("CollectConfig.include", self.include, "all")
+        check_patterns("CollectConfig.exclude", self.exclude)
         if not (self.takes_snapshots or self.power_averages or self.checkpoints):
             raise ValueError(
                 f"CollectConfig(every_n_epochs=None) keeps no weights, and power_averages="
                 f"{self.power_averages!r} no averages of all steps. Give every_n_epochs, "
                 f"every_n_train_steps or power_averages."
             )
+
+    @property
+    def selects(self) -> bool:
+        """Whether some parameters may not be averaged."""
+        return self.include is not None or bool(self.exclude)
+
+    def averages(self, names: Iterable[str]) -> bool:
+        """Whether a tensor that has these names is averaged."""
+        include, exclude = as_names(self.include), as_names(self.exclude)
+        return is_selected(names, include, exclude)
 
     @property
     def takes_snapshots(self) -> bool:

@@ -68,7 +68,7 @@ def as_config(name: str, value: Any, kind: type[Config]) -> Config:
 
 
 def as_names(value: Any) -> Any:
-    """A tuple of one name or of several."""
+    """A tuple of one name or of several; what is neither, as it is."""
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, Sequence) else value

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_twa.candidates import averaged_names, check_selection
 from lightning_twa.config import Settings
 from lightning_twa.phases.by_steps import begins_by_steps, check_limits, plan_by_steps
 from lightning_twa.phases.enough import check_enough_candidates, check_something
@@ -221,23 +222,32 @@ def check_optimizers(settings: Settings, trainer: Trainer) -> None:
         )
 
 
-def check_parameters(module: LightningModule) -> None:
+def check_parameters(settings: Settings, module: LightningModule) -> None:
     """What can be said once the parameters are there.
 
     Raises:
-        ValueError: Naming a trainable parameter that cannot be averaged.
+        ValueError: Naming a trainable parameter that cannot be averaged, or a pattern that none
+            has.
     """
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    check_selection(module, settings.collect)
+    averaged = averaged_names(module, settings.collect)
+    trained = [
+        (name, p)
+        for name, p in module.named_parameters()
+        if p.requires_grad and (averaged is None or name in averaged)
+    ]
     for name, parameter in trained:
         if not parameter.is_floating_point():
             raise ValueError(
                 f"TWACallback cannot average {name!r} of dtype {parameter.dtype}, only real "
-                f"floating-point parameters. Keep its parts (torch.view_as_real), or freeze it."
+                f"floating-point parameters. Keep its parts (torch.view_as_real), freeze it, or "
+                f"leave it out (CollectConfig.exclude)."
             )
         if parameter.layout != torch.strided:
             raise ValueError(
                 f"TWACallback cannot average {name!r}, which is trained, with the layout "
-                f"{parameter.layout}. Train a dense one, or freeze it."
+                f"{parameter.layout}. Train a dense one, freeze it, or leave it out "
+                f"(CollectConfig.exclude)."
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_twa.candidates import check_complete, keep_in_files, put_average
+from lightning_twa.candidates import averaged_names, check_complete, keep_in_files, put_average
 from lightning_twa.machine import in_common
 from lightning_twa.phases.anew import keep_raw
 from lightning_twa.phases.averaging import Averaging
@@ -87,7 +87,7 @@ def _fall_back(
     try:
         with in_common():
             check_complete(store, module)
-            put_average(module, store)
+            put_average(module, store, averaged_names(module, averaging.settings.collect))
     except Exception as second:
         raise error from second
     averaging.optimization.stand_still(trainer)
@@ -117,8 +117,12 @@ def _how_to_run_it(averaging: Averaging, trainer: Trainer) -> str:
             f"The candidates could not be written to {root} ({error}): save those in "
             f"callback.candidates before this process ends."
         )
+    collect = averaging.settings.collect
+    given = [f"checkpoints={str(directory)!r}"]
+    given += [f"include={collect.include!r}"] * (collect.include is not None)
+    given += [f"exclude={collect.exclude!r}"] * bool(collect.exclude)
     return (
         f"The candidates are in {directory}. To run the phase with other settings, fit again with "
-        f"TWACallback(start_epoch=0, collect=CollectConfig(checkpoints={str(directory)!r})), a new "
+        f"TWACallback(start_epoch=0, collect=CollectConfig({', '.join(given)})), a new "
         f"Trainer, whose max_epochs are those of the phase, and the same module and data."
     )

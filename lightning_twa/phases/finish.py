@@ -6,13 +6,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_twa.candidates import check_complete, put_average
+from lightning_twa.candidates import averaged_names, check_complete, put_average
 from lightning_twa.phases import saved
 from lightning_twa.phases.anew import keep_raw
 from lightning_twa.phases.arrival import put_result, tell_what_was_done
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.fitting import fit_buffers
-from lightning_twa.phases.report import uniform_report
+from lightning_twa.phases.report import tell_what_stays, uniform_report
 from lightning_twa.trainer import HeldModes, was_stopped_early
 from lightning_twa.words import count
 
@@ -64,10 +64,12 @@ def complete_uniform(averaging: Averaging, trainer: Trainer, module: LightningMo
 def _put_uniform(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
     check_complete(averaging.store, module)
     keep_raw(averaging, module)
-    put_average(module, averaging.store)
+    only = averaged_names(module, averaging.settings.collect)
+    put_average(module, averaging.store, only)
     batches = fit_buffers(averaging, trainer, module)
     averaging.keep_uniform()
     rank_zero_info(uniform_report(averaging.store.names, batches))
+    tell_what_stays(averaging.settings, module)
     assert averaging.learned is not None
     _keep_result(averaging, trainer, module, averaging.learned)
 

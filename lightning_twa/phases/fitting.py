@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_twa.candidates import fit_singular_vectors_, weights_and_buffers
+from lightning_twa.candidates import averaged_names, fit_singular_vectors_, weights_and_buffers
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.batchnorm import BATCHES, reestimate_batchnorm
 from lightning_twa.trainer import batches_between_validations, batches_seen, epoch_is_ending
@@ -62,4 +62,5 @@ def put_average_in(averaging: Averaging, trainer: Trainer, module: LightningModu
         averaging.store,
         lambda: fit_buffers(averaging, trainer, module, in_between=True),
         trainer,
+        averaged_names(module, averaging.settings.collect),
     )

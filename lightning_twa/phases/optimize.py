@@ -92,7 +92,8 @@ class Optimization:
         self.block_names = list(choice.share.columns.whole.block_names)
         if kept is None:
             self._doubtful = choice.doubtful
-            span.prepare_model(module, store, choice.spanned)
+            soup = self.started["step"] == 0
+            span.prepare_model(module, store, choice.spanned, self.settings.collect, soup=soup)
         whole = choice.share.columns.whole
         self.selection.begin(
             trainer,
@@ -122,7 +123,7 @@ class Optimization:
         self.measure(trainer, module)
         self._go_to_next_group(trainer, module, store)  # where it was saved before follow_batch()
         chosen = self.selection.comparison.start if self.selection.chose else None
-        report.tell_what_begins(self, store.names, chosen)
+        report.tell_what_begins(self, module, store.names, chosen)
 
     def _build(
         self, trainer: Trainer, module: LightningModule, store: Store, mixing: Tensor | None = None

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_twa.candidates import averaged_names
 from lightning_twa.config import DATA, Settings
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.results import effective_candidates
@@ -23,6 +24,7 @@ __all__ = [
     "log_count",
     "switch_report",
     "tell_what_begins",
+    "tell_what_stays",
     "uniform_report",
 ]
 
@@ -116,11 +118,14 @@ class Begun(Protocol):
     started: dict[str, Any]
 
 
-def tell_what_begins(phase: Begun, names: list[str], chosen: str | None) -> None:
+def tell_what_begins(
+    phase: Begun, module: LightningModule, names: list[str], chosen: str | None
+) -> None:
     """Say what a phase begins with.
 
     Args:
         phase: The phase.
+        module: The model.
         names: Names of the candidates.
         chosen: The average that it starts from, where held-out data have chosen it.
     """
@@ -129,6 +134,7 @@ def tell_what_begins(phase: Begun, names: list[str], chosen: str | None) -> None
         rank_zero_info(phase.choice.share.text)
     data = phase.settings.data
     rank_zero_info(switch_report(phase.optimizer, names, DATA[data], phase.started))
+    tell_what_stays(phase.settings, module)
     if chosen is not None:
         rank_zero_info(f"TWA: it starts from {chosen!r}, which held-out data have chosen.")
     if phase.groups is not None:
@@ -137,6 +143,21 @@ def tell_what_begins(phase: Begun, names: list[str], chosen: str | None) -> None
         rank_zero_warn(
             "TWACallback(data='val') trains the averaging coefficients on the validation data: "
             "from here on validation metrics are not held out. Judge the result on test data."
+        )
+
+
+def tell_what_stays(settings: Settings, module: LightningModule) -> None:
+    """Say how many parameters are not averaged, where the user has chosen."""
+    averaged = averaged_names(module, settings.collect)
+    trained = [(n, p.numel()) for n, p in module.named_parameters() if p.requires_grad]
+    stay = [(name, size) for name, size in trained if averaged is not None and name not in averaged]
+    if stay:
+        shown = ", ".join(name for name, _ in stay[:3]) + (", ..." if len(stay) > 3 else "")
+        rank_zero_info(
+            f"TWA: {len(stay)} of {len(trained)} trained parameter tensors "
+            f"({sum(size for _, size in stay):,} of {sum(size for _, size in trained):,} numbers) "
+            f"are not averaged and keep their last weights (CollectConfig.include, exclude): "
+            f"{shown}."
         )
 
 

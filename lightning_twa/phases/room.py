@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
-from lightning_twa.candidates import is_kept, persistent_buffers
+from lightning_twa.candidates import averaged_names, is_kept, persistent_buffers
 from lightning_twa.config import Settings, SubspaceConfig
 from lightning_twa.machine import (
     free_bytes,
@@ -232,12 +232,17 @@ def _need(
     settings: Settings, trainer: Trainer, module: LightningModule, snapshots: int, others: int
 ) -> _Need | None:
     """What the phase will keep at least; ``None`` where nothing is trained yet."""
+    averaged = averaged_names(module, settings.collect)
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     held_by_user = {id(p) for group in groups for p in group["params"]}
     trained = {
         name: p
         for name, p in module.named_parameters()
-        if p.requires_grad and id(p) in held_by_user and is_kept(p) and not is_lazy(p)
+        if (averaged is None or name in averaged)
+        and p.requires_grad
+        and id(p) in held_by_user
+        and is_kept(p)
+        and not is_lazy(p)
     }
     if not any(p.numel() for p in trained.values()):
         return None

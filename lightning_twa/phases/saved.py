@@ -57,6 +57,8 @@ def dump(
         "epoch_batches": averaging.epoch_batches,
         "candidate_names": averaging.candidate_names,
     }
+    if averaging.settings.collect.selects:
+        state["patterns"] = _patterns(averaging.settings)
     if phase != "done":
         state["candidates"] = averaging.collector.state_dict()
     if phase != "collect":
@@ -127,6 +129,8 @@ def load(averaging: Averaging, state: dict[str, Any]) -> None:
             f"The checkpoint is in cycle {cycle + 1} of a run, but cycles="
             f"{averaging.settings.cycles}. Resume with the same settings."
         )
+    if phase != "done":
+        _check_patterns(averaging.settings, state)
     kept = None
     if phase == "optimize":
         kept = {key: state[key] for key in KEPT if key in state}
@@ -147,6 +151,25 @@ def load(averaging: Averaging, state: dict[str, Any]) -> None:
         averaging.trajectory.load_state_dict(state["path"])
     if phase != "collect":
         averaging.optimization.started = dict(state["started"])
+
+
+def _patterns(settings: Settings) -> dict[str, Any]:
+    """Which parameters are averaged, of what a checkpoint may hold."""
+    collect = settings.collect
+    include = None if collect.include is None else list(collect.include)
+    return {"include": include, "exclude": list(collect.exclude)}
+
+
+def _check_patterns(settings: Settings, state: Mapping[str, Any]) -> None:
+    """Running averages are of some parameters, and a phase spans these."""
+    before = state.get("patterns", {"include": None, "exclude": []})
+    now = _patterns(settings)
+    if before != now:
+        raise ValueError(
+            f"The checkpoint's run averages CollectConfig(include={before['include']!r}, "
+            f"exclude={before['exclude']!r}), but this callback has include={now['include']!r}, "
+            f"exclude={now['exclude']!r}. Resume with the same."
+        )
 
 
 def is_of_phase(averaging: Averaging, state: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_twa.candidates import (
     Store,
+    averaged_names,
     check_complete,
     copy_into,
     mean_buffers,
@@ -19,7 +20,7 @@ from lightning_twa.candidates import (
     varying,
     weighted,
 )
-from lightning_twa.config import Settings, SolverConfig
+from lightning_twa.config import CollectConfig, Settings, SolverConfig
 from lightning_twa.machine import in_common
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.phases.ranks import Sharing, decide
@@ -96,6 +97,8 @@ def choose(
     held_by_user = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
     optimized = {name: p for name, p in named.items() if id(p) in held_by_user}
     spanned = varying(store, also={n for n, p in optimized.items() if p.requires_grad})
+    averaged = averaged_names(module, settings.collect)
+    spanned = spanned if averaged is None else spanned & averaged
     doubtful = [n for n, p in optimized.items() if not p.requires_grad and n in spanned]
     size = settings.subspace.group_size
     held = len(store) if size is None else min(size, len(store))
@@ -148,15 +151,28 @@ def with_radius(solver: SolverConfig, *, chosen: bool) -> SolverConfig:
     return solver if given or not chosen else replace(solver, radius=1.0)
 
 
-def prepare_model(module: LightningModule, store: Store, spanned: set[str]) -> None:
+def prepare_model(
+    module: LightningModule, store: Store, spanned: set[str], collect: CollectConfig, *, soup: bool
+) -> None:
     """Write into a model what the subspace does not span: buffers, averaged, and parameters that
     are the same in all candidates, since those from files may be others than the module's, which
-    nobody will train.
+    nobody will train. What is not to be averaged stays as it is; of a soup it is the newest file's.
+
+    Args:
+        module: The model.
+        store: The candidates.
+        spanned: Names of the parameters that the subspace spans.
+        collect: Which are averaged.
+        soup: Whether nothing was trained before.
     """
+    averaged = averaged_names(module, collect)
     with in_common():
-        copy_into(module, mean_buffers(store, module))
         *_, newest = store
-        copy_into(module, {k: v for k, v in newest.parameters.items() if k not in spanned})
+        if averaged is not None and soup:
+            copy_into(module, {k: v for k, v in newest.tensors.items() if k not in averaged})
+        copy_into(module, mean_buffers(store, module, averaged))
+        same = {k: v for k, v in newest.parameters.items() if k not in spanned}
+        copy_into(module, {k: v for k, v in same.items() if averaged is None or k in averaged})
 
 
 def put_exactly(

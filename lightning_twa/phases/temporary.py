@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,7 @@ class TemporaryAverage:
         store: Store,
         reestimate: Callable[[], object],
         trainer: Trainer | None = None,
+        only: Collection[str] | None = None,
     ) -> None:
         """Put the uniform average of the candidates in place; nothing without candidates.
 
@@ -59,12 +60,13 @@ class TemporaryAverage:
             reestimate: Computes BatchNorm statistics for the weights in place.
             trainer: An optimizer of it that has other weights for evaluation gets at them when its
                 own are back.
+            only: Names of what is averaged; ``None`` for all.
         """
         if len(store) == 0:
             return
         self._raw = _copies(module)
         self._modes = HeldModes(trainer, postpone=True)
-        put_average(module, store)
+        put_average(module, store, only)
         reestimate()
         trained = [name for name, p in module.named_parameters() if p.requires_grad]
         self._sample = few_of(module, trained)

@@ -151,7 +151,7 @@ class Stage(ABC):
     def loops_begin(self, trainer: Trainer, module: LightningModule) -> StageName:
         """The model and the optimizer are there; the Trainer's loops are about to start."""
         check_optimizers(self.averaging.settings, trainer)
-        check_parameters(module)
+        check_parameters(self.averaging.settings, module)
         return self.name
 
     def training_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
