@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from lightning_twa.candidates import Candidate
+from lightning_twa.config import Settings
 
 __all__ = ["Result", "RunRecord", "RunResults", "effective_candidates"]
 
@@ -127,6 +128,7 @@ class RunResults:
     """What a callback tells of its run."""
 
     _run: RunRecord
+    settings: Settings
 
     @property
     def phase(self) -> Literal["collect", "optimize", "done"]:

@@ -2,7 +2,7 @@
 
 from lightning_twa.config.collect import WIDEST, CollectConfig
 from lightning_twa.config.patterns import check_patterns, is_selected, matches
-from lightning_twa.config.reading import as_config
+from lightning_twa.config.reading import as_config, as_names
 from lightning_twa.config.settings import DATA, Settings
 from lightning_twa.config.solver import SolverConfig, check_unit_of_steps
 from lightning_twa.config.storage import StorageConfig
@@ -18,6 +18,7 @@ __all__ = [
     "StorageConfig",
     "SubspaceConfig",
     "as_config",
+    "as_names",
     "check_choice",
     "check_patterns",
     "check_unit_of_steps",
