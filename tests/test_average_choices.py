@@ -1,4 +1,4 @@
-"""What of candidates is averaged, and which of them: patterns of names, and a monitor's direction."""
+"""What of candidates is averaged, and which: patterns of names, and a monitor's direction."""
 
 from __future__ import annotations
 

@@ -33,7 +33,11 @@ PLANTED = {
         "from the tensors",
     ),
     "circle": ("phases/plan.py", "from lightning_twa.phases import run", "in circles"),
-    "past": ("average.py", "from lightning_twa.candidates.store import Store", "past the door of"),
+    "past": (
+        "average/fixed.py",
+        "from lightning_twa.candidates.store import Store",
+        "past the door of",
+    ),
     "whole": ("words.py", "import lightning_twa", "imports the whole package"),
 }
 

@@ -17,7 +17,7 @@ from lightning_twa.candidates import decay_curve, fitted_factors
 from lightning_twa.config import as_names, check_choice, is_int, is_real
 from lightning_twa.results import RunResults
 
-__all__ = ["METHODS", "average"]
+__all__ = ["METHODS", "average", "factors"]
 
 METHODS = ("uniform", "ema", "power", "wsm", "greedy", "model_stock", "weights")
 NEEDS = {"ema": "decay", "power": "sigma_rel", "weights": "weights", "model_stock": "anchor"}
@@ -128,7 +128,7 @@ def average(
     elif method == "wsm":
         state = mix(members, decay_curve(len(members)))
     else:
-        state = mix(members, _factors(len(members), decay, weights))
+        state = mix(members, factors(len(members), decay, weights))
     if selected is None:
         return state
     rest = {name: tensor.detach().clone() for name, tensor in selected.rest.items()}
@@ -148,9 +148,14 @@ def _selection(
     return Selected(members[-1], include, exclude)
 
 
-def _factors(
-    n: int, decay: float | None, weights: Sequence[float] | Tensor | None
-) -> Sequence[float]:
+def factors(
+    n: int, decay: float | None = None, weights: Sequence[float] | Tensor | None = None
+) -> list[float]:
+    """The weights of ``n`` candidates: given ones, those of an exponential average, or equal ones.
+
+    Raises:
+        ValueError: Naming the argument that is outside its range.
+    """
     if decay is not None:
         if not (is_real(decay) and 0 < decay < 1):
             raise ValueError(f"Invalid {decay=}. Must be in (0, 1).")
@@ -158,14 +163,14 @@ def _factors(
         return [power / sum(powers) for power in powers]
     if weights is None:
         return [1 / n] * n
-    factors = [float(weight) for weight in weights]
-    if len(factors) != n or not all(is_real(factor) for factor in factors):
+    given = [float(weight) for weight in weights]
+    if len(given) != n or not all(is_real(factor) for factor in given):
         raise ValueError(
-            f"Invalid weights={factors}. There are {n} candidates: pass so many finite numbers."
+            f"Invalid weights={given}. There are {n} candidates: pass so many finite numbers."
         )
-    if abs(sum(factors) - 1) > 1e-2:
+    if abs(sum(given) - 1) > 1e-2:
         rank_zero_warn(
-            f"The weights sum to {sum(factors):g}, not to 1, so the result is no average but that "
+            f"The weights sum to {sum(given):g}, not to 1, so the result is no average but that "
             f"many times one. Divide them by their sum if an average is meant."
         )
-    return factors
+    return given

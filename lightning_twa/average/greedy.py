@@ -26,16 +26,8 @@ SMALL = {
     "hinge", "loss", "lpips", "mae", "mape", "mse", "msle", "nll", "perplexity", "ppl",
     "regret", "rmse", "smape", "wer",
 }  # fmt: skip
-TURNED = {
-    "neg",
-    "negative",
-    "minus",
-    "inverse",
-    "inv",
-    "not",
-    "non",
-    "one",
-}  # before a metric: its opposite
+# with a metric: its opposite
+TURNED = {"neg", "negative", "minus", "inverse", "inv", "not", "non", "one"}
 
 
 def mode_of(monitor: str, mode: str | None) -> str:

@@ -137,11 +137,23 @@ def _in_directory(directory: Path) -> list[Path]:
                 f"{directory} holds the candidates of {len(inner)} run(s), one directory each. "
                 f"Name one of them, such as {directory / inner[-1]}."
             )
+        others = sorted((p for p in directory.iterdir() if _is_checkpoint(p)), key=_natural)
+        if others:
+            suffix = others[-1].suffix
+            raise ValueError(
+                f"{directory} holds no candidates, but {len(others)} checkpoint file(s). Name them "
+                f"by a pattern, {str(directory / f'*{suffix}')!r}, or one of them, such as "
+                f"{others[-1]}."
+            )
         raise ValueError(
             f"{directory} holds no candidates ({SUFFIX} files). Name a directory that does, or for "
             f"checkpoints a pattern (*.ckpt). A sharded checkpoint is not read: {WHOLE}"
         )
     return sorted(files, key=_natural)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.suffix.lower() in (".ckpt", ".pt", ".pth") and path.is_file()
 
 
 def _natural(path: Path) -> tuple[list[list[str | int]], str]:

@@ -43,6 +43,8 @@ def check_state(state: Mapping[str, Any]) -> None:
     _check(state, "", {"epoch_batches": _optional(_is_count), "candidate_names": _is_names})
     later = {"cycle": state.get("cycle", 0), "stopped": state.get("stopped", False)}
     _check(later, "", {"cycle": _is_count, "stopped": _is_bool})
+    batchnorm = {"batches": None, "step": 0, **_dict_of(state, "batchnorm")}
+    _check(batchnorm, "batchnorm.", {"batches": _optional(_is_count), "step": _is_count})
     patterns = {"include": None, "exclude": [], **_dict_of(state, "patterns")}
     _check(patterns, "patterns.", {"include": _optional(_is_names), "exclude": _is_names})
     if phase != "done":

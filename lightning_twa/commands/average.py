@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import stat
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_twa.candidates import load_checkpoint
+from lightning_twa.average import average, factors, mode_of
+from lightning_twa.candidates import decay_curve, find_files, load_checkpoint
 from lightning_twa.checkpoint import RAW_WEIGHTS
+from lightning_twa.commands.model import load_setting, with_statistics
+from lightning_twa.commands.provenance import (
+    KEY,
+    KINDS,
+    has_statistics,
+    provenance,
+    statistics_in_words,
+)
+from lightning_twa.words import count
 
-__all__ = ["SUFFIXES", "check_free", "write_average"]
+__all__ = ["SUFFIXES", "average_files"]
 
 # What is left out of a checkpoint whose weights are replaced: it belongs to other weights.
 STALE = (
@@ -29,6 +43,75 @@ STALE = (
     "averaging_state",  # of Lightning's WeightAveraging
 )
 SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
+
+
+def average_files(args: argparse.Namespace, weights: list[float] | None) -> Iterator[str]:
+    """Average files into one; what was written, line by line.
+
+    Args:
+        args: Of the command, whose options go together.
+        weights: Of each file, of ``--method weights``.
+
+    Raises:
+        ValueError: Naming the file or the option, and what to do.
+        OSError: Where the file cannot be written.
+    """
+    output: Path = args.output
+    check_free(output, args.force)
+    used = find_files(args.files)[-(args.last or 0) :]
+    if weights is not None and len(weights) != len(used):
+        given, files = count(len(weights), "number"), count(len(used), "file")
+        args.parser.error(f"--weights has {given}, but {files} to be averaged: give one for each")
+    if args.method == "greedy":
+        mode_of(args.monitor, args.mode)  # before the files are read
+    setting = None
+    if args.config is not None or args.module is not None:
+        setting = load_setting(args.config, args.module, args.data, used[-1])
+    options: dict[str, Any] = {
+        "decay": args.decay,
+        "anchor": args.anchor,
+        "include": args.filter,
+        "exclude": args.exclude,
+        "monitor": args.monitor,
+        "mode": args.mode,
+    }
+    scored: dict[str, Any] = {}
+    if setting is not None and args.method == "greedy":
+        scored = {
+            "module": setting.module,
+            "trainer": setting.trainer(),
+            "dataloaders": setting.data,
+        }
+    paths = [str(file) for file in used]
+    state = average(paths, args.method, weights=weights, **options, **scored)
+    statistics: dict[str, Any] | None = None
+    if has_statistics(state):
+        statistics = {"batches": None}
+        if setting is not None:
+            state, statistics["batches"] = with_statistics(setting, state, args.batches)
+    origin = provenance(used, args.method, options, _weights(args, len(used), weights), statistics)
+    write_average(output, used[-1], state, origin, args.force)
+    names = origin["files"]
+    which = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} .. {names[-1]}"
+    yield f"wrote {output}: the {KINDS.get(args.method, args.method)} average of {which}"
+    if statistics is not None and len(used) > 1:
+        yield f"BatchNorm: {statistics_in_words(statistics, len(used))}"
+        if statistics["batches"] is None:
+            yield (
+                "  pass --config config.yaml of LightningCLI, or --module and --data, to "
+                "re-estimate them; or call torch.optim.swa_utils.update_bn before you use it"
+            )
+
+
+def _weights(
+    args: argparse.Namespace, n: int, weights: list[float] | None
+) -> Sequence[float] | None:
+    """Of each file, where they do not depend on what is in it."""
+    if args.method == "wsm":
+        return decay_curve(n)
+    if args.method in ("uniform", "ema", "weights"):
+        return factors(n, args.decay, weights)
+    return None
 
 
 def check_free(output: Path, force: bool) -> None:
@@ -45,9 +128,25 @@ def check_free(output: Path, force: bool) -> None:
         raise ValueError(f"{output} exists. Use --force to replace it.")
 
 
-def write_average(output: Path, newest: Path, state: dict[str, Tensor], force: bool) -> None:
-    """Write the average to the file, completely or not at all."""
-    content = _as_checkpoint(newest, state) if output.suffix == ".ckpt" else state
+def write_average(
+    output: Path, newest: Path, state: dict[str, Tensor], origin: dict[str, Any], force: bool
+) -> None:
+    """Write the average to the file, completely or not at all.
+
+    Args:
+        output: The file.
+        newest: Whose content a checkpoint gets beside the average.
+        state: The average.
+        origin: What the file is to say of it; see :mod:`lightning_twa.commands.provenance`.
+        force: Whether a file may be replaced.
+    """
+    content: dict[str, Any]
+    if output.suffix == ".ckpt":
+        content = {**_as_checkpoint(newest, state), KEY: origin}
+    else:
+        content = OrderedDict(state)
+        # where module.state_dict() has its versions: it is saved too
+        content._metadata = {KEY: origin}  # type: ignore[attr-defined]
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -57,7 +156,7 @@ def write_average(output: Path, newest: Path, state: dict[str, Tensor], force: b
         if output.suffix == ".safetensors":
             # of its own memory each: the format has no tensors that share it
             tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            save_file(tensors, temporary, metadata={"format": "pt", KEY: json.dumps(origin)})
             os.chmod(temporary, mode)  # safetensors 0.8 leaves it to the owner alone
         check_free(output, force)
         os.replace(temporary, output)

@@ -21,33 +21,101 @@ from lightning_twa.candidates import (
     Reference,
     decode,
     find_files,
+    load_checkpoint,
+    read_file,
     resolve,
 )
-from lightning_twa.checkpoint import candidate_entries, file_references, read_state
+from lightning_twa.checkpoint import RAW_WEIGHTS, candidate_entries, file_references, read_state
+from lightning_twa.commands import provenance
+from lightning_twa.commands.provenance import of_checkpoint, of_metadata
 from lightning_twa.results import Result, effective_candidates
 from lightning_twa.words import count, printable
 
-__all__ = ["describe_candidates", "describe_run", "is_candidates"]
+__all__ = ["describe", "is_candidates"]
 
 MOST_BLOCKS = 6  # columns of the table; more blocks are summed up
 STORAGE = "twa_candidates"  # the default storage directory, in the Trainer's default_root_dir
 LEVELS = 5  # root/lightning_logs/version_0/checkpoints/last.ckpt is 4 below it
 
 
-# --- runs
-
-
-def describe_run(path: Path, storage: Path | None = None) -> list[str]:
-    """Phase, settings, candidates and averaging weights of a checkpoint, line by line.
+def describe(path: Path, storage: Path | None = None) -> list[str]:
+    """What a file is, line by line.
 
     Args:
-        path: A Lightning checkpoint.
+        path: A checkpoint of a run; a candidate, or a directory of them; or an average of files.
         storage: The storage directory, where candidates are in files; ``None`` looks for
             ``twa_candidates`` beside the checkpoint and in the directories above.
 
     Raises:
-        ValueError: See :func:`~lightning_twa.checkpoint.read_state`.
+        ValueError: Naming the file that is nothing of these, or damaged, and what to do.
     """
+    if is_candidates(path):
+        return _describe_safetensors(path)
+    content = load_checkpoint(path, objects=True)
+    found = of_checkpoint(content)
+    if found is None:
+        return [*_describe_weights(path, content), *_describe_run(path, storage)]
+    tensors = content.get("state_dict", content)
+    held = {n: t for n, t in tensors.items() if isinstance(t, Tensor)}
+    what = "a Lightning checkpoint" if "state_dict" in content else "a state dict"
+    return [f"{path} is {what} with", *provenance.describe(found, held)]
+
+
+# --- runs
+
+
+def _describe_weights(path: Path, content: Any) -> list[str]:
+    """Which weights a checkpoint of a run holds, and whether its BatchNorm statistics fit them."""
+    state = read_state(path)
+    weights = content.get("state_dict")
+    epoch, step = content.get("epoch"), content.get("global_step")
+    known = isinstance(epoch, int) and isinstance(step, int)
+    moment = f", in epoch {epoch}, after optimizer step {step}" if known else ""
+    lines = [f"{path} is a checkpoint of a run with TWACallback{moment}"]
+    phase, temporary = state["phase"], RAW_WEIGHTS in content
+    if phase == "collect" and temporary:
+        held = "the uniform average of the candidates so far, which was validated"
+    elif phase == "collect":
+        held = "those of ordinary training; nothing is averaged yet"
+    elif phase == "optimize":
+        held = f"the average after optimizer step {_steps(state)} of the phase; it goes on"
+    else:
+        learned = "path" in state and not _is_uniform(state["averaging_weights"])
+        held = f"the finished average, {'learned in the phase' if learned else 'uniform'}"
+    if phase == "done" and "result" in state and state["result"]["accepted"] is None:
+        held = f"the finished average, fixed: {state['result']['start']!r}, chosen by held-out data"
+    lines.append(f"weights: {held}")
+    if isinstance(weights, Mapping) and provenance.has_statistics(weights):
+        lines.append(f"BatchNorm: {_statistics(state, temporary)}")
+    return lines
+
+
+def _is_uniform(weights: Tensor) -> bool:
+    """Of a run without a phase, or of one whose phase failed."""
+    return bool((weights - 1 / weights.shape[0]).abs().max() < 1e-12)
+
+
+def _statistics(state: Mapping[str, Any], temporary: bool) -> str:
+    """Whether statistics in a checkpoint fit its weights."""
+    if state["phase"] == "collect" and not temporary:
+        return "statistics of ordinary training, of these weights"
+    found = state.get("batchnorm")
+    if state["phase"] == "collect" or found is None:
+        return "not known whether the statistics are of these weights"
+    if found["batches"] is None:
+        return "statistics of ordinary training, not re-estimated for the average (stale)"
+    over = f"statistics re-estimated over {count(found['batches'], 'training batch')}"
+    if state["phase"] == "done":
+        return f"{over}, for these weights"
+    now = state["started"]["step"] + _steps(state)
+    behind = now - found["step"]
+    if behind <= 0:
+        return f"{over}, for these weights"
+    return f"{over} at optimizer step {found['step']}, {count(behind, 'step')} before these weights"
+
+
+def _describe_run(path: Path, storage: Path | None = None) -> list[str]:
+    """Phase, settings, candidates and averaging weights of a checkpoint."""
     state = read_state(path)
     names, weights = state["candidate_names"], state.get("averaging_weights")
     lines = [f"phase: {state['phase']}   format: {state['format_version']}"]
@@ -62,7 +130,11 @@ def describe_run(path: Path, storage: Path | None = None) -> list[str]:
         lines.append(f"optimizer steps of the phase: {_steps(state)}")
     given = {k: v for k, v in state.get("settings", {}).items() if v is not None}
     lines += [f"{name}: {str(value)[:80]}" for name, value in given.items()]
-    lines.append(f"candidates: {len(names)}{_where(state)}")
+    patterns = state.get("patterns", {})
+    lines += [f"{name}: {', '.join(value)}" for name, value in patterns.items() if value]
+    running = _running(state) if state["phase"] == "collect" else 0
+    also = f", and {count(running, 'running average')} to come" if running else ""
+    lines.append(f"candidates: {len(names)}{also}{_where(state)}")
     lines += _files(state, path, storage)
     if "result" in state:
         lines += ["", *str(Result.from_state(state["result"])).splitlines(), ""]
@@ -77,13 +149,20 @@ def _steps(state: Mapping[str, Any]) -> int:
     return int(before + state["optimizer"]["steps"])
 
 
+def _running(state: Mapping[str, Any]) -> int:
+    """Averages over steps that will be candidates at the switch."""
+    held = [state["candidates"].get(key, {}) for key in ("averages", "power")]
+    numbers = [len(part.get("decays", part.get("widths", []))) for part in held]
+    return numbers[0] + (numbers[1] + 1 if numbers[1] else 0)  # and the mean
+
+
 def _where(state: Mapping[str, Any]) -> str:
     if state["phase"] == "done":
         return "; not in the checkpoint, the phase is finished"
     entries = candidate_entries(state)
     held = [e for e in entries if "files" not in e]
-    averages = state["candidates"].get("averages", {}).get("averages", [])
-    averages = [average for average in averages if "files" not in average]
+    over_steps = [state["candidates"].get(key, {}) for key in ("averages", "power")]
+    averages = [a for part in over_steps for a in part.get("averages", []) if "files" not in a]
     tensors = {
         t.data_ptr() if t.layout == torch.strided else id(t): t.numel() * t.element_size()
         for part in [*(e[key] for e in held for key in ("parameters", "buffers")), *averages]
@@ -91,8 +170,9 @@ def _where(state: Mapping[str, Any]) -> str:
     }
     parts = []
     if tensors:
-        running = f", {len(averages)} of them running averages" if averages else ""
-        number = len(held) + len(averages)
+        several = _running(state) if averages else 0
+        running = f", {several} of them running averages" if several else ""
+        number = len(held) + several
         parts.append(f"{number} in the checkpoint ({_mib(sum(tensors.values()))}{running})")
     references = list(file_references(state))
     if references:
@@ -193,47 +273,45 @@ class _File:
     size: int
 
 
-def describe_candidates(path: Path) -> list[str]:
-    """What a candidate's file, or each in a directory, holds, line by line.
-
-    Args:
-        path: A safetensors file that this package has written, or a directory of one run's.
-
-    Raises:
-        ValueError: Naming the file or directory that holds no candidate.
-    """
+def _describe_safetensors(path: Path) -> list[str]:
+    """What a candidate's file, or each in a directory, holds; or an average of files."""
     files = find_files(path)
     if len(files) == 1 and not path.is_dir():
+        origin = of_metadata(_metadata_of(path))
+        if origin is not None:
+            held = read_file(path)
+            return [f"{path} is a safetensors file with", *provenance.describe(origin, held)]
         file = _read(path)
         return [
             f"candidate: {file.candidate}",
             f"tensors: {file.tensors}, {file.numbers:,} numbers, {file.dtypes}",
             f"size: {_mib(file.size)}",
         ]
-    found: list[str] = []
-    total = 0
+    lines: list[str] = []
+    read, problems = [], []
     for name in files:
         try:
-            file = _read(name)
+            read.append(file := _read(name))
         except ValueError as error:
-            found.append(f"  {error}")
+            problems.append(error)
+            lines.append(f"  {error}")
             continue
-        total += file.size
-        found.append(
+        lines.append(
             f"  {file.candidate}: {file.tensors} tensors, {file.numbers:,} numbers, "
             f"{file.dtypes}, {_mib(file.size)}"
         )
-    return [f"candidates: {count(len(files), 'file')} ({_mib(total)}) in {path}", *found]
+    if not read:
+        raise problems[0]
+    total = sum(file.size for file in read)
+    return [f"candidates: {count(len(read), 'file')} ({_mib(total)}) in {path}", *lines]
 
 
 def _read(path: Path) -> _File:
-    try:
-        with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
-            own = "candidate" in (file.metadata() or {})
-    except Exception as error:  # safetensors raises many types for damaged files
-        raise ValueError(f"{path} is no safetensors file that can be read ({error}).") from error
-    if not own:
-        raise ValueError(f"{path} is no candidate of a run: another program wrote this file.")
+    if "candidate" not in _metadata_of(path):
+        raise ValueError(
+            f"{path} is no candidate of a run, and no average of files that says so: another "
+            f"program wrote this file. Average such files with the command 'average'."
+        )
     try:
         candidate = decode(str(path))
     except ValueError as error:
@@ -242,6 +320,17 @@ def _read(path: Path) -> _File:
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
     numbers = sum(tensor.numel() for tensor in tensors)
     return _File(candidate.name, len(tensors), numbers, ", ".join(dtypes), path.stat().st_size)
+
+
+def _metadata_of(path: Path) -> dict[str, str]:
+    try:
+        with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
+            return file.metadata() or {}
+    except Exception as error:  # safetensors raises many types for damaged files
+        raise ValueError(
+            f"{path} is no safetensors file that can be read ({error}): it is empty, damaged or "
+            f"truncated. Restore it from a copy."
+        ) from error
 
 
 def is_candidates(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""``python -m lightning_twa``: the commands and their arguments."""
+"""``lightning-twa``, or ``python -m lightning_twa``: the commands and their arguments."""
 
 from __future__ import annotations
 
@@ -7,34 +7,39 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-from lightning_twa.average import METHODS, average
-from lightning_twa.candidates import find_files, unique_names
-from lightning_twa.commands.average import SUFFIXES, check_free, write_average
-from lightning_twa.commands.inspect import describe_candidates, describe_run, is_candidates
+from lightning_twa.average import METHODS
+from lightning_twa.commands.average import SUFFIXES, average_files
+from lightning_twa.commands.inspect import describe, is_candidates
+from lightning_twa.commands.plot import plot
 from lightning_twa.figures import plot_averaging_weights
 from lightning_twa.words import printable
 
 __all__ = ["main"]
 
-KINDS = {"ema": "exponential moving", "weights": "weighted", "wsm": "decay-curve"}
 INSPECT = """\
-Print the phase, the settings, the candidates and their averaging weights, and which of the files
-that a checkpoint names are there. No Python objects are loaded, and no named file is opened."""
+Print what a file is: a checkpoint of a run with TWACallback (its stage, which weights it holds, the
+candidates and their averaging weights, losses on held-out data, and which of the files that it
+names are there), a candidate, or an average of files. No Python objects are loaded, and no named
+file is opened."""
 AVERAGE = """\
 Average files with weights that are not learned. The order of the files counts for --last, --method
 ema or wsm, and --weights: oldest first; those of a pattern come in natural order (epoch=2 before
-epoch=10). BatchNorm statistics are averaged too, and do not fit the average: compute them anew."""
+epoch=10). BatchNorm statistics are averaged too, and do not fit the average, unless --config or
+--module say how the model and its training data are made."""
 FORMATS = """\
 The suffix of the output says what is written: .safetensors; .pt or .pth, a state dict; .ckpt, the
 last file (a Lightning checkpoint) with the average as its weights, without the states of
 optimizers, schedulers, loops and callbacks, which belong to other weights. It can be loaded and
-tested, not resumed."""
+tested, not resumed. 'inspect' shows what was averaged, and how."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a failure, 2 for wrong usage."""
+    """Run a command; returns the exit code: 0; 2 for wrong usage, and for files that are not what
+    the command needs; 1 where something fails, such as writing.
+    """
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
@@ -44,23 +49,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, OSError) else 2
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
+    installed = Path(sys.argv[0]).stem == "lightning-twa"
     parser = argparse.ArgumentParser(
-        prog="python -m lightning_twa", description="Trainable Weight Averaging for Lightning."
+        prog="lightning-twa" if installed else "python -m lightning_twa",
+        description="Trainable Weight Averaging for Lightning.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"lightning-twa {version('lightning-twa')}"
     )
     commands = parser.add_subparsers(required=True, metavar="command")
+    _add_inspect(commands)
+    _add_average(commands)
+    _add_plot(commands)
+    return parser
 
+
+# --- inspect
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     inspect = commands.add_parser(
-        "inspect", help="print what a checkpoint holds of TWA", description=INSPECT
+        "inspect", help="print what a checkpoint or a file of weights is", description=INSPECT
     )
     inspect.add_argument(
         "path",
         type=Path,
-        help="a Lightning checkpoint; or a candidate's .safetensors file, or a directory of them",
+        help="a Lightning checkpoint; a candidate's .safetensors file, or a directory of them; or "
+        "what 'average' wrote",
     )
     inspect.add_argument(
         "--plot", type=_figure, metavar="FILE", help="also draw the averaging weights (.png, .pdf)"
@@ -74,6 +94,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.set_defaults(run=_inspect, parser=inspect)
 
+
+def _inspect(args: argparse.Namespace) -> None:
+    if is_candidates(args.path):
+        for name in ("plot", "candidates"):
+            if getattr(args, name) is not None:
+                args.parser.error(f"--{name} needs a checkpoint, but {args.path} is none")
+    for line in describe(args.path, args.candidates):
+        print(printable(line))
+    if args.plot is not None:
+        plot_averaging_weights(args.path).savefig(args.plot)
+        print(f"wrote {args.plot}")
+
+
+# --- plot
+
+
+def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    drawing = commands.add_parser(
+        "plot",
+        help="draw the figures of a run",
+        description="Write the figures of a run, of its checkpoint, as files.",
+    )
+    drawing.add_argument("path", type=Path, help="a checkpoint of the phase or after it")
+    drawing.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where to; by default beside the checkpoint",
+    )
+    drawing.add_argument("--format", choices=("png", "svg", "pdf"), default="png")
+    drawing.set_defaults(run=_plot, parser=drawing)
+
+
+def _plot(args: argparse.Namespace) -> None:
+    for line in plot(args.path, args.output, args.format):
+        print(printable(line))
+
+
+# --- average
+
+
+def _add_average(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     mean = commands.add_parser(
         "average", help="average checkpoint files", description=AVERAGE, epilog=FORMATS
     )
@@ -84,9 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     mean.add_argument("-o", "--output", type=_output, required=True, metavar="FILE")
     mean.add_argument(
-        "--method",
-        choices=[method for method in METHODS if method not in ("greedy", "power")],
-        default="uniform",
+        "--method", choices=[method for method in METHODS if method != "power"], default="uniform"
     )
     mean.add_argument("--anchor", metavar="FILE", help="of --method model_stock: what was tuned")
     mean.add_argument("--last", type=_count, metavar="N", help="only the last N files")
@@ -98,30 +159,56 @@ def _parser() -> argparse.ArgumentParser:
         metavar="W",
         help="of --method weights: a number for each file, also with commas (--weights=-1e-3,1)",
     )
+    mean.add_argument(
+        "--filter",
+        nargs="+",
+        metavar="PATTERN",
+        help="average only tensors of these names ('encoder', '*.bias'); the others are those of "
+        "the last file",
+    )
+    mean.add_argument(
+        "--exclude", nargs="+", metavar="PATTERN", help="do not average tensors of these names"
+    )
+    mean.add_argument("--monitor", metavar="NAME", help="of --method greedy: a validation metric")
+    mean.add_argument(
+        "--mode",
+        choices=("min", "max"),
+        help="whether it is to be small or large, where its name does not say so",
+    )
+    model = mean.add_argument_group("the model, for BatchNorm statistics and --method greedy")
+    model.add_argument(
+        "--config", type=Path, metavar="FILE", help="config.yaml that LightningCLI saved"
+    )
+    model.add_argument("--module", metavar="CLASS", help="of the model: package.file.Class")
+    model.add_argument("--data", metavar="CLASS", help="of its LightningDataModule")
+    model.add_argument(
+        "--batches", type=_count, metavar="N", help="training batches; by default an epoch"
+    )
     mean.add_argument("--force", action="store_true", help="replace the output file")
     mean.set_defaults(run=_average, parser=mean)
-    return parser
 
 
-# --- inspect
-
-
-def _inspect(args: argparse.Namespace) -> None:
-    if is_candidates(args.path):
-        for name in ("plot", "candidates"):
-            if getattr(args, name) is not None:
-                args.parser.error(f"--{name} needs a checkpoint, but {args.path} is none")
-        lines = describe_candidates(args.path)
-    else:
-        lines = describe_run(args.path, args.candidates)
-    for line in lines:
+def _average(args: argparse.Namespace) -> None:
+    options = (
+        ("ema", "decay"),
+        ("weights", "weights"),
+        ("model_stock", "anchor"),
+        ("greedy", "monitor"),
+    )
+    for method, option in options:
+        if (args.method == method) != (getattr(args, option) is not None):
+            args.parser.error(f"--method {method} and --{option} go together")
+    if args.mode is not None and args.monitor is None:
+        args.parser.error("--mode is of --monitor")
+    if args.config is None and args.module is None:
+        for option in ("data", "batches"):
+            if getattr(args, option) is not None:
+                args.parser.error(f"--{option} needs --config or --module")
+        if args.method == "greedy":
+            args.parser.error("--method greedy needs the model: --config or --module")
+    weights = None if args.weights is None else [w for part in args.weights for w in part]
+    for line in average_files(args, weights):
         print(printable(line))
-    if args.plot is not None:
-        plot_averaging_weights(args.path).savefig(args.plot)
-        print(f"wrote {args.plot}")
-
-
-# --- average
 
 
 def _output(text: str) -> Path:
@@ -161,24 +248,3 @@ def _number(text: str) -> float:
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"{text!r} must be a finite number")
     return number
-
-
-def _average(args: argparse.Namespace) -> None:
-    options = (("ema", "decay"), ("weights", "weights"), ("model_stock", "anchor"))
-    for method, option in options:
-        if (args.method == method) != (getattr(args, option) is not None):
-            args.parser.error(f"--method {method} and --{option} go together")
-    output: Path = args.output
-    check_free(output, args.force)
-    files = find_files(args.files)
-    weights = None if args.weights is None else [w for part in args.weights for w in part]
-    used = files[-(args.last or 0) :]
-    if weights is not None and len(weights) != len(used):
-        args.parser.error(f"--weights has {len(weights)} numbers, but {len(used)} file(s) are used")
-    paths = [str(file) for file in used]
-    state = average(paths, args.method, decay=args.decay, weights=weights, anchor=args.anchor)
-    write_average(output, used[-1], state, args.force)
-    names = unique_names(used)
-    which = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} .. {names[-1]}"
-    kind = KINDS.get(args.method, args.method)
-    print(printable(f"wrote {output}: the {kind} average of {which}"))

@@ -61,6 +61,7 @@ class Averaging:
         has_trained: Whether a batch has begun since training began: the counts of the Trainer
             before that are those of an earlier fit.
         early_stopped: Whether ``EarlyStopping`` wanted to end the run: the phase is due.
+        batchnorm: Over how many batches statistics were computed last, and after which step.
         epoch_batches: Batches of the last whole epoch of collecting.
         went_on: Whether a finished run is trained on.
         result: What the last phase was worth; ``None`` before its end.
@@ -86,6 +87,7 @@ class Averaging:
         self.has_trained = False
         self.early_stopped = False
         self.epoch_batches: int | None = None
+        self.batchnorm: dict[str, Any] | None = None
         self.went_on = False
         self.raw: dict[str, Tensor] | None = None
         self.result: Result | None = None

@@ -32,7 +32,7 @@ def fit_buffers(
         return None
     at_most = averaging.settings.batchnorm_batches
     with averaging.batches.in_replay():
-        return reestimate_batchnorm(
+        batches = reestimate_batchnorm(
             trainer,
             module,
             lambda: averaging.optimization.switch.training_data(trainer),
@@ -41,6 +41,8 @@ def fit_buffers(
             with_hooks=averaging.batches.changed,
             warn=not in_between,
         )
+    averaging.batchnorm = {"batches": batches, "step": trainer.global_step}
+    return batches
 
 
 def fit_before_validation(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:

@@ -63,6 +63,8 @@ def dump(
         state["candidates"] = averaging.collector.state_dict()
     if phase != "collect":
         state["started"] = dict(averaging.optimization.started)
+        if averaging.batchnorm is not None:
+            state["batchnorm"] = averaging.batchnorm
     if phase == "optimize":
         state.update(phase_to_keep(averaging) if averaging.kept is None else averaging.kept)
     if phase != "collect" and averaging.raw is not None:
@@ -140,6 +142,7 @@ def load(averaging: Averaging, state: dict[str, Any]) -> None:
     averaging.collector.cycle = cycle
     averaging.early_stopped = state.get("stopped", False)
     averaging.epoch_batches = state["epoch_batches"]
+    averaging.batchnorm = state.get("batchnorm")
     averaging.restored_names = list(state["candidate_names"])
     if "candidates" in state:
         averaging.collector.load_state_dict(state["candidates"], complete=phase != "collect")

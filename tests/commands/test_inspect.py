@@ -226,7 +226,10 @@ def test_running_averages_are_counted(tmp_path, capsys) -> None:
     saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     trainer(tmp_path, callbacks=[twa, saver], enable_checkpointing=True).fit(Regressor(), loader())
     text = printed(capsys, "inspect", tmp_path / "epoch=3.ckpt")
-    assert "candidates: 3; 5 in the checkpoint (0.0 MiB, 2 of them running averages)" in text
+    assert (
+        "candidates: 3, and 2 running averages to come; 5 in the checkpoint (0.0 MiB, 2 of them running averages)"
+        in text
+    )
     text = printed(capsys, "inspect", tmp_path / "epoch=4.ckpt")
     assert "candidates: 5; " in text
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
 
 from helpers.commands import usage
+from helpers.common import ROOT
 from lightning_twa.__main__ import main
 
 
@@ -25,7 +29,7 @@ from lightning_twa.__main__ import main
         ("must be a finite number", ["-o", "a.pt", "--method", "weights", "--weights", "1,x"]),
         ("2 numbers, but 1 file", ["-o", "a.pt", "--method", "weights", "--weights", "1,2"]),
         ("must be an integer, 1 or more", ["-o", "a.pt", "--last", "0"]),
-        ("invalid choice: 'greedy'", ["-o", "a.pt", "--method", "greedy"]),
+        ("invalid choice: 'power'", ["-o", "a.pt", "--method", "power"]),
     ],
 )
 def test_wrong_usage(tmp_path, capsys, monkeypatch, message, options) -> None:
@@ -45,8 +49,27 @@ def test_help_names_the_commands(capsys) -> None:
     assert "inspect" in helped
 
 
+def test_the_version_and_the_script(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"lightning-twa {version('lightning-twa')}\n"
+    scripts = re.findall(r"(?m)^\[project\.scripts\]\n(.*)$", (ROOT / "pyproject.toml").read_text())
+    name, _, target = scripts[0].partition(" = ")
+    assert name == "lightning-twa"
+    module, _, function = target.strip('"').partition(":")
+    assert getattr(importlib.import_module(module), function) is main
+
+
+def test_its_name_is_that_of_the_script(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lightning-twa"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: lightning-twa [-h] [--version]")
+
+
 def test_it_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "lightning_twa", "inspect", "none.ckpt"]
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert failed.stderr.splitlines()[-1].startswith("error: none.ckpt does not exist")

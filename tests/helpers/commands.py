@@ -31,7 +31,7 @@ def printed(capsys: pytest.CaptureFixture, *arguments: Any) -> str:
 
 
 def failure(capsys: pytest.CaptureFixture, *arguments: Any) -> str:
-    assert main([str(a) for a in arguments]) == 1
+    assert main([str(a) for a in arguments]) == 2
     return capsys.readouterr().err
 
 

@@ -1,0 +1,41 @@
+"""The figures of a run, from its checkpoint, as files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_twa.checkpoint import read_state
+from lightning_twa.figures import plot_averaging_weights
+
+__all__ = ["plot"]
+
+# What can be drawn of a checkpoint alone, by the end of the file's name
+FIGURES: Mapping[str, Callable[[Path], Any]] = {"weights": plot_averaging_weights}
+
+
+def plot(path: Path, directory: Path | None, kind: str) -> Iterator[str]:
+    """Write the figures of a checkpoint; a line of text for each.
+
+    Args:
+        path: A checkpoint of the phase or after it.
+        directory: Where to; ``None``: beside the checkpoint.
+        kind: Suffix of the files.
+
+    Raises:
+        ValueError: When the checkpoint holds nothing to draw, or there is no such directory.
+        ImportError: Without matplotlib.
+    """
+    if read_state(path).get("averaging_weights") is None:
+        raise ValueError(
+            f"{path} was written before the phase began: there are no averaging weights to draw. "
+            f"Give a checkpoint of the phase or after it."
+        )
+    target = path.parent if directory is None else directory
+    if not target.is_dir():
+        raise ValueError(f"{target} is no directory. Make it first, or write elsewhere.")
+    for name, draw in FIGURES.items():
+        file = target / f"{path.stem}-{name}.{kind}"
+        draw(path).savefig(file)
+        yield f"wrote {file}"
