@@ -32,7 +32,7 @@ class TWAHooks(RunResults, Hooks):
     The run collects weights as candidates. In the averaging phase, by default its last steps, it
     trains only the coefficients of their average, by back-propagation through the model, and ends
     with what held-out data say is best. Length and validation are the Trainer's own; the callback
-    never lengthens a run.
+    never lengthens a run. A Trainer takes one: further phases are ``cycles`` of it.
 
     Args:
         start_epoch: First epoch (0-based) of the phase that trains the coefficients; a float is a

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import lightning as L
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_twa
-from helpers.common import loader, mse, weights
+from helpers.common import TESTS, loader, mse, trainer, weights
 from helpers.plain import CollectConfig
 from lightning_twa import SubspaceConfig, average, plot_averaging_weights
 
@@ -153,3 +156,53 @@ def test_mixing_them_is_a_clear_error(tmp_path, trainer, callback, message) -> N
             enable_model_summary=False,
             callbacks=[callback(4)],
         ).fit(make_module(package), loader())
+
+
+MESSAGES = """
+import logging, sys
+import pytorch_lightning as pl  # before anything of this package
+import lightning_twa
+from lightning_twa.pytorch_lightning import TWACallback
+from helpers.common import loader
+from test_packages_of_lightning import make_module
+
+seen = []
+handler = logging.Handler()
+handler.emit = lambda record: seen.append((record.name, record.getMessage()))
+for name in ("lightning", "pytorch_lightning"):
+    logging.getLogger(name).addHandler(handler)
+twa = TWACallback(2, heldout=None)
+pl.Trainer(
+    accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False, callbacks=[twa],
+    enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[1],
+).fit(make_module(pl), loader())
+names = {name for name, text in seen if text.startswith("TWA")}
+everything = {name.partition(".")[0] for name, _ in seen}
+print(names, everything)
+"""
+
+
+def test_messages_go_to_the_logger_of_the_package(tmp_path) -> None:
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS), str(TESTS / "subspace")])
+    done = subprocess.run(
+        [sys.executable, "-c", MESSAGES, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = "{'pytorch_lightning.utilities.rank_zero'} {'pytorch_lightning'}"
+    assert done.stdout.splitlines()[-1] == expected
+
+
+def test_two_callbacks_in_a_trainer_are_refused(tmp_path) -> None:
+    class Mine(lightning_twa.TWACallback):
+        """Has a state of its own: Lightning itself refuses two of one class."""
+
+    message = "The Trainer has 2 TWACallbacks, and each would put an average of its own into"
+    twas = [lightning_twa.TWACallback(4), Mine(4)]
+    with pytest.raises(ValueError, match=f"^{message}.*Keep one: averages of other widths are"):
+        trainer(tmp_path, callbacks=twas).fit(make_module(L), loader(), loader(32, seed=1))
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `TWACallback`"):
+        trainer(tmp_path, callbacks=[twas[0], lightning_twa.TWACallback(5)])
+    assert "A Trainer takes one" in lightning_twa.TWACallback.__doc__

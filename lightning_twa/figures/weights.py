@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -111,19 +112,44 @@ def _draw_map(axes: Any, weights: Tensor, blocks: Sequence[str]) -> None:
 
 
 def log_figure(trainer: Trainer, results: RunResults) -> None:
-    """Give the averaging weights of a finished run as ``twa/averaging_weights`` to TensorBoard
-    loggers, if there is matplotlib to draw with; on rank zero. A failure is a warning: a run must
-    not end with an error for a figure.
+    """Give the averaging weights of a finished run as ``twa/averaging_weights`` to the loggers that
+    take figures (TensorBoard, W&B, MLflow), if there is matplotlib to draw with; on rank zero. A
+    failure is a warning: a run must not end with an error for a figure.
     """
     if results.phase != "done" or not trainer.is_global_zero:
         return
-    loggers: Sequence[Any] = trainer.loggers
-    writers = [logger.experiment for logger in loggers if "TensorBoard" in type(logger).__name__]
     if importlib.util.find_spec("matplotlib") is None:
         return
-    step = trainer.global_step
-    for writer in writers:
+    for logger in trainer.loggers:
+        kinds = [cls.__name__ for cls in type(logger).__mro__ if cls.__name__ in TAKING]
+        if not kinds:
+            continue
         try:
-            writer.add_figure("twa/averaging_weights", plot_averaging_weights(results), step)
+            TAKING[kinds[0]](logger, plot_averaging_weights(results), trainer.global_step)
         except Exception as error:
-            rank_zero_warn(f"TensorBoard got no figure of the averaging weights: {error}")
+            name = kinds[0].removesuffix("Logger")
+            rank_zero_warn(f"{name} got no figure of the averaging weights: {error}")
+
+
+def _to_tensorboard(logger: Any, figure: Figure, step: int) -> None:
+    logger.experiment.add_figure(NAME, figure, step)
+
+
+def _to_wandb(logger: Any, figure: Figure, step: int) -> None:
+    from PIL import Image  # matplotlib needs it; W&B would take a figure by way of pyplot's state
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    logger.log_image(NAME, [Image.open(picture)], step=step)
+
+
+def _to_mlflow(logger: Any, figure: Figure, step: int) -> None:
+    logger.experiment.log_figure(logger.run_id, figure, f"{NAME}.png")
+
+
+NAME = "twa/averaging_weights"
+TAKING = {  # by the name of the class: either package of Lightning has them
+    "TensorBoardLogger": _to_tensorboard,
+    "WandbLogger": _to_wandb,
+    "MLFlowLogger": _to_mlflow,
+}

@@ -19,6 +19,7 @@ from lightning_twa.phases.schedule import CollectPlan
 from lightning_twa.trainer import (
     accumulates_gradients,
     callback_names,
+    count_of_callbacks,
     has_length,
     has_time_limit,
     has_validation_data,
@@ -72,6 +73,14 @@ def check_trainer(
             "several optimizers, the module steps its own optimizers and the phase could not "
             "replace them. Use SolverConfig(name='uniform'), which has no phase; or average the "
             "weights in your own loop with build_subspace() and SubspaceOptimizer."
+        )
+    several = count_of_callbacks(trainer, "TWAHooks")
+    if several > 1:
+        raise ValueError(
+            f"The Trainer has {several} TWACallbacks, and each would put an average of its own "
+            f"into the model. Keep one: averages of other widths are further candidates of it "
+            f"(CollectConfig.power_averages, ema_decays), several phases are cycles, and other "
+            f"settings are compared in runs of their own, with a copy of the callback in each."
         )
     for name in callback_names(trainer) & AVERAGING_CALLBACKS:
         raise ValueError(

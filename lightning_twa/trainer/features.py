@@ -11,6 +11,7 @@ __all__ = [
     "accumulates_gradients",
     "callback_names",
     "callbacks",
+    "count_of_callbacks",
     "has_validation_data",
     "is_a",
     "is_ddp",
@@ -54,6 +55,11 @@ def overrides(owner: LightningModule | Callback, name: str) -> bool:
     """Whether a module or callback defines a hook that its base class in Lightning has."""
     bases = [c for c in type(owner).__mro__ if c.__name__ in ("LightningModule", "Callback")]
     return any(getattr(type(owner), name, None) is not getattr(b, name, None) for b in bases[-1:])
+
+
+def count_of_callbacks(trainer: Trainer, name: str) -> int:
+    """How many callbacks are of a class, or of one that derives from it."""
+    return sum(is_a(callback, name) for callback in callbacks(trainer))
 
 
 def callback_names(trainer: Trainer) -> set[str]:
