@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.average.greedy import greedy, validation
+from lightning_twa.average.lora import average_products
 from lightning_twa.average.members import Member, Paths, Selected, State, members_of
 from lightning_twa.average.sums import mix, model_stock
 from lightning_twa.candidates import decay_curve, fitted_factors
@@ -42,6 +43,7 @@ def average(
     sigma_rel: float | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    lora: Literal["factors", "products"] = "factors",
 ) -> State:
     """Average candidates with weights that are not learned.
 
@@ -82,6 +84,10 @@ def average(
             match are averaged, the others are the newest candidate's, and may have another shape
             in each. ``None``: all, of a callback those of its ``CollectConfig``.
         exclude: Patterns of those that are not averaged, also where ``include`` matches.
+        lora: What of low-rank adapters is averaged: their two ``"factors"``, as other tensors, or
+            their ``"products"``, what they add to the model, which is brought back to the rank of
+            the adapters. It matters between adapters that were trained apart, little between steps
+            of one run; a message says how much. Not of ``"greedy"`` and ``"model_stock"``.
 
     Returns:
         A state dict, in the dtypes and with the names of the candidates.
@@ -99,6 +105,9 @@ def average(
                 f"average(method={method!r}) "
                 + (f"needs {name}." if value is None else f"does not use {name}={value!r}.")
             )
+    check_choice("lora", lora, ("factors", "products"))
+    if lora == "products" and method in ("greedy", "model_stock"):
+        raise ValueError(f"average(method={method!r}) does not use lora='products'.")
     members = members_of(candidates)
     if last is not None:
         if not (is_int(last) and last >= 1):
@@ -122,17 +131,32 @@ def average(
                 f"anchor={anchor!r} names {len(anchors)} files. Name the pre-trained model."
             )
         state = model_stock(members, anchors[0] if selected is None else selected.of(anchors[0]))
-    elif sigma_rel is not None:
-        names = [member.name.partition("'")[2].rstrip("'") for member in members]
-        state = mix(members, fitted_factors(names, sigma_rel))
-    elif method == "wsm":
-        state = mix(members, decay_curve(len(members)))
     else:
-        state = mix(members, factors(len(members), decay, weights))
+        shares = _shares(method, members, decay, weights, sigma_rel)
+        state = mix(members, shares)
+        if lora == "products":
+            rest = () if selected is None else selected.rest
+            state = average_products(members, shares, state, rest)
     if selected is None:
         return state
-    rest = {name: tensor.detach().clone() for name, tensor in selected.rest.items()}
-    return {name: rest.get(name, tensor) for name, tensor in state.items()}
+    kept = {name: tensor.detach().clone() for name, tensor in selected.rest.items()}
+    return {name: kept.get(name, tensor) for name, tensor in state.items()}
+
+
+def _shares(
+    method: str,
+    members: Sequence[Member],
+    decay: float | None,
+    weights: Sequence[float] | Tensor | None,
+    sigma_rel: float | None,
+) -> Sequence[float]:
+    """The weight of each member."""
+    if sigma_rel is not None:
+        names = [member.name.partition("'")[2].rstrip("'") for member in members]
+        return fitted_factors(names, sigma_rel)
+    if method == "wsm":
+        return decay_curve(len(members))
+    return factors(len(members), decay, weights)
 
 
 def _selection(

@@ -60,21 +60,23 @@ def average_files(args: argparse.Namespace, weights: list[float] | None) -> Iter
     check_free(output, args.force)
     used = find_files(args.files)[-(args.last or 0) :]
     if weights is not None and len(weights) != len(used):
-        given, files = count(len(weights), "number"), count(len(used), "file")
-        args.parser.error(f"--weights has {given}, but {files} to be averaged: give one for each")
+        numbers, files = count(len(weights), "number"), count(len(used), "file")
+        args.parser.error(f"--weights has {numbers}, but {files} to be averaged: give one for each")
     if args.method == "greedy":
         mode_of(args.monitor, args.mode)  # before the files are read
     setting = None
     if args.config is not None or args.module is not None:
         setting = load_setting(args.config, args.module, args.data, used[-1])
-    options: dict[str, Any] = {
+    given = {
         "decay": args.decay,
         "anchor": args.anchor,
         "include": args.filter,
         "exclude": args.exclude,
         "monitor": args.monitor,
         "mode": args.mode,
+        "lora": None if args.lora == "factors" else args.lora,
     }
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     scored: dict[str, Any] = {}
     if setting is not None and args.method == "greedy":
         scored = {
@@ -89,7 +91,8 @@ def average_files(args: argparse.Namespace, weights: list[float] | None) -> Iter
         statistics = {"batches": None}
         if setting is not None:
             state, statistics["batches"] = with_statistics(setting, state, args.batches)
-    origin = provenance(used, args.method, options, _weights(args, len(used), weights), statistics)
+    shares = _weights(args, len(used), weights)
+    origin = provenance(used, args.method, options, shares, statistics)
     write_average(output, used[-1], state, origin, args.force)
     names = origin["files"]
     which = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} .. {names[-1]}"

@@ -169,6 +169,12 @@ def _add_average(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     mean.add_argument(
         "--exclude", nargs="+", metavar="PATTERN", help="do not average tensors of these names"
     )
+    mean.add_argument(
+        "--lora",
+        choices=("factors", "products"),
+        default="factors",
+        help="of low-rank adapters, average the two factors, or what they add to the model",
+    )
     mean.add_argument("--monitor", metavar="NAME", help="of --method greedy: a validation metric")
     mean.add_argument(
         "--mode",
