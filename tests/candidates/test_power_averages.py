@@ -248,7 +248,7 @@ def test_a_uniform_average_and_a_soup_have_none(tmp_path: Path) -> None:
     assert soup.candidate_names == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("bad", [(0.0,), (0.3,), ("0.1",), (0.1, 0.1), 0.1, (float("nan"),)])
+@pytest.mark.parametrize("bad", [(0.0,), (0.3,), ("wide",), (0.1, 0.1), 0.1, (float("nan"),)])
 def test_other_widths_are_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"Invalid CollectConfig.power_averages=.*\(0, 0.28\]"):
         CollectConfig(power_averages=bad)
