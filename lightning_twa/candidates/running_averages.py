@@ -27,7 +27,7 @@ class RunningAverages:
     gives the plain mean of what has been seen.
 
     Args:
-        decays: One in (0, 1) for each average.
+        decays: One in (0, 1) for each average; 1 is the plain mean.
         device: Where they are kept; ``None`` means with the parameters.
     """
 
@@ -85,7 +85,8 @@ class RunningAverages:
                 )
             current.append(parameter.to(device=self.device, dtype=averages[-1][0].dtype))
         for i, decay in enumerate(self.decays):
-            share = (1 - decay) / (1 - decay**self.updates)
+            mean = decay == 1
+            share = 1 / self.updates if mean else (1 - decay) / (1 - decay**self.updates)
             torch._foreach_lerp_([tensors[i] for tensors in averages], current, share)
 
     def _copy(self, parameter: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from lightning_twa.subspace import local_part
 
 __all__ = ["Entry", "Store", "drop", "entry_state", "keep_last", "misfit_of", "take_anew"]
 
+EMPTY: Mapping[str, Tensor] = MappingProxyType({})
 SMALL = 0.25  # of free memory that candidates may take there
 
 
@@ -125,15 +127,15 @@ class Store:
         """Bytes of main memory; shared tensors count once, mapped files not."""
         return sum(_tensors(e.candidate for e in self._entries if e.files is None).values())
 
-    def add(self, module: nn.Module, name: str) -> None:
-        """Keep the module's weights as the newest candidate of the window.
+    def add(self, module: nn.Module, name: str, weights: Mapping[str, Tensor] = EMPTY) -> None:
+        """Keep the module's weights, or others by name, as the newest candidate of the window.
 
         What cannot be written to a file stays in memory, with a warning.
 
         Raises:
             ValueError: Naming the tensor, when a trainable weight is not finite.
         """
-        self._window.append(self._keep(module, name, {}, agreed_buffers(module)))
+        self._window.append(self._keep(module, name, weights, agreed_buffers(module)))
         self._thin_out()
 
     def give(

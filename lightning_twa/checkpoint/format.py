@@ -147,8 +147,8 @@ def _check_candidates(state: Mapping[str, Any]) -> None:
             _check_candidate(f"candidates.{where}[{i}]", entry)
             if entry["name"] not in state["candidate_names"]:
                 raise damaged(f"candidates.{where}[{i}].name", entry["name"])
-    if "averages" in candidates:
-        _check_averages("averages", candidates["averages"], "decays", 0)
+    for key in {"averages", "dense"} & candidates.keys():
+        _check_averages(key, candidates[key], "decays", 0)
     if "power" in candidates:
         _check_averages("power", candidates["power"], "widths", 2)  # the mean, and the sum
         _check(candidates["power"], "candidates.power.", {"summed": _is_count})

@@ -161,7 +161,7 @@ def _where(state: Mapping[str, Any]) -> str:
         return "; not in the checkpoint, the phase is finished"
     entries = candidate_entries(state)
     held = [e for e in entries if "files" not in e]
-    over_steps = [state["candidates"].get(key, {}) for key in ("averages", "power")]
+    over_steps = [state["candidates"].get(key, {}) for key in ("averages", "power", "dense")]
     averages = [a for part in over_steps for a in part.get("averages", []) if "files" not in a]
     tensors = {
         t.data_ptr() if t.layout == torch.strided else id(t): t.numel() * t.element_size()

@@ -66,6 +66,10 @@ class CollectConfig:
             ``None``: all. Buffers go by the same patterns, but BatchNorm statistics are computed
             for the result whatever these say.
         exclude: Patterns of those that are not, also where ``include`` matches.
+        dense: Keep means instead of weights: over the optimizer steps since the candidate before
+            (or since collecting began), all of an epoch for instance, so that every step of the
+            window counts, as in SWAD (Cha et al., arXiv 2102.08604). Takes a float32 copy of the
+            trainable parameters, where ``ema_device`` says. Buffers are those at the time.
 
     Raises:
         ValueError: When a value is outside its range, or both intervals are given.
@@ -82,6 +86,7 @@ class CollectConfig:
     checkpoints: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
     include: str | tuple[str, ...] | None = None
     exclude: str | tuple[str, ...] = ()
+    dense: bool = False
 
     def __post_init__(self) -> None:
         read_fields(self)
@@ -104,6 +109,13 @@ class CollectConfig:
                 f"every_n_train_steps={self.every_n_train_steps}. Give one of them."
             )
         self._check_averages()
+        if not isinstance(self.dense, bool):
+            raise ValueError(f"Invalid CollectConfig.dense={self.dense!r}. Must be True or False.")
+        if self.dense and not self.takes_snapshots:
+            raise ValueError(
+                "CollectConfig(dense=True) keeps means between candidates, but every_n_epochs=None "
+                "keeps none. Give every_n_epochs or every_n_train_steps."
+            )
         object.__setattr__(self, "include", as_names(self.include))
         object.__setattr__(self, "exclude", as_names(self.exclude))
         check_patterns("CollectConfig.include", self.include, "all")
@@ -150,8 +162,8 @@ class CollectConfig:
                 f"(0, 1), such as (0.9, 0.99), or () (none)."
             )
         check_device("CollectConfig.ema_device", self.ema_device, "with the model")
-        if self.ema_device is not None and not decays:
+        if self.ema_device is not None and not (decays or self.dense):
             raise ValueError(
-                f"CollectConfig.ema_device={self.ema_device!r} needs ema_decays, which are kept "
-                f"there."
+                f"CollectConfig.ema_device={self.ema_device!r} needs ema_decays or dense=True, "
+                f"which are kept there."
             )

@@ -188,10 +188,13 @@ class Collector:
             self._take(module, f"epoch={epoch}", f"at the end of epoch {epoch}")
 
     def _take(self, module: LightningModule, name: str, moment: str) -> None:
-        """Keep the weights under a name, unless it is there (a resumed run comes by twice)."""
+        """Keep the weights, or with ``dense`` a mean, under a name, unless it is there (a resumed
+        run comes by twice).
+        """
+        mean = self.averages.since_newest()
         if name not in self.store.names:
             self.check_form(module, moment)
-            self.store.add(module, name)
+            self.store.add(module, name, mean)
 
     def check_form(self, module: LightningModule, moment: str) -> None:
         """Check that the model has the form of the newest candidate.

@@ -133,6 +133,11 @@ def _resolve(
             f"CollectConfig.ema_decays={collect.ema_decays} needs epochs to collect in, but "
             f"{given}. Pass start_epoch >= 1, or no ema_decays."
         )
+    if soup and collect.dense:
+        raise ValueError(
+            f"CollectConfig(dense=True) needs epochs to collect in, but {given}. Pass "
+            f"start_epoch >= 1, or leave it out."
+        )
     n = collect.every_n_epochs or 1
     if collect.start is None:
         # Halfway, but early enough for two candidates at epoch ends.

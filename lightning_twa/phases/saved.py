@@ -39,7 +39,7 @@ def dump(
     *,
     stopped: bool = False,
 ) -> dict[str, Any]:
-    """Everything to go on with; empty before the first candidate. A finished phase needs no
+    """Everything to go on with; empty before a first step counts. A finished phase needs no
     candidates any more.
 
     Args:
@@ -47,7 +47,9 @@ def dump(
         phase: What it is in.
         stopped: Whether ``EarlyStopping`` wants to end it.
     """
-    if phase == "collect" and averaging.collector.count == 0 and averaging.cycle == 0:
+    collector = averaging.collector
+    nothing = collector.count == 0 and not collector.averages.has_steps
+    if phase == "collect" and nothing and averaging.cycle == 0:
         return {}
     state: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
