@@ -100,6 +100,13 @@ def _as_in_checkpoint(
     if held.keys() <= before.keys():
         kept = {_place(before[name]): value for name, value in held.items()}
         tied = {n: kept.get(_place(v), v) for n, v in before.items() if isinstance(v, Tensor)}
+        trained = [name for name, p in module.named_parameters() if p.requires_grad]
+        known = {name for name in trained if name in before and _place(before[name]) not in kept}
+        if lost := sorted(known - held.keys()):
+            raise ValueError(
+                f"Candidate {candidate.name!r} of the checkpoint has no tensor {lost[0]!r}, which "
+                f"its state_dict has: it is damaged. Resume from another checkpoint."
+            )
         state = {**before, **tied, **held}
     elif misfit is None:  # other names than the parameters': state_dict() is overridden
         copy_into(module, held)

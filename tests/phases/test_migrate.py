@@ -15,7 +15,7 @@ from torch import nn
 
 from helpers.common import Regressor, trainer
 from helpers.plain import CollectConfig, TWACallback
-from helpers.resume import equal, ordered
+from helpers.resume import equal, ordered, run
 from lightning_twa import SolverConfig, StorageConfig
 
 pytestmark = pytest.mark.filterwarnings(
@@ -295,3 +295,18 @@ def test_what_cannot_be_edited_is_named(tmp_path: Path) -> None:
                        r" 'net.0.bias', which the candidate has.*Begin"):  # fmt: skip
         fit(tmp_path, module, twa(False), ckpt_path=tmp_path / "epoch=2.ckpt")
     assert "on_load_checkpoint" not in vars(module), "nothing is left in the module"
+
+
+def test_a_candidate_that_has_lost_a_tensor_is_damaged_and_not_filled_up(tmp_path) -> None:
+    def make_twa() -> TWACallback:
+        return TWACallback(4, collect=CollectConfig(start=1))
+
+    saver = ModelCheckpoint(tmp_path / "ck", save_top_k=-1, save_on_train_epoch_end=True)
+    run(tmp_path, Regressor, make_twa, saver=saver)
+    (path,) = (tmp_path / "ck").glob("epoch=4-*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    candidate = checkpoint["callbacks"]["TWACallback"]["candidates"]["window"][2]
+    del candidate["parameters"]["net.2.bias"]
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match=r"'epoch=3' .* has no tensor 'net.2.bias'.* damaged"):
+        run(tmp_path, Regressor, make_twa, tmp_path / "bad.ckpt")
