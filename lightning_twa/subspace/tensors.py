@@ -19,6 +19,7 @@ __all__ = [
     "own_part",
     "to_dense",
     "to_shards",
+    "widest",
     "without_autocast",
 ]
 
@@ -76,6 +77,11 @@ def local_part(tensor: Tensor) -> Tensor:
 def in_float64(tensor: Tensor) -> Tensor:
     """The tensor in float64, where its device has that, else on the CPU."""
     return (tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor).double()
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype of coefficients on a device: float64 where it has that, else float32."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -26,6 +26,7 @@ FLOORS = [  # from the bottom
     "bases",
     "build",
     "training.schedules",
+    "training.inverse_root",
     "training.solvers",
     "training.parametrizations",
     "training.exchange",

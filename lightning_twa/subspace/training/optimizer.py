@@ -1,8 +1,12 @@
-"""The optimizer that moves a model inside a subspace."""
+"""The optimizer that moves a model inside a subspace.
+
+What it holds lives on the device of the directions. On an accelerator a step copies nothing to the
+host and waits for nothing; what decides (whether the gradient is finite) is decided there. What the
+host has to know of a step, its place in the schedule and so its rate, it counts itself.
+"""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,10 +17,17 @@ from torch.optim import Optimizer
 
 from lightning_twa.config import SolverConfig, as_config, check_unit_of_steps
 from lightning_twa.subspace.subspace import Subspace
+from lightning_twa.subspace.tensors import in_float64, widest
 from lightning_twa.subspace.training.exchange import Exchange, OneProcess
 from lightning_twa.subspace.training.parametrizations import make_parametrization, pull_back
 from lightning_twa.subspace.training.schedules import peak_within, schedule_factor
-from lightning_twa.subspace.training.solvers import limit_step, make_solver
+from lightning_twa.subspace.training.solvers import (
+    limit_step,
+    load_solver,
+    make_solver,
+    saved_solver,
+    step_where,
+)
 
 __all__ = ["SubspaceOptimizer"]
 
@@ -45,13 +56,14 @@ class SubspaceOptimizer(Optimizer):
             elsewhere.
 
     Attributes:
-        raw: ``(m, B)`` float64 on the CPU, what the solver steps: the coefficients themselves
-            unless ``SubspaceConfig.parametrization`` says otherwise; zero at the start.
+        raw: ``(m, B)`` float64 (float32 on devices without that) on the device of the directions,
+            what the solver steps: the coefficients themselves unless
+            ``SubspaceConfig.parametrization`` says otherwise; zero at the start.
         radius: Step budget; without meaning where ``SolverConfig.lr`` is given.
-        steps: Optimizer steps taken.
-        last_lr: Learning rate of the last step taken; ``param_groups`` hold that of the next.
-        path_length: ``(B,)`` float64, the length of the path of each block's raw parameters.
-        skipped_steps: Steps not taken because the gradient was not finite.
+        attempts: Optimizer steps, those without effect too.
+        last_lr: Learning rate of the last of them; ``param_groups`` hold that of the next.
+        path_length: ``(B,)``, the length of the path of each block's raw parameters; where ``raw``
+            is.
 
     Raises:
         ValueError: When parameters and subspace do not match, or ``total_steps`` is needed.
@@ -73,10 +85,14 @@ class SubspaceOptimizer(Optimizer):
         self.config = solver
         self.total_steps = total_steps
         self.exchange = exchange or OneProcess()
-        self.steps = 0
-        self.skipped_steps = 0
+        device = subspace.center.device
+        self._waits = device.type == "cpu"  # reading a value is no waiting there
+        self.attempts = 0
+        self._position = 0  # in the schedule
+        self._taken = torch.zeros((), dtype=torch.int64, device=device)
+        self._told = 0  # of steps without effect
         self.last_lr = 0.0
-        self.path_length = torch.zeros(subspace.num_blocks, dtype=torch.float64, device="cpu")
+        self.path_length = torch.zeros(subspace.num_blocks, dtype=widest(device), device=device)
         self.radius = RADIUS if solver.radius is None else solver.radius
         if solver.lr is not None:
             self.peak_lr = float(solver.lr)
@@ -84,7 +100,7 @@ class SubspaceOptimizer(Optimizer):
             assert total_steps is not None
             self.peak_lr = peak_within(solver, self.radius, 0, total_steps)
         self.parametrization = make_parametrization(subspace)
-        self.raw = torch.zeros(self.parametrization.shape, dtype=torch.float64, device="cpu")
+        self.raw = torch.zeros(self.parametrization.shape, dtype=widest(device), device=device)
         self._solver = make_solver(solver, self.raw, self.peak_lr)
         # lr, momentum and weight_decay are in the group for those who log them.
         defaults = {
@@ -96,8 +112,18 @@ class SubspaceOptimizer(Optimizer):
         self.write_parameters()
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps taken. Reading it waits for the device, as the other properties do."""
+        return int(self._taken)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps not taken because the gradient was not finite."""
+        return self.attempts - self.steps
+
+    @property
     def coefficients(self) -> Tensor:
-        """``(k, B)`` float64 on the CPU, ``x``; zero at the uniform average."""
+        """``(k, B)``, ``x``, where :attr:`raw` is; zero at the uniform average. No waiting."""
         return self.parametrization.coefficients(self.raw)
 
     @torch.no_grad()
@@ -110,7 +136,9 @@ class SubspaceOptimizer(Optimizer):
 
     @property
     def averaging_weights(self) -> Tensor:
-        """``(n, B)`` float64 ``beta``, with parameters equal to ``sum_i beta[i] * candidate_i``."""
+        """``(n, B)`` ``beta``, with parameters equal to ``sum_i beta[i] * candidate_i``; where
+        :attr:`raw` is. No waiting.
+        """
         return self.parametrization.averaging_weights(self.raw)
 
     @property
@@ -119,14 +147,20 @@ class SubspaceOptimizer(Optimizer):
 
         In standard deviations of the candidates with ``basis="pca"``.
         """
-        return float(self.coefficients.square().sum(dim=0).mean().sqrt())
+        return float(self.distance)
+
+    @property
+    def distance(self) -> Tensor:
+        """:attr:`coefficient_norm` as a tensor without dimensions, for logging. No waiting."""
+        return self.coefficients.square().sum(dim=0).mean().sqrt()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step in the subspace.
 
-        Without any gradient nothing moves. With a gradient that is not finite the step is skipped,
-        with a warning, and counted in ``skipped_steps``. Also where the closure sees other weights
+        Without any gradient nothing moves. With a gradient that is not finite the step is skipped
+        and counted in ``skipped_steps``, with a warning: at once on the CPU, else by :meth:`look`.
+        Its place in the schedule is used up. Also where the closure sees other weights
         (``parametrization="mask"``, ``sam_rho``), those of :attr:`coefficients` are in the
         parameters when it returns or raises.
 
@@ -164,20 +198,32 @@ class SubspaceOptimizer(Optimizer):
             return loss
         try:
             loss, gradient = self._evaluate(self.raw, closure)
-            rho = self.config.sam_rho
-            norm = 0.0 if gradient is None else float(gradient.norm())
-            if rho > 0 and gradient is not None and 0 < norm < float("inf"):
-                # Foret et al., arXiv 2010.01412, on the coefficients
-                _, gradient = self._evaluate(self.raw + rho * gradient / norm, closure)
+            up = None if gradient is None else self._up_the_slope(gradient)
+            if up is not None:
+                _, gradient = self._evaluate(up, closure)
         finally:
             self.write_parameters()
         if gradient is not None:
             self._advance(gradient)
         return loss
 
+    def _up_the_slope(self, gradient: Tensor) -> Tensor | None:
+        """Where SAM (Foret et al., arXiv 2010.01412) takes the gradient, on the coefficients;
+        ``None``, or on an accelerator the place itself, where there is no slope.
+        """
+        rho = self.config.sam_rho
+        if rho == 0:
+            return None
+        norm = gradient.norm()
+        if self._waits:
+            goes = 0 < float(norm) < float("inf")
+            return self.raw + rho * gradient / float(norm) if goes else None
+        goes_there = (norm > 0) & (norm < float("inf"))
+        return self.raw + torch.where(goes_there, rho * gradient / norm, 0.0)
+
     def _evaluate(self, raw: Tensor, closure: Callable[[], Any]) -> tuple[Any, Tensor | None]:
         """The closure's value at raw parameters, and the gradient in them."""
-        self._write(self.parametrization.sample(raw, self.steps, self._progress()))
+        self._write(self.parametrization.sample(raw, self._position, self._progress()))
         with torch.enable_grad():
             loss = closure()
         gradient = self.exchange.project(self.subspace, self._outputs)
@@ -185,60 +231,81 @@ class SubspaceOptimizer(Optimizer):
 
     def _progress(self) -> float:
         """Of the phase, in [0, 1]; half where its length is not known."""
-        return 0.5 if self.total_steps is None else min(self.steps / self.total_steps, 1.0)
+        return 0.5 if self.total_steps is None else min(self._position / self.total_steps, 1.0)
 
     def _pull_back(self, raw: Tensor, gradient: Tensor) -> Tensor:
-        return pull_back(self.parametrization, raw, gradient, self.steps, self._progress())
+        return pull_back(
+            self.parametrization, raw, gradient, self._position, self._progress()
+        )
 
     def _advance(self, gradient: Tensor) -> None:
-        """Step with a gradient of the raw parameters, if it is finite; write the parameters."""
-        if not bool(torch.isfinite(gradient).all()):
-            self.skipped_steps += 1
-            warnings.warn(
-                f"The gradient at optimizer step {self.steps} of the TWA phase is not finite; the "
-                f"step is skipped ({self.skipped_steps} so far) and the weights stay as they are.",
-                stacklevel=3,
-            )
-            return
-        self._step_raw(gradient)
-        self.write_parameters()
-
-    def _step_raw(self, gradient: Tensor) -> None:
-        """Let the solver move ``r``, and hold each block's step to its share of the budget."""
+        """Step with a gradient of the raw parameters, where it is finite; write the parameters."""
         group = self.param_groups[0]
         # Where the schedule has a length the learning rate is its own: a module that sets the rate
         # of "its" optimizer at every step (a warm-up, say) must not change the budget.
         lr = float(group["lr"]) if self.total_steps is None else self._scheduled_lr()
-        before = self.raw.clone()
         self._solver.param_groups[0]["lr"] = lr
         self.raw.grad = gradient
-        self._solver.step()
-        self.raw.grad = None
+        ok = torch.linalg.vector_norm(gradient, float("inf")) < float("inf")
         # Adam's steps are about one unit long, not at most one: the radius is a promise.
-        longest = lr if self.config.lr is None else None
-        self.path_length += limit_step(before, self.raw, longest)
-        self.last_lr = lr
-        self.steps += 1
+        limited = self.config.lr is None
+        goes = True
+        if not self._waits:
+            self.path_length += step_where(self._solver, self.raw, ok, limited=limited)
+        elif goes := bool(ok):
+            before = self.raw.clone()
+            self._solver.step()
+            self.path_length += limit_step(before, self.raw, lr if limited else None)
+        self.raw.grad = None
+        self._taken += ok
+        self.attempts += 1
+        self._position += 1
         if self.total_steps is not None:
             group["lr"] = self._scheduled_lr()
+        if not goes:
+            self.look()
+            return
+        self.last_lr = lr
+        self.write_parameters()
+
+    def look(self) -> None:
+        """Warn of steps without effect since the last look; waits for the device. On the CPU every
+        step does it.
+
+        Raises:
+            CommonError: On every process, when a gradient could not be projected on one.
+        """
+        self.exchange.look()
+        skipped = self.skipped_steps
+        if skipped > self._told:
+            at = f" {self._position - 1}" if self._waits else f"s before {self._position}"
+            it = "The gradient at optimizer step"
+            warnings.warn(
+                f"{it}{at} of the TWA phase is not finite; the step is skipped ({skipped} so far) "
+                f"and the weights stay as they are.",
+                stacklevel=3,
+            )
+        self._told = skipped
 
     def _scheduled_lr(self) -> float:
-        return self.peak_lr * schedule_factor(self.config, self.steps, self.total_steps)
+        return self.peak_lr * schedule_factor(self.config, self._position, self.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Coefficients, solver state and step count: tensors, numbers, strings, lists, dicts.
 
-        A copy: later steps do not change it.
+        A copy, on the CPU and in float64 wherever the optimizer works: later steps do not change
+        it.
         """
         return {
-            "coefficients": self.raw.clone(),
-            "path_length": self.path_length.clone(),
+            "coefficients": in_float64(self.raw).to("cpu", copy=True),
+            "path_length": in_float64(self.path_length).to("cpu", copy=True),
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
+            "position": self._position,
             "total_steps": self.total_steps,
             "peak_lr": self.peak_lr,
             "lr": float(self.param_groups[0]["lr"]),
-            "solver": copy.deepcopy(self._solver.state_dict()),
+            "solver": saved_solver(self._solver),
         }
 
     @torch.no_grad()
@@ -256,10 +323,13 @@ class SubspaceOptimizer(Optimizer):
                 f"subspace needs {tuple(self.raw.shape)} (directions, blocks)."
             )
         self.raw.copy_(coefficients)
-        self.path_length = state_dict["path_length"].clone()
-        self.steps = state_dict["steps"]
-        self.skipped_steps = state_dict["skipped_steps"]
-        self._solver.load_state_dict(copy.deepcopy(state_dict["solver"]))
+        self.path_length.copy_(state_dict["path_length"])
+        self._taken.fill_(state_dict["steps"])
+        self._told = state_dict["skipped_steps"]
+        self.attempts = state_dict["steps"] + self._told
+        # Of earlier versions, in which a skipped step did not use its place in the schedule up.
+        self._position = state_dict.get("position", state_dict["steps"])
+        load_solver(self._solver, state_dict["solver"])
         if self.total_steps is None:
             self.param_groups[0]["lr"] = state_dict["lr"]
         else:
@@ -267,7 +337,7 @@ class SubspaceOptimizer(Optimizer):
                 self.peak_lr = state_dict.get("peak_lr", self.peak_lr)
             elif self.config.lr is None:
                 left = self.radius - float(self.path_length.max())
-                peak = peak_within(self.config, left, self.steps, self.total_steps)
+                peak = peak_within(self.config, left, self._position, self.total_steps)
                 self.peak_lr = min(self.peak_lr, peak)
             self.param_groups[0]["lr"] = self._scheduled_lr()
         self.write_parameters()
