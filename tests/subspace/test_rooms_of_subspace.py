@@ -17,6 +17,8 @@ FLOORS = [  # from the bottom
     "layout",
     "directions.tiles",
     "directions.kernels",
+    "directions.flat",
+    "directions.rows",
     "directions.interface",
     "directions.dense",
     "directions.packed",

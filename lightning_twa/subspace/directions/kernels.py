@@ -12,15 +12,28 @@ through the cache; they need no compiler and no memory to speak of.
 from __future__ import annotations
 
 import functools
+import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_twa.subspace.directions.codec import GROUP, PLANES, plane_weights
 
-__all__ = ["compiled_kernels", "expand_by_tile", "expand_tiles", "project_by_tile", "project_tiles"]
+__all__ = [
+    "Compiled",
+    "compiled_kernels",
+    "expand_by_tile",
+    "expand_tiles",
+    "project_by_tile",
+    "project_tiles",
+    "warn_of_compiler",
+]
+
+COMPILES = {"cuda", "xpu"}  # where products in single operations would take thousands of them
 
 Planes = tuple[Tensor, ...]
 Kernel = Callable[[Planes, Tensor, Tensor, int], Tensor]
@@ -105,17 +118,85 @@ def expand_by_tile(planes: Planes, scales: Tensor, x: Tensor, bits: int) -> Tens
     return out
 
 
+class Compiled:
+    """A function of tensors through ``torch.compile``.
+
+    ``fullgraph`` makes what cannot be compiled an error: uncompiled, the functions would hold every
+    entry as a float. torch counts how often one code object is compiled and gives up at the eighth
+    time, so each kind of call has a code object of its own. On the CPU a kind has one shape, which
+    makes projecting twice as fast there; elsewhere it has all of them, with tiles and directions as
+    symbols (torch compiles anew where one of these is 1).
+
+    Args:
+        function: Of tensors, or tuples of tensors, and then integers, which are compiled in.
+        symbols: Of each tensor, how many of its first dimensions differ from call to call.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], symbols: tuple[int, ...]) -> None:
+        self.function = function
+        self.symbols = symbols
+        self._kinds: dict[Any, Callable[..., Tensor]] = {}
+
+    def __call__(self, *args: Any) -> Tensor:
+        """Call it, compiled for calls of this kind."""
+        tensors = [arg if isinstance(arg, tuple) else (arg,) for arg in args[: len(self.symbols)]]
+        (last,) = tensors[-1]
+        kind: Any = (*args[len(tensors) :], last.dtype, last.device.type)
+        if last.device.type == "cpu":
+            kind = (*kind, *(t.shape for held in tensors for t in held))
+        else:
+            for held, count in zip(tensors, self.symbols, strict=True):
+                for tensor in held:
+                    torch._dynamo.maybe_mark_dynamic(tensor, list(range(count)))
+        if kind not in self._kinds:
+            own = _own_code(self.function, len(self._kinds))
+            self._kinds[kind] = torch.compile(own, fullgraph=True, dynamic=False)
+        return self._kinds[kind](*args)
+
+
+def _own_code(function: Callable[..., Tensor], number: int) -> Callable[..., Tensor]:
+    """The function with a code object, and the name by which torch knows it, of its own."""
+    assert isinstance(function, types.FunctionType)
+    name = f"{function.__name__}_{number}"
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+
+
 @functools.cache
 def compiled_kernels() -> tuple[Kernel, Kernel]:
-    """:func:`project_tiles` and :func:`expand_tiles` through ``torch.compile``.
+    """:func:`project_tiles` and :func:`expand_tiles`, compiled."""
+    return Compiled(project_tiles, (2, 2, 1)), Compiled(expand_tiles, (2, 2, 2))
 
-    ``fullgraph`` makes what cannot be compiled an error: uncompiled, they would hold every entry as
-    a float.
+
+def warn_of_compiler(error: Exception, *, worked: bool) -> None:
+    """Say that kernels could not be compiled.
+
+    Args:
+        error: What compiling, or the first call, has raised.
+        worked: Whether the kernel has been called before.
+
+    Raises:
+        Exception: The error, where it is no failure of compiling.
     """
-    return (
-        torch.compile(project_tiles, fullgraph=True, dynamic=False),
-        torch.compile(expand_tiles, fullgraph=True, dynamic=False),
+    if worked or _lacks_memory(error):
+        raise error
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    warnings.warn(
+        f"The kernels of the packed basis could not be compiled, so the slower tiled ones are "
+        f"used: {reason}",
+        stacklevel=3,
     )
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, says that memory is used up."""
+    for _ in range(20):
+        if error is None:
+            return False
+        text = str(error)
+        if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

@@ -234,9 +234,7 @@ class SubspaceOptimizer(Optimizer):
         return 0.5 if self.total_steps is None else min(self._position / self.total_steps, 1.0)
 
     def _pull_back(self, raw: Tensor, gradient: Tensor) -> Tensor:
-        return pull_back(
-            self.parametrization, raw, gradient, self._position, self._progress()
-        )
+        return pull_back(self.parametrization, raw, gradient, self._position, self._progress())
 
     def _advance(self, gradient: Tensor) -> None:
         """Step with a gradient of the raw parameters, where it is finite; write the parameters."""

@@ -161,7 +161,7 @@ class Mask(Simplex):
         edges = torch.linspace(0, 1, parts + 1, dtype=logits.dtype, device=logits.device)
         inner = edges.narrow(0, 1, parts - 1).view(-1, 1, 1)
         kept = torch.sigmoid(logits + torch.lerp(low, high, inner)).sum(dim=1, keepdim=True)
-        below = (kept <= self.size).sum(dim=0)
+        below = (kept <= self.size).sum(dim=0).to(logits.dtype)
         return (
             torch.lerp(low, high, below / parts),
             torch.lerp(low, high, (below + 1) / parts),

@@ -18,7 +18,14 @@ from torch.optim import Optimizer
 from lightning_twa.config import SolverConfig
 from lightning_twa.subspace.training.inverse_root import InverseRoot
 
-__all__ = ["FullMatrixAdam", "limit_step", "load_solver", "make_solver", "saved_solver", "step_where"]
+__all__ = [
+    "FullMatrixAdam",
+    "limit_step",
+    "load_solver",
+    "make_solver",
+    "saved_solver",
+    "step_where",
+]
 
 RIDGE = 1e-3  # of the mean diagonal of the second moment
 COUNTS_ON_DEVICE = {"cuda", "xpu"}  # what torch's own optimizers call "capturable"
@@ -133,7 +140,8 @@ class FullMatrixAdam(Optimizer):
             longer = length.clamp_min(1.0)
             size, length = size.div_(longer), length.div_(longer)
         x.addcmul_(direction, size, value=-lr)
-        return length.mul_(lr)
+        taken: Tensor = length.mul_(lr)
+        return taken
 
 
 def _precondition(second_moment: Tensor, mean: Tensor, ridge: float) -> Tensor:
@@ -163,9 +171,7 @@ def make_solver(config: SolverConfig, coefficients: Tensor, lr: float) -> Optimi
     if config.name == "adamw":
         if device in COUNTS_ON_DEVICE:
             options["capturable"] = True
-        return torch.optim.AdamW(
-            [coefficients], lr=lr, betas=betas, weight_decay=decay, **options
-        )
+        return torch.optim.AdamW([coefficients], lr=lr, betas=betas, weight_decay=decay, **options)
     return torch.optim.SGD(
         [coefficients], lr=lr, momentum=config.momentum, weight_decay=decay, **options
     )
@@ -189,7 +195,7 @@ def load_solver(solver: Optimizer, state: dict[str, Any]) -> None:
         state: Of its ``state_dict()``.
     """
     (own,) = solver.param_groups
-    here = {key: own[key] for key in ("capturable", "foreach") if key in own}
+    here: dict[Any, Any] = {key: own[key] for key in ("capturable", "foreach") if key in own}
     solver.load_state_dict(copy.deepcopy(state))
     (group,) = solver.param_groups
     for x, held in solver.state.items():
