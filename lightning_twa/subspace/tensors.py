@@ -14,6 +14,7 @@ __all__ = [
     "check_finite",
     "flat_view",
     "in_float64",
+    "is_accelerator",
     "local_gradient",
     "local_part",
     "own_part",
@@ -25,6 +26,7 @@ __all__ = [
 
 
 WITHOUT_FLOAT64 = {"mps"}  # types of devices: Apple's
+HOSTS = {"cpu"}  # types of devices whose values can be read without waiting
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
@@ -62,6 +64,11 @@ def flat_view(tensor: Tensor, like: Tensor | None = None) -> Tensor | None:
 def to_dense(gradient: Tensor | None) -> Tensor | None:
     """A sparse gradient as a dense one; others as they are."""
     return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether operations are expensive to begin and values to read, for the host runs ahead."""
+    return device.type not in HOSTS
 
 
 def local_part(tensor: Tensor) -> Tensor:

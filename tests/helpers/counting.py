@@ -87,8 +87,10 @@ def _is_large(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.dim() > 0 or value.device.type != "cpu")
 
 
-class _Indexing(TorchFunctionMode):
-    """Indexing in terms of views: a torch without CUDA refuses to index a tensor on it."""
+class _WithoutGuard(TorchFunctionMode):
+    """Indexing and copying in other terms: a torch without CUDA has no guard for its devices, which
+    a few methods ask for.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -96,8 +98,15 @@ class _Indexing(TorchFunctionMode):
         if function is Tensor.__getitem__ and isinstance(args[0], Tensor):
             return _part(args[0], args[1])
         if function is Tensor.__setitem__ and isinstance(args[0], Tensor):
-            return _part(args[0], args[1]).copy_(args[2])
+            return _copy(_part(args[0], args[1]), args[2])
+        if function is Tensor.copy_ and args[0].device.type == args[1].device.type:
+            return _copy(*args)
         return function(*args, **(kwargs or {}))
+
+
+def _copy(into: Tensor, what: Tensor) -> Tensor:
+    torch._foreach_copy_([into], [what.expand_as(into)])
+    return into
 
 
 def _part(tensor: Tensor, index: Any) -> Tensor:
@@ -117,7 +126,7 @@ def _part(tensor: Tensor, index: Any) -> Tensor:
 def pretended(stack: ExitStack) -> None:
     """Let tensors on CUDA be made where there is none; they have no values."""
     stack.enter_context(FakeTensorMode())
-    stack.enter_context(_Indexing())
+    stack.enter_context(_WithoutGuard())
 
 
 def count(what: Callable[[], Any]) -> Counted:

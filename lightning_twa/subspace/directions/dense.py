@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_twa.subspace.directions import flat, kernels
+from lightning_twa.subspace.directions import kernels
+from lightning_twa.subspace.directions.flat import copy_all, pieces
 from lightning_twa.subspace.directions.interface import SquaredErrors, Total
 from lightning_twa.subspace.directions.rows import RowProducts
 from lightning_twa.subspace.layout import ParameterLayout
-from lightning_twa.subspace.tensors import flat_view, widest, without_autocast
+from lightning_twa.subspace.tensors import flat_view, is_accelerator, widest, without_autocast
 
 __all__ = ["DenseDirections"]
 
@@ -37,7 +38,7 @@ class DenseDirections:
         self._squares = SquaredErrors()
         self.error = 0.0
         # Whether all tensors are one vector on the way, as an operation for each costs on a device
-        self.at_once = device.type != "cpu"
+        self.at_once = is_accelerator(device)
         # Rows that are converted, and blocks, would else take an operation for each part of them
         apart = dtype != layout.dtype or layout.num_blocks > 1
         self.compiles = device.type in kernels.COMPILES and apart
@@ -96,6 +97,8 @@ class DenseDirections:
         found = self._compiled("expand", center, x)
         if found is not None:
             return found
+        if self.rows.dtype == center.dtype and self.layout.num_blocks == 1:
+            return torch.addmv(center, self.rows.T, x[:, 0])
         theta = torch.empty_like(center)
         for block, columns in enumerate(self.layout.block_columns):
             for part, rows in self._columns(columns):
@@ -120,7 +123,7 @@ class DenseDirections:
     def _pieces(self, vector: Tensor) -> list[Tensor]:
         """Of a flat vector each tensor's, flat."""
         specs = self.layout.specs
-        return flat.pieces(
+        return pieces(
             vector, [spec.start for spec in specs], [spec.stop - spec.start for spec in specs]
         )
 
@@ -141,7 +144,7 @@ class DenseDirections:
             g = make(layout.numel, dtype=layout.dtype)
             pairs = zip(self._pieces(g), gradients, strict=True)
             held = [(piece, found) for piece, found in pairs if found is not None]
-            flat.copy_all([piece for piece, _ in held], [found for _, found in held])
+            copy_all([piece for piece, _ in held], [found for _, found in held])
             return self._project(g).to(widest(g.device))
         result = self.rows.new_zeros(self.num_directions, layout.num_blocks, dtype=layout.dtype)
         for spec, gradient in zip(layout.specs, gradients, strict=True):
@@ -157,7 +160,7 @@ class DenseDirections:
         """See :meth:`Subspace.expand`."""
         x = coefficients.to(center.dtype).to(center.device)
         if self.at_once:
-            flat.copy_all(out, self._pieces(self._expand(x, center)))
+            copy_all(out, self._pieces(self._expand(x, center)))
             return
         for spec, target in zip(self.layout.specs, out, strict=True):
             flat = flat_view(target, center)

@@ -25,7 +25,7 @@ def pieces(vector: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> list[
         cuts += [start - position, size]
         position = start + size
     cuts.append(vector.numel() - position)
-    return list(vector.split(cuts)[1::2])
+    return list(torch.split(vector, cuts)[1::2])
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

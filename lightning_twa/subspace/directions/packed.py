@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_twa.subspace.directions import flat, kernels
+from lightning_twa.subspace.directions import kernels
 from lightning_twa.subspace.directions.codec import (
     GROUP,
     SCALE_DTYPE,
@@ -20,10 +20,11 @@ from lightning_twa.subspace.directions.codec import (
     quantize,
     unpack,
 )
+from lightning_twa.subspace.directions.flat import copy_all, pieces
 from lightning_twa.subspace.directions.interface import SquaredErrors, Total
 from lightning_twa.subspace.directions.tiles import TILE, TILE_GROUPS, Chunk, pad
 from lightning_twa.subspace.layout import ParameterLayout
-from lightning_twa.subspace.tensors import flat_view, widest, without_autocast
+from lightning_twa.subspace.tensors import flat_view, is_accelerator, widest, without_autocast
 
 __all__ = ["PackedDirections", "stored_bytes"]
 
@@ -61,7 +62,7 @@ class PackedDirections:
         self._padded = pad(layout)
         tiles = self._padded.num_tiles
         # Whether tensors are copied all at once, and not one after the other
-        self.at_once = device.type != "cpu"
+        self.at_once = is_accelerator(device)
         size = CHUNK_TILES["cpu"]
         if self.at_once:
             size = max(TILES_PER_CALL, -(-tiles // CALLS))
@@ -218,7 +219,7 @@ class PackedDirections:
             sources.append(gradient)
         if self.at_once:
             sizes = [source.numel() for source in sources]
-            flat.copy_all(flat.pieces(buffer, starts, sizes), sources)
+            copy_all(pieces(buffer, starts, sizes), sources)
 
     def expand(self, coefficients: Tensor, center: Tensor, out: Sequence[Tensor]) -> None:
         """See :meth:`Subspace.expand`."""
@@ -259,8 +260,8 @@ class PackedDirections:
             for spec, span in zip(specs, chunk.scatter, strict=True)
         ]
         sizes = [stop - start for start, stop in columns]
-        theta = flat.pieces(values, [span.target.start for span in chunk.scatter], sizes)
-        torch._foreach_add_(theta, flat.pieces(center, [start for start, _ in columns], sizes))
+        theta = pieces(values, [span.target.start for span in chunk.scatter], sizes)
+        torch._foreach_add_(theta, pieces(center, [start for start, _ in columns], sizes))
         targets, sources = [], []
         for span, spec, (_, stop), part in zip(chunk.scatter, specs, columns, theta, strict=True):
             target = out[span.tensor]
@@ -274,7 +275,7 @@ class PackedDirections:
             if stop == spec.stop:
                 targets.append(target)
                 sources.append(staged.pop(span.tensor))
-        flat.copy_all(targets, sources)
+        copy_all(targets, sources)
 
     def dense(self) -> Tensor:
         """``(k, D)`` in the layout's dtype."""

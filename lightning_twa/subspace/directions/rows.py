@@ -52,8 +52,9 @@ def expand_rows(rows: Tensor, center: Tensor, ends: Tensor, x: Tensor) -> Tensor
         ``(D,)``.
     """
     columns = torch.arange(center.shape[0], device=rows.device)
-    block = torch.bucketize(columns, ends, right=True)
-    return center + (x[:, block] * rows.to(center.dtype)).sum(0)
+    one = ends.shape[0] == 1
+    mixed = x if one else x[:, torch.bucketize(columns, ends, right=True, out_int32=True)]
+    return center + (mixed * rows.to(center.dtype)).sum(0)
 
 
 @functools.cache
@@ -91,6 +92,8 @@ class RowProducts:
     def project(self, rows: Tensor, g: Tensor) -> Tensor:
         """``(k, B)`` from the rows and a vector ``(D,)``."""
         parts = compiled_rows()[0](rows, self._starts, self._stops, g)
+        if len(self._of_block) == 1:
+            return parts.sum(0, dtype=widest(rows.device)).unsqueeze(1)
         sums = [parts[part].sum(0, dtype=widest(rows.device)) for part in self._of_block]
         return torch.stack(sums, dim=1)
 

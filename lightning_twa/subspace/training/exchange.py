@@ -32,6 +32,7 @@ from lightning_twa.subspace.columns import Columns
 from lightning_twa.subspace.subspace import Subspace
 from lightning_twa.subspace.tensors import (
     flat_view,
+    is_accelerator,
     local_gradient,
     local_part,
     to_dense,
@@ -328,7 +329,7 @@ class _Sum:
         flag = message.narrow(0, shape[0] * shape[1], 1)
         total = message.narrow(0, 0, shape[0] * shape[1]).view(shape)
         self._failed = flag if self._failed is None else self._failed + flag
-        if here.type == "cpu":
+        if not is_accelerator(here):
             self.look()
             return total if float(flag) > 0 else None
         return torch.where(flag > 0, total, math.nan)

@@ -25,6 +25,9 @@ class InverseRoot:
         like: ``(k, B)``, of the dtype and on the device of what is to come.
         ridge: Share of the mean diagonal of ``S`` that is added to its diagonal.
 
+    Attributes:
+        factor: What is left out of every result.
+
     Raises:
         ValueError: Where there is no ridge.
     """
@@ -36,6 +39,7 @@ class InverseRoot:
             )
         k = like.shape[0]
         self._bound = k + ridge  # of the eigenvalues, in units of the mean diagonal
+        self.factor: float = self._bound**-0.5
         eye = torch.eye(k, dtype=like.dtype, device=like.device)
         self._ridge = eye * (ridge / self._bound)
         # An error of the values smaller than this is lost in the rounding of the products.
@@ -52,7 +56,7 @@ class InverseRoot:
             mean: ``(k, B)``, ``m``.
 
         Returns:
-            ``(k, B)`` and ``(B,)``, whose product it is.
+            ``(k, B)`` and ``(B,)``, whose product, times :attr:`factor`, it is.
         """
         diagonal = second_moment.diagonal(dim1=1, dim2=2).mean(dim=1)
         diagonal = diagonal.clamp_min_(torch.finfo(diagonal.dtype).tiny)
@@ -68,7 +72,7 @@ class InverseRoot:
         eye, d = self._steps[-1]
         p = torch.baddbmm(eye, z, y, alpha=d)
         root = torch.bmm(p, torch.bmm(z, mean.mT.unsqueeze(2)))
-        return root.squeeze(2).mT, diagonal.rsqrt_().mul_(self._bound**-0.5)
+        return root.squeeze(2).mT, diagonal.rsqrt_()
 
 
 def newton_schulz(low: float, tolerance: float) -> list[tuple[float, float]]:

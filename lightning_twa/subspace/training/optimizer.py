@@ -7,6 +7,7 @@ host has to know of a step, its place in the schedule and so its rate, it counts
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,13 +18,12 @@ from torch.optim import Optimizer
 
 from lightning_twa.config import SolverConfig, as_config, check_unit_of_steps
 from lightning_twa.subspace.subspace import Subspace
-from lightning_twa.subspace.tensors import in_float64, widest
+from lightning_twa.subspace.tensors import in_float64, is_accelerator, widest
 from lightning_twa.subspace.training.exchange import Exchange, OneProcess
 from lightning_twa.subspace.training.parametrizations import make_parametrization, pull_back
 from lightning_twa.subspace.training.schedules import peak_within, schedule_factor
 from lightning_twa.subspace.training.solvers import (
     limit_step,
-    load_solver,
     make_solver,
     saved_solver,
     step_where,
@@ -86,7 +86,7 @@ class SubspaceOptimizer(Optimizer):
         self.total_steps = total_steps
         self.exchange = exchange or OneProcess()
         device = subspace.center.device
-        self._waits = device.type == "cpu"  # reading a value is no waiting there
+        self._reads = not is_accelerator(device)  # values, as it goes
         self.attempts = 0
         self._position = 0  # in the schedule
         self._taken = torch.zeros((), dtype=torch.int64, device=device)
@@ -215,7 +215,7 @@ class SubspaceOptimizer(Optimizer):
         if rho == 0:
             return None
         norm = gradient.norm()
-        if self._waits:
+        if self._reads:
             goes = 0 < float(norm) < float("inf")
             return self.raw + rho * gradient / float(norm) if goes else None
         goes_there = (norm > 0) & (norm < float("inf"))
@@ -248,8 +248,8 @@ class SubspaceOptimizer(Optimizer):
         # Adam's steps are about one unit long, not at most one: the radius is a promise.
         limited = self.config.lr is None
         goes = True
-        if not self._waits:
-            self.path_length += step_where(self._solver, self.raw, ok, limited=limited)
+        if not self._reads:
+            step_where(self._solver, self.raw, ok, self.path_length, limited=limited)
         elif goes := bool(ok):
             before = self.raw.clone()
             self._solver.step()
@@ -276,7 +276,7 @@ class SubspaceOptimizer(Optimizer):
         self.exchange.look()
         skipped = self.skipped_steps
         if skipped > self._told:
-            at = f" {self._position - 1}" if self._waits else f"s before {self._position}"
+            at = f" {self._position - 1}" if self._reads else f"s before {self._position}"
             it = "The gradient at optimizer step"
             warnings.warn(
                 f"{it}{at} of the TWA phase is not finite; the step is skipped ({skipped} so far) "
@@ -327,7 +327,7 @@ class SubspaceOptimizer(Optimizer):
         self.attempts = state_dict["steps"] + self._told
         # Of earlier versions, in which a skipped step did not use its place in the schedule up.
         self._position = state_dict.get("position", state_dict["steps"])
-        load_solver(self._solver, state_dict["solver"])
+        self._solver.load_state_dict(copy.deepcopy(state_dict["solver"]))
         if self.total_steps is None:
             self.param_groups[0]["lr"] = state_dict["lr"]
         else:

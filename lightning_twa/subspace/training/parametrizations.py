@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_twa.config import SubspaceConfig
 from lightning_twa.subspace.subspace import Subspace
-from lightning_twa.subspace.tensors import widest
+from lightning_twa.subspace.tensors import is_accelerator, widest
 
 __all__ = [
     "Free",
@@ -172,7 +172,7 @@ class Mask(Simplex):
         with torch.no_grad():
             low = -logits.amax(dim=0, keepdim=True) - 40.0
             high = -logits.amin(dim=0, keepdim=True) + 40.0
-            parts, rounds = (2, 80) if logits.device.type == "cpu" else (1024, 6)
+            parts, rounds = (1024, 6) if is_accelerator(logits.device) else (2, 80)
             for _ in range(rounds):
                 low, high = self._narrow(logits, low, high, parts)
             shift = (low + high) / 2

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_twa.config import SolverConfig
+from lightning_twa.subspace.tensors import is_accelerator
 from lightning_twa.subspace.training.inverse_root import InverseRoot
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
 ]
 
 RIDGE = 1e-3  # of the mean diagonal of the second moment
-COUNTS_ON_DEVICE = {"cuda", "xpu"}  # what torch's own optimizers call "capturable"
 
 
 class FullMatrixAdam(Optimizer):
@@ -59,8 +59,7 @@ class FullMatrixAdam(Optimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "ridge": ridge}
         super().__init__(params, defaults)
-        # and the decay rates, and one minus these
-        self._roots: dict[Tensor, tuple[InverseRoot, Tensor, Tensor]] = {}
+        self._roots: dict[Tensor, tuple[InverseRoot, Tensor]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -74,8 +73,9 @@ class FullMatrixAdam(Optimizer):
             for x in group["params"]:
                 if x.grad is None:
                     continue
-                if x.device.type != "cpu":
-                    self.step_where(x, x.new_ones((), dtype=torch.bool), limited=False)
+                if is_accelerator(x.device):
+                    ok = torch.ones((), dtype=torch.bool, device=x.device)
+                    self.step_where(x, ok, x.new_zeros(x.shape[1]), limited=False)
                     continue
                 state = self._state_of(x)
                 state["step"] += 1
@@ -93,55 +93,55 @@ class FullMatrixAdam(Optimizer):
                 x.sub_(direction, alpha=group["lr"])
         return loss
 
-    def _state_of(self, x: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[x]
+    def _state_of(self, x: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[x]
         if not state:
             k, b = x.shape
-            dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-            state["step"] = torch.zeros((), dtype=dtype, device=x.device)
+            state["step"] = torch.tensor(0.0, device="cpu")
             state["exp_avg"] = torch.zeros_like(x)
             state["second_moment"] = x.new_zeros(b, k, k)
         return state
 
     @torch.no_grad()
-    def step_where(self, x: Tensor, ok: Tensor, *, limited: bool) -> Tensor:
+    def step_where(self, x: Tensor, ok: Tensor, path: Tensor, *, limited: bool) -> None:
         """A step of one parameter where ``ok``, in few operations, for accelerators.
 
         Args:
             x: The parameter, with a gradient.
             ok: A truth without dimensions. Where it is false nothing changes, whatever the
-                gradient is.
+                gradient is; the host, which does not know it, counts the step.
+            path: ``(B,)``, to which the lengths of the steps are added.
             limited: Whether no column's step may be longer than the learning rate.
-
-        Returns:
-            ``(B,)`` the lengths of the steps.
         """
         assert x.grad is not None
         (group,) = (g for g in self.param_groups if any(p is x for p in g["params"]))
-        state, lr, decay = self._state_of(x), group["lr"], group["weight_decay"]
+        (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
+        state = self._state_of(x)
+        t = int(state["step"]) + 1
+        state["step"] = torch.tensor(float(t), device="cpu")
         if x not in self._roots:
-            betas = torch.full((2,), group["betas"][0], dtype=x.dtype, device=x.device)
-            betas.select(0, 1).fill_(group["betas"][1])
-            self._roots[x] = InverseRoot(x, group["ridge"]), betas, 1 - betas
-        root, betas, shares = self._roots[x]
+            betas = torch.full((2,), beta1, dtype=x.dtype, device=x.device)
+            betas.select(0, 1).fill_(beta2)
+            self._roots[x] = InverseRoot(x, group["ridge"]), 1 - betas
+        root, shares = self._roots[x]
         g = torch.where(ok, x.grad, 0.0).mT
         of_mean, of_second = torch.mul(shares, ok).unbind()
         mean = state["exp_avg"].lerp_(g.mT, of_mean)
         second = state["second_moment"].lerp_(g.unsqueeze(2) * g.unsqueeze(1), of_second)
-        state["step"].add_(ok)
-        bias1, bias2 = (1 - torch.pow(betas, state["step"])).unbind()
         direction, size = root(second, mean)
-        size.mul_(torch.where(ok, bias2.sqrt_().div_(bias1), 0.0))
+        size.mul_(ok)
+        # what is left to multiply with: the correction of both biases, and the root's own factor
+        factor = (1 - beta2**t) ** 0.5 / (1 - beta1**t) * root.factor
         if decay != 0:
-            direction = torch.addcmul(direction * size, x, ok, value=decay)
-            size = torch.ones_like(size)
+            direction = torch.addcmul(direction * (size * factor), x, ok, value=decay)
+            size, factor = torch.ones_like(size), 1.0
         length = direction.norm(dim=0).mul_(size)
-        if limited:
-            longer = length.clamp_min(1.0)
-            size, length = size.div_(longer), length.div_(longer)
-        x.addcmul_(direction, size, value=-lr)
-        taken: Tensor = length.mul_(lr)
-        return taken
+        if limited:  # to length * factor <= 1
+            x.addcmul_(direction, size.div_(length.clamp_min(1 / factor)), value=-lr)
+            length.clamp_max_(1 / factor)
+        else:
+            x.addcmul_(direction, size, value=-lr * factor)
+        path.add_(length, alpha=lr * factor)
 
 
 def _precondition(second_moment: Tensor, mean: Tensor, ridge: float) -> Tensor:
@@ -165,15 +165,13 @@ def make_solver(config: SolverConfig, coefficients: Tensor, lr: float) -> Optimi
     betas = (float(config.betas[0]), float(config.betas[1]))
     if config.name == "full_matrix_adam":
         return FullMatrixAdam([coefficients], lr, betas, config.weight_decay)
-    decay, device = config.weight_decay, coefficients.device.type
-    # On an accelerator the defaults would take an operation for each of several tensors at a time.
-    options: dict[str, Any] = {} if device == "cpu" else {"foreach": False}
+    decay = config.weight_decay
+    # On an accelerator the default would take operations for several tensors at a time.
+    one = {"foreach": False} if is_accelerator(coefficients.device) else {}
     if config.name == "adamw":
-        if device in COUNTS_ON_DEVICE:
-            options["capturable"] = True
-        return torch.optim.AdamW([coefficients], lr=lr, betas=betas, weight_decay=decay, **options)
+        return torch.optim.AdamW([coefficients], lr=lr, betas=betas, weight_decay=decay, **one)
     return torch.optim.SGD(
-        [coefficients], lr=lr, momentum=config.momentum, weight_decay=decay, **options
+        [coefficients], lr=lr, momentum=config.momentum, weight_decay=decay, **one
     )
 
 
@@ -181,47 +179,30 @@ def saved_solver(solver: Optimizer) -> dict[str, Any]:
     """A copy of a solver's ``state_dict()``, on the CPU."""
     state = copy.deepcopy(solver.state_dict())
     for held in state["state"].values():
-        for key, value in held.items():
-            if isinstance(value, Tensor):
-                held[key] = value.cpu()
+        held.update({key: v.cpu() for key, v in held.items() if isinstance(v, Tensor)})
     return state
 
 
-def load_solver(solver: Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of a solver that has worked on any device into one that works on this.
-
-    Args:
-        solver: Of one parameter; changed.
-        state: Of its ``state_dict()``.
-    """
-    (own,) = solver.param_groups
-    here: dict[Any, Any] = {key: own[key] for key in ("capturable", "foreach") if key in own}
-    solver.load_state_dict(copy.deepcopy(state))
-    (group,) = solver.param_groups
-    for x, held in solver.state.items():
-        if x.device.type == "cpu":
-            continue
-        group.update(here)
-        if isinstance(solver, FullMatrixAdam):
-            held["step"] = held["step"].to(x)
-        elif here.get("capturable", False):
-            held["step"] = held["step"].to(x.device)
-
-
 @torch.no_grad()
-def step_where(solver: Optimizer, x: Tensor, ok: Tensor, *, limited: bool) -> Tensor:
+def step_where(solver: Optimizer, x: Tensor, ok: Tensor, path: Tensor, *, limited: bool) -> None:
     """Step on an accelerator, where ``ok``; see :meth:`FullMatrixAdam.step_where`."""
     if isinstance(solver, FullMatrixAdam):
-        return solver.step_where(x, ok, limited=limited)
+        solver.step_where(x, ok, path, limited=limited)
+        return
     before = x.clone()
-    kept = {key: held.clone() for key, held in solver.state[x].items()}
+    kept = {key: value.clone() for key, value in _moments(solver, x).items()}
     solver.step()
     length = limit_step(before, x, solver.param_groups[0]["lr"] if limited else None)
-    torch.where(ok, x, before, out=x)
-    for key, held in solver.state[x].items():
-        if held.device == x.device:  # else torch counts steps on the host
-            held.copy_(torch.where(ok, held, kept.get(key, 0.0)))
-    return torch.where(ok, length, 0.0)
+    path.add_(torch.where(ok, length, 0.0))
+    x.copy_(torch.where(ok, x, before))
+    for key, value in _moments(solver, x).items():
+        value.copy_(torch.where(ok, value, kept.get(key, 0.0)))
+
+
+def _moments(solver: Optimizer, x: Tensor) -> dict[str, Tensor]:
+    """What a solver keeps of gradients; it counts steps on the host."""
+    state = solver.state[x].items()
+    return {key: value for key, value in state if isinstance(value, Tensor) and key != "step"}
 
 
 def limit_step(before: Tensor, after: Tensor, longest: float | None) -> Tensor:
