@@ -19,7 +19,7 @@ from lightning_twa.phases.parameters import ParameterWatch
 from lightning_twa.phases.selection import Selection
 from lightning_twa.phases.start import Switch
 from lightning_twa.phases.step_watch import StepWatch
-from lightning_twa.subspace import Subspace, SubspaceOptimizer
+from lightning_twa.subspace import Subspace, SubspaceOptimizer, in_float64
 from lightning_twa.trainer import BatchWatch, batches_seen, shards_parameters, step_was_taken
 
 __all__ = ["Optimization"]
@@ -68,6 +68,7 @@ class Optimization:
         self._doubtful: list[str] = []  # frozen at the switch, though the user's optimizer has them
         self.began = 0.0
         self._step_watch: StepWatch | None = None
+        self._origin: Tensor | None = None  # selection.origin, where the coefficients are
         self._local_buffers = False  # nobody but average_buffers() makes them equal on all ranks
 
     def enter(
@@ -86,7 +87,7 @@ class Optimization:
             store: The candidates.
             kept: From :meth:`state_dict`, to go on from.
         """
-        self.began, self.losses = time.perf_counter(), report.LossRecord()
+        self.began, self.losses, self._origin = time.perf_counter(), report.LossRecord(), None
         choice = span.choose(self.settings, trainer, module, store, self.started, self.end)
         self.choice, self.groups = choice, choice.groups
         self.block_names = list(choice.share.columns.whole.block_names)
@@ -166,9 +167,12 @@ class Optimization:
         """After a batch: go on with the next group of candidates where one is due.
 
         Raises:
-            Exception: What the optimizer's own work has failed with.
+            Exception: What the optimizer's own work has failed with; on an accelerator, of another
+                process, with the first batch of an epoch.
         """
         raise_what_failed(self.optimizer)
+        if self.optimizer is not None and batches_seen(trainer) <= 1:
+            self.optimizer.look()  # once an epoch, since it waits for the device
         if self.parameters is not None:
             self.parameters.look()
         doubtful, self._doubtful = self._doubtful, []
@@ -182,8 +186,7 @@ class Optimization:
     def steps(self) -> int:
         """Optimizer steps of the phase so far, those without effect too."""
         assert self.optimizer is not None
-        now = self.optimizer.steps + self.optimizer.skipped_steps
-        return now + self.steps_before + self.skipped_before
+        return self.optimizer.attempts + self.steps_before + self.skipped_before
 
     def measure(self, trainer: Trainer, module: LightningModule, *, at_end: bool = False) -> None:
         """Compare what is in the model on held-out data, where that is due."""
@@ -193,7 +196,11 @@ class Optimization:
     def _point(self) -> dict[str, Any]:
         """What the phase can go back to."""
         assert self.optimizer is not None
-        raw = {} if self.groups is not None else {"raw": self.optimizer.raw.clone()}
+        raw = (
+            {}
+            if self.groups is not None
+            else {"raw": in_float64(self.optimizer.raw).to("cpu", copy=True)}
+        )
         now = self.averaging_weights
         return {"averaging_weights": now, **raw}
 
@@ -202,9 +209,9 @@ class Optimization:
         optimizer, groups = self.optimizer, self.groups
         if optimizer is None or groups is None or groups.last:
             return
-        if optimizer.steps + optimizer.skipped_steps < groups.steps:
+        if optimizer.attempts < groups.steps:
             return
-        self.groups = groups.following(optimizer.averaging_weights)
+        self.groups = groups.following(in_float64(optimizer.averaging_weights).cpu())
         try:
             subspace = self._build(trainer, module, store)
         except BaseException:
@@ -219,14 +226,26 @@ class Optimization:
 
     @property
     def averaging_weights(self) -> Tensor | None:
-        """``(n, B)`` those of the weights in the model; ``None`` outside of the phase."""
+        """``(n, B)`` float64 on the CPU, those of the weights in the model; ``None`` outside of the
+        phase.
+        """
+        now = self.weights_there
+        return None if now is None else in_float64(now).cpu()
+
+    @property
+    def weights_there(self) -> Tensor | None:
+        """The same on the device of the coefficients, which nobody waits for."""
         if self.optimizer is None:
             return None
         weights = self.optimizer.averaging_weights
         if self.groups is not None:
             return self.groups.weights(weights)
         origin = self.selection.origin
-        return weights if origin is None else origin + weights
+        if origin is None:
+            return weights
+        if self._origin is None or self._origin.device != weights.device:
+            self._origin = origin.to(weights)
+        return self._origin + weights
 
     def average_buffers(self, module: LightningModule) -> bool:
         """Make floating-point buffers equal on all ranks where DDP does not; every rank calls it.
@@ -248,7 +267,7 @@ class Optimization:
     def forget(self) -> None:
         """Free the basis."""
         self.failed = False
-        self.parameters = self._step_watch = None
+        self.parameters = self._step_watch = self._origin = None
         self.optimizer = self.groups = self.choice = None
         self.steps_before = self.skipped_before = 0
         self.selection.forget()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 
 __all__ = [
     "check_finite",
+    "copy_all",
     "flat_view",
     "in_float64",
     "is_accelerator",
     "local_gradient",
     "local_part",
     "own_part",
+    "pieces",
     "to_dense",
     "to_shards",
     "widest",
@@ -59,6 +62,43 @@ def flat_view(tensor: Tensor, like: Tensor | None = None) -> Tensor | None:
     """
     same = like is None or (tensor.dtype == like.dtype and tensor.device == like.device)
     return tensor.view(-1) if same and tensor.is_contiguous() else None
+
+
+def pieces(vector: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+    """Views of a vector.
+
+    Args:
+        vector: The vector.
+        starts: Where they begin, in order and not overlapping.
+        sizes: Their elements.
+    """
+    cuts, position = [], 0
+    for start, size in zip(starts, sizes, strict=True):
+        cuts += [start - position, size]
+        position = start + size
+    cuts.append(vector.numel() - position)
+    return list(torch.split(vector, cuts)[1::2])
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, of another dtype perhaps, in one operation; torch takes one
+    for each pair that has not the same layout in memory.
+
+    Args:
+        targets: Tensors, written in place.
+        sources: As many, of the same numbers of elements; of another shape only where one of both
+            is contiguous.
+    """
+    into, what = [], []
+    for target, source in zip(targets, sources, strict=True):
+        if target.numel() == 0:
+            continue
+        if target.shape != source.shape and target.is_contiguous():
+            target = target.view(source.shape)
+        into.append(target)
+        what.append(source.view(target.shape))
+    if into:
+        torch._foreach_copy_(into, what)
 
 
 def to_dense(gradient: Tensor | None) -> Tensor | None:

@@ -17,7 +17,6 @@ FLOORS = [  # from the bottom
     "layout",
     "directions.tiles",
     "directions.kernels",
-    "directions.flat",
     "directions.rows",
     "directions.interface",
     "directions.dense",

@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from lightning_twa.subspace.directions import kernels
-from lightning_twa.subspace.directions.flat import copy_all, pieces
 from lightning_twa.subspace.directions.interface import SquaredErrors, Total
 from lightning_twa.subspace.directions.rows import RowProducts
 from lightning_twa.subspace.layout import ParameterLayout
-from lightning_twa.subspace.tensors import flat_view, is_accelerator, widest, without_autocast
+from lightning_twa.subspace.tensors import (
+    copy_all,
+    flat_view,
+    is_accelerator,
+    pieces,
+    widest,
+    without_autocast,
+)
 
 __all__ = ["DenseDirections"]
 

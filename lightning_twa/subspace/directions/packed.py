@@ -20,11 +20,17 @@ from lightning_twa.subspace.directions.codec import (
     quantize,
     unpack,
 )
-from lightning_twa.subspace.directions.flat import copy_all, pieces
 from lightning_twa.subspace.directions.interface import SquaredErrors, Total
 from lightning_twa.subspace.directions.tiles import TILE, TILE_GROUPS, Chunk, pad
 from lightning_twa.subspace.layout import ParameterLayout
-from lightning_twa.subspace.tensors import flat_view, is_accelerator, widest, without_autocast
+from lightning_twa.subspace.tensors import (
+    copy_all,
+    flat_view,
+    is_accelerator,
+    pieces,
+    widest,
+    without_autocast,
+)
 
 __all__ = ["PackedDirections", "stored_bytes"]
 

@@ -31,6 +31,7 @@ from lightning_twa.machine import (
 from lightning_twa.subspace.columns import Columns
 from lightning_twa.subspace.subspace import Subspace
 from lightning_twa.subspace.tensors import (
+    copy_all,
     flat_view,
     is_accelerator,
     local_gradient,
@@ -176,10 +177,13 @@ class Shard:
         flat = [None if gradient is None else gradient.reshape(-1) for gradient in gradients]
         for bucket in self._buckets:
             rows.zero_()
+            into, what = [], []
             for span in bucket.spans:
                 gradient = flat[span.tensor]
                 if gradient is not None:
-                    rows[span.rank, span.target] = gradient[span.source]
+                    into.append(rows[span.rank, span.target])
+                    what.append(gradient[span.source])
+            copy_all(into, what)
             reduce_scatter_mean(rows, mean[bucket.columns])
         return mean
 
@@ -206,13 +210,16 @@ class Shard:
         staged: dict[int, Tensor] = {}
         for bucket in self._buckets:
             gather_columns(own[bucket.columns], rows)
+            into, what = [], []
             for span in bucket.spans:
                 target = flat[span.tensor]
                 if target is None:  # not contiguous: filled when all of it is there
                     target = staged.setdefault(
                         span.tensor, tensors[span.tensor].new_empty(tensors[span.tensor].numel())
                     )
-                target[span.source] = rows[span.rank, span.target]
+                into.append(target[span.source])
+                what.append(rows[span.rank, span.target])
+            copy_all(into, what)
         for i, values in staged.items():
             tensors[i].copy_(values.view(tensors[i].shape))
 

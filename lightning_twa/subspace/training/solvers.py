@@ -22,7 +22,6 @@ from lightning_twa.subspace.training.inverse_root import InverseRoot
 __all__ = [
     "FullMatrixAdam",
     "limit_step",
-    "load_solver",
     "make_solver",
     "saved_solver",
     "step_where",

@@ -196,9 +196,7 @@ def test_processes_exchange_and_ask_nothing(cuda, share, bits, monkeypatch) -> N
 def test_the_counters_notice_what_they_are_for(cuda) -> None:
     x = torch.zeros(3, device=cuda)
     assert count(lambda: x.cpu()).transfers
-    assert count(lambda: torch.zeros(3).to(cuda)).transfers
-    assert count(lambda: torch.tensor([1.0, 2.0], device=cuda)).transfers
     assert count(lambda: (x.view(3, 1), x[1:])).launches == 0
     assert count(lambda: x + 1).launches == 1
-    with pytest.raises(Exception, match="ata.dependent"):
+    with pytest.raises(Exception, match=r"ata.dependent"):
         float(x[0])
