@@ -32,7 +32,7 @@ class Trajectory:
 
     @property
     def points(self) -> Tensor | None:
-        """``(points, n, B)`` float32 on the CPU, from the first weights on; ``None`` before them."""
+        """``(points, n, B)`` float32 on the CPU, from the first weights on; ``None`` before."""
         self._points = [point.cpu() for point in self._points]
         return torch.stack(self._points) if self._points else None
 

@@ -111,7 +111,7 @@ def test_memory_that_is_used_up_is_no_failure_of_compiling(
     subspace = build_subspace(candidates(), SubspaceConfig(bits=bits))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(RuntimeError, match="out of memory|backend failed"):
+        with pytest.raises(RuntimeError, match=r"out of memory|backend failed"):
             check_products(subspace)
 
 
