@@ -294,12 +294,14 @@ class SubspaceOptimizer(Optimizer):
         A copy, on the CPU and in float64 wherever the optimizer works: later steps do not change
         it.
         """
+        steps = self.steps
+        moved_on = {} if self._position == steps else {"position": self._position}
         return {
             "coefficients": in_float64(self.raw).to("cpu", copy=True),
             "path_length": in_float64(self.path_length).to("cpu", copy=True),
-            "steps": self.steps,
-            "skipped_steps": self.skipped_steps,
-            "position": self._position,
+            "steps": steps,
+            "skipped_steps": self.attempts - steps,
+            **moved_on,
             "total_steps": self.total_steps,
             "peak_lr": self.peak_lr,
             "lr": float(self.param_groups[0]["lr"]),
@@ -325,7 +327,7 @@ class SubspaceOptimizer(Optimizer):
         self._taken.fill_(state_dict["steps"])
         self._told = state_dict["skipped_steps"]
         self.attempts = state_dict["steps"] + self._told
-        # Of earlier versions, in which a skipped step did not use its place in the schedule up.
+        # In earlier versions a skipped step did not use its place in the schedule up.
         self._position = state_dict.get("position", state_dict["steps"])
         self._solver.load_state_dict(copy.deepcopy(state_dict["solver"]))
         if self.total_steps is None:
