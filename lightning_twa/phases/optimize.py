@@ -87,7 +87,7 @@ class Optimization:
             store: The candidates.
             kept: From :meth:`state_dict`, to go on from.
         """
-        self.began, self.losses, self._origin = time.perf_counter(), report.LossRecord(), None
+        self.began, self.losses = time.perf_counter(), report.LossRecord()
         choice = span.choose(self.settings, trainer, module, store, self.started, self.end)
         self.choice, self.groups = choice, choice.groups
         self.block_names = list(choice.share.columns.whole.block_names)
@@ -114,6 +114,8 @@ class Optimization:
             self.skipped_before = kept["groups"].get("skipped_before", 0)
         subspace = self._build(trainer, module, store, None if kept is None else kept["mixing"])
         self.optimizer = self._make_optimizer(module, subspace)
+        if (origin := self.selection.origin) is not None:
+            self._origin = origin.to(self.optimizer.raw)
         if kept is not None:
             self.optimizer.load_state_dict(kept["optimizer"])
         guard_step(self.optimizer)
@@ -167,12 +169,9 @@ class Optimization:
         """After a batch: go on with the next group of candidates where one is due.
 
         Raises:
-            Exception: What the optimizer's own work has failed with; on an accelerator, of another
-                process, with the first batch of an epoch.
+            Exception: What the optimizer's own work has failed with.
         """
-        raise_what_failed(self.optimizer)
-        if self.optimizer is not None and batches_seen(trainer) <= 1:
-            self.optimizer.look()  # once an epoch, since it waits for the device
+        raise_what_failed(self.optimizer, waits=batches_seen(trainer) <= 1)
         if self.parameters is not None:
             self.parameters.look()
         doubtful, self._doubtful = self._doubtful, []
@@ -226,26 +225,16 @@ class Optimization:
 
     @property
     def averaging_weights(self) -> Tensor | None:
-        """``(n, B)`` float64 on the CPU, those of the weights in the model; ``None`` outside of the
-        phase.
-        """
-        now = self.weights_there
-        return None if now is None else in_float64(now).cpu()
+        """``(n, B)`` float64 on the CPU, of the weights in the model; ``None`` without a phase."""
+        return None if self.weights_there is None else in_float64(self.weights_there).cpu()
 
     @property
     def weights_there(self) -> Tensor | None:
         """The same on the device of the coefficients, which nobody waits for."""
-        if self.optimizer is None:
-            return None
-        weights = self.optimizer.averaging_weights
-        if self.groups is not None:
-            return self.groups.weights(weights)
-        origin = self.selection.origin
-        if origin is None:
-            return weights
-        if self._origin is None or self._origin.device != weights.device:
-            self._origin = origin.to(weights)
-        return self._origin + weights
+        now = None if self.optimizer is None else self.optimizer.averaging_weights
+        if now is not None and self.groups is not None:
+            return self.groups.weights(now)
+        return now if now is None or self._origin is None else self._origin + now
 
     def average_buffers(self, module: LightningModule) -> bool:
         """Make floating-point buffers equal on all ranks where DDP does not; every rank calls it.

@@ -55,7 +55,7 @@ def test_the_loss_is_that_of_a_batch_where_batches_are_accumulated(tmp_path, cap
             return loss
 
     fit(tmp_path, TWACallback(start_epoch=2), Seeing(), max_epochs=4, accumulate_grad_batches=2)
-    assert f"{sum(seen[-8:]) / 8:.4g} in the last" in caplog.text
+    assert f"4 batches, {sum(seen[-4:]) / 4:.4g} in the last" in caplog.text
 
 
 def test_report_says_when_coefficients_press_against_the_budget(tmp_path, caplog) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_twa.subspace.directions import kernels
+from lightning_twa.subspace.directions.chunks import Scatter, gather
 from lightning_twa.subspace.directions.codec import (
     GROUP,
     SCALE_DTYPE,
@@ -21,16 +22,9 @@ from lightning_twa.subspace.directions.codec import (
     unpack,
 )
 from lightning_twa.subspace.directions.interface import SquaredErrors, Total
-from lightning_twa.subspace.directions.tiles import TILE, TILE_GROUPS, Chunk, pad
+from lightning_twa.subspace.directions.tiles import TILE, TILE_GROUPS, pad
 from lightning_twa.subspace.layout import ParameterLayout
-from lightning_twa.subspace.tensors import (
-    copy_all,
-    flat_view,
-    is_accelerator,
-    pieces,
-    widest,
-    without_autocast,
-)
+from lightning_twa.subspace.tensors import is_accelerator, widest, without_autocast
 
 __all__ = ["PackedDirections", "stored_bytes"]
 
@@ -200,7 +194,7 @@ class PackedDirections:
         buffer = torch.empty(size, dtype=dtype, device=device)
         for chunk in self._chunks:
             buffer.zero_()  # padding has codes, so its gradient must be zero
-            self._gather(chunk, gradients, buffer)
+            gather(chunk, gradients, buffer, at_once=self.at_once)
             if self._still is not None:
                 buffer.masked_fill_(self._still[chunk.first : chunk.last].view(-1), 0.0)
             tiles = buffer.view(-1, TILE_GROUPS, GROUP)
@@ -210,78 +204,16 @@ class PackedDirections:
         blocks = [parts[tiles] for tiles in self._padded.block_tiles]
         return torch.stack([block.sum(0, dtype=widest(device)) for block in blocks], dim=1)
 
-    def _gather(self, chunk: Chunk, gradients: Sequence[Tensor | None], buffer: Tensor) -> None:
-        """The gradient in a chunk's columns; those without one are left."""
-        starts, sources = [], []
-        for span in chunk.gather:
-            gradient = gradients[span.tensor]
-            if gradient is None:
-                continue
-            if gradient.numel() != span.source.stop - span.source.start:
-                gradient = gradient.reshape(-1)[span.source]
-            if not self.at_once:
-                buffer[span.target] = gradient.reshape(-1)
-            starts.append(span.target.start)
-            sources.append(gradient)
-        if self.at_once:
-            sizes = [source.numel() for source in sources]
-            copy_all(pieces(buffer, starts, sizes), sources)
-
     def expand(self, coefficients: Tensor, center: Tensor, out: Sequence[Tensor]) -> None:
         """See :meth:`Subspace.expand`."""
         by_block = coefficients.to(center.dtype).to(center.device).T
         x = by_block.index_select(0, self._block)
-        staged: dict[int, Tensor] = {}
+        into = Scatter(self.layout, center, out, at_once=self.at_once)
         for chunk in self._chunks:
             values = self._run(1, chunk.first, chunk.last, x[chunk.first : chunk.last]).reshape(-1)
             if self._still is not None:
                 values.masked_fill_(self._still[chunk.first : chunk.last].view(-1), 0.0)
-            if self.at_once:
-                self._scatter(chunk, values, center, out, staged)
-                continue
-            for span in chunk.scatter:
-                spec, target = self.layout.specs[span.tensor], out[span.tensor]
-                into = flat_view(target, center)
-                if into is None:
-                    into = staged.setdefault(span.tensor, center.new_empty(spec.stop - spec.start))
-                columns = slice(spec.start + span.source.start, spec.start + span.source.stop)
-                torch.add(center[columns], values[span.target], out=into[span.source])
-                if columns.stop == spec.stop and span.tensor in staged:
-                    target.copy_(staged.pop(span.tensor).view(spec.shape))
-
-    def _scatter(
-        self,
-        chunk: Chunk,
-        values: Tensor,
-        center: Tensor,
-        out: Sequence[Tensor],
-        staged: dict[int, Tensor],
-    ) -> None:
-        """Center and a chunk's values into the tensors, in two operations; parts of a tensor that
-        cannot be written flat are staged until all of it is there.
-        """
-        specs = [self.layout.specs[span.tensor] for span in chunk.scatter]
-        columns = [
-            (spec.start + span.source.start, spec.start + span.source.stop)
-            for spec, span in zip(specs, chunk.scatter, strict=True)
-        ]
-        sizes = [stop - start for start, stop in columns]
-        theta = pieces(values, [span.target.start for span in chunk.scatter], sizes)
-        torch._foreach_add_(theta, pieces(center, [start for start, _ in columns], sizes))
-        targets, sources = [], []
-        for span, spec, (_, stop), part in zip(chunk.scatter, specs, columns, theta, strict=True):
-            target = out[span.tensor]
-            whole = part.numel() == target.numel()
-            if whole or target.is_contiguous():
-                targets.append(target if whole else target.view(-1)[span.source])
-                sources.append(part)
-                continue
-            rest = staged.setdefault(span.tensor, center.new_empty(target.numel()))
-            rest[span.source] = part
-            if stop == spec.stop:
-                targets.append(target)
-                sources.append(staged.pop(span.tensor))
-        copy_all(targets, sources)
+            into.write(chunk, values)
 
     def dense(self) -> Tensor:
         """``(k, D)`` in the layout's dtype."""

@@ -7,7 +7,6 @@ host has to know of a step, its place in the schedule and so its rate, it counts
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,22 +15,32 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_twa.config import SolverConfig, as_config, check_unit_of_steps
+from lightning_twa.config import SolverConfig, as_config
 from lightning_twa.subspace.subspace import Subspace
-from lightning_twa.subspace.tensors import in_float64, is_accelerator, widest
+from lightning_twa.subspace.tensors import is_accelerator, widest
+from lightning_twa.subspace.training import saved
+from lightning_twa.subspace.training.checks import check_solver, match
 from lightning_twa.subspace.training.exchange import Exchange, OneProcess
 from lightning_twa.subspace.training.parametrizations import make_parametrization, pull_back
-from lightning_twa.subspace.training.schedules import peak_within, schedule_factor
+from lightning_twa.subspace.training.schedules import first_peak, schedule_factor
 from lightning_twa.subspace.training.solvers import (
     limit_step,
     make_solver,
-    saved_solver,
     step_where,
+    up_the_slope,
 )
 
 __all__ = ["SubspaceOptimizer"]
 
 RADIUS = 2.0  # standard deviations
+NEEDS_CLOSURE = (
+    "step() needs a closure with parametrization='mask' and with sam_rho: the loss is evaluated at "
+    "other weights than the model's. Pass one, or use parametrization='free' and sam_rho=0."
+)
+NOT_FINITE = (
+    "The gradient at optimizer step{at} of the TWA phase is not finite; the step is skipped "
+    "({skipped} so far) and the weights stay as they are."
+)
 
 
 class SubspaceOptimizer(Optimizer):
@@ -79,8 +88,8 @@ class SubspaceOptimizer(Optimizer):
         exchange: Exchange | None = None,
     ) -> None:
         solver = as_config("solver", solver, SolverConfig)
-        _check(subspace, solver, total_steps)
-        self._outputs = _match(params, subspace)
+        check_solver(subspace, solver, total_steps)
+        self._outputs = match(params, subspace)
         self.subspace = subspace
         self.config = solver
         self.total_steps = total_steps
@@ -94,11 +103,7 @@ class SubspaceOptimizer(Optimizer):
         self.last_lr = 0.0
         self.path_length = torch.zeros(subspace.num_blocks, dtype=widest(device), device=device)
         self.radius = RADIUS if solver.radius is None else solver.radius
-        if solver.lr is not None:
-            self.peak_lr = float(solver.lr)
-        else:
-            assert total_steps is not None
-            self.peak_lr = peak_within(solver, self.radius, 0, total_steps)
+        self.peak_lr = first_peak(solver, self.radius, total_steps)
         self.parametrization = make_parametrization(subspace)
         self.raw = torch.zeros(self.parametrization.shape, dtype=widest(device), device=device)
         self._solver = make_solver(solver, self.raw, self.peak_lr)
@@ -182,11 +187,7 @@ class SubspaceOptimizer(Optimizer):
             if float(self.param_groups[0]["lr"]) == 0.0 and not bool(gradient.any()):
                 return None  # somebody (torch.distributed.checkpoint) only wants to see a state
             if moves_weights:
-                raise ValueError(
-                    "step() needs a closure with parametrization='mask' and with sam_rho: the loss "
-                    "is evaluated at other weights than the model's. Pass one, or use "
-                    "parametrization='free' and sam_rho=0."
-                )
+                raise ValueError(NEEDS_CLOSURE)
             self._advance(self._pull_back(self.raw, gradient))
             return None
         if not moves_weights:
@@ -198,7 +199,7 @@ class SubspaceOptimizer(Optimizer):
             return loss
         try:
             loss, gradient = self._evaluate(self.raw, closure)
-            up = None if gradient is None else self._up_the_slope(gradient)
+            up = None if gradient is None else up_the_slope(self.raw, gradient, self.config.sam_rho)
             if up is not None:
                 _, gradient = self._evaluate(up, closure)
         finally:
@@ -206,20 +207,6 @@ class SubspaceOptimizer(Optimizer):
         if gradient is not None:
             self._advance(gradient)
         return loss
-
-    def _up_the_slope(self, gradient: Tensor) -> Tensor | None:
-        """Where SAM (Foret et al., arXiv 2010.01412) takes the gradient, on the coefficients;
-        ``None``, or on an accelerator the place itself, where there is no slope.
-        """
-        rho = self.config.sam_rho
-        if rho == 0:
-            return None
-        norm = gradient.norm()
-        if self._reads:
-            goes = 0 < float(norm) < float("inf")
-            return self.raw + rho * gradient / float(norm) if goes else None
-        goes_there = (norm > 0) & (norm < float("inf"))
-        return self.raw + torch.where(goes_there, rho * gradient / norm, 0.0)
 
     def _evaluate(self, raw: Tensor, closure: Callable[[], Any]) -> tuple[Any, Tensor | None]:
         """The closure's value at raw parameters, and the gradient in them."""
@@ -277,12 +264,7 @@ class SubspaceOptimizer(Optimizer):
         skipped = self.skipped_steps
         if skipped > self._told:
             at = f" {self._position - 1}" if self._reads else f"s before {self._position}"
-            it = "The gradient at optimizer step"
-            warnings.warn(
-                f"{it}{at} of the TWA phase is not finite; the step is skipped ({skipped} so far) "
-                f"and the weights stay as they are.",
-                stacklevel=3,
-            )
+            warnings.warn(NOT_FINITE.format(at=at, skipped=skipped), stacklevel=3)
         self._told = skipped
 
     def _scheduled_lr(self) -> float:
@@ -294,19 +276,7 @@ class SubspaceOptimizer(Optimizer):
         A copy, on the CPU and in float64 wherever the optimizer works: later steps do not change
         it.
         """
-        steps = self.steps
-        moved_on = {} if self._position == steps else {"position": self._position}
-        return {
-            "coefficients": in_float64(self.raw).to("cpu", copy=True),
-            "path_length": in_float64(self.path_length).to("cpu", copy=True),
-            "steps": steps,
-            "skipped_steps": self.attempts - steps,
-            **moved_on,
-            "total_steps": self.total_steps,
-            "peak_lr": self.peak_lr,
-            "lr": float(self.param_groups[0]["lr"]),
-            "solver": saved_solver(self._solver),
-        }
+        return saved.state_of(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -316,83 +286,5 @@ class SubspaceOptimizer(Optimizer):
         Raises:
             ValueError: When the state belongs to a subspace of another size.
         """
-        coefficients = state_dict["coefficients"]
-        if coefficients.shape != self.raw.shape:
-            raise ValueError(
-                f"The state has coefficients of shape {tuple(coefficients.shape)}, but this "
-                f"subspace needs {tuple(self.raw.shape)} (directions, blocks)."
-            )
-        self.raw.copy_(coefficients)
-        self.path_length.copy_(state_dict["path_length"])
-        self._taken.fill_(state_dict["steps"])
-        self._told = state_dict["skipped_steps"]
-        self.attempts = state_dict["steps"] + self._told
-        # In earlier versions a skipped step did not use its place in the schedule up.
-        self._position = state_dict.get("position", state_dict["steps"])
-        self._solver.load_state_dict(copy.deepcopy(state_dict["solver"]))
-        if self.total_steps is None:
-            self.param_groups[0]["lr"] = state_dict["lr"]
-        else:
-            if state_dict.get("total_steps", self.total_steps) == self.total_steps:
-                self.peak_lr = state_dict.get("peak_lr", self.peak_lr)
-            elif self.config.lr is None:
-                left = self.radius - float(self.path_length.max())
-                peak = peak_within(self.config, left, self._position, self.total_steps)
-                self.peak_lr = min(self.peak_lr, peak)
-            self.param_groups[0]["lr"] = self._scheduled_lr()
+        saved.load(self, state_dict)
         self.write_parameters()
-
-
-def _check(subspace: Subspace, solver: SolverConfig, total_steps: int | None) -> None:
-    """Raise where the solver's configuration does not go with the subspace or the length."""
-    check_unit_of_steps(subspace.config, solver)
-    if solver.name == "uniform":
-        raise ValueError(
-            "SolverConfig(name='uniform') trains no coefficients. Use an Adam solver or SGD; "
-            "lightning_twa.average() gives a uniform average."
-        )
-    if total_steps is not None and total_steps < 1:
-        raise ValueError(f"Invalid {total_steps=}. Must be an int >= 1.")
-    if total_steps is None and (solver.lr is None or solver.schedule != "constant"):
-        raise ValueError(
-            f"total_steps is needed for schedule={solver.schedule!r} and for a radius. Pass the "
-            f"number of optimizer steps of the phase, or SolverConfig(schedule='constant', "
-            f"lr=...)."
-        )
-
-
-def _match(
-    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]], subspace: Subspace
-) -> list[Tensor]:
-    """The parameters in the layout's order, by name where names are given."""
-    given = list(params)
-    specs = subspace.layout.specs
-    if given and isinstance(given[0], tuple):
-        named: dict[str, Tensor] = dict(given)  # type: ignore[arg-type]
-        missing = [spec.name for spec in specs if spec.name not in named]
-        if missing:
-            raise ValueError(
-                f"The subspace spans {missing[0]!r}, which is not among the parameters given"
-                f"{_and_more(missing)}. Build it with names=[name for name, _ in "
-                f"model.named_parameters()]."
-            )
-        outputs = [named[spec.name] for spec in specs]
-    else:
-        outputs = given  # type: ignore[assignment]
-        if len(outputs) != len(specs):
-            raise ValueError(
-                f"Got {len(outputs)} parameters, but the subspace spans {len(specs)} tensors. "
-                f"Pass model.named_parameters() to match them by name."
-            )
-    for spec, parameter in zip(specs, outputs, strict=True):
-        if parameter.shape != spec.shape:
-            raise ValueError(
-                f"The parameter for {spec.name!r} has shape {tuple(parameter.shape)}, but the "
-                f"candidates have {tuple(spec.shape)}. Pass model.named_parameters() to match "
-                f"them by name."
-            )
-    return outputs
-
-
-def _and_more(names: list[str]) -> str:
-    return f" (nor {len(names) - 1} more)" if len(names) > 1 else ""

@@ -25,6 +25,7 @@ __all__ = [
     "make_solver",
     "saved_solver",
     "step_where",
+    "up_the_slope",
 ]
 
 RIDGE = 1e-3  # of the mean diagonal of the second moment
@@ -202,6 +203,27 @@ def _moments(solver: Optimizer, x: Tensor) -> dict[str, Tensor]:
     """What a solver keeps of gradients; it counts steps on the host."""
     state = solver.state[x].items()
     return {key: value for key, value in state if isinstance(value, Tensor) and key != "step"}
+
+
+def up_the_slope(raw: Tensor, gradient: Tensor, rho: float) -> Tensor | None:
+    """Where sharpness-aware minimization (Foret et al., arXiv 2010.01412) takes the gradient.
+
+    Args:
+        raw: ``(m, B)`` raw parameters.
+        gradient: In them.
+        rho: How far up; 0 for nowhere.
+
+    Returns:
+        The place; where there is no slope ``None`` or, on an accelerator, ``raw``.
+    """
+    if rho == 0:
+        return None
+    norm = gradient.norm()
+    if not is_accelerator(raw.device):
+        goes = 0 < float(norm) < float("inf")
+        return raw + rho * gradient / float(norm) if goes else None
+    goes_there = (norm > 0) & (norm < float("inf"))
+    return raw + torch.where(goes_there, rho * gradient / norm, 0.0)
 
 
 def limit_step(before: Tensor, after: Tensor, longest: float | None) -> Tensor:
