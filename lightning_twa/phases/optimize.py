@@ -114,8 +114,7 @@ class Optimization:
             self.skipped_before = kept["groups"].get("skipped_before", 0)
         subspace = self._build(trainer, module, store, None if kept is None else kept["mixing"])
         self.optimizer = self._make_optimizer(module, subspace)
-        if (origin := self.selection.origin) is not None:
-            self._origin = origin.to(self.optimizer.raw)
+        self._origin = _placed(self.selection.origin, self.optimizer.raw)
         if kept is not None:
             self.optimizer.load_state_dict(kept["optimizer"])
         guard_step(self.optimizer)
@@ -200,8 +199,7 @@ class Optimization:
             if self.groups is not None
             else {"raw": in_float64(self.optimizer.raw).to("cpu", copy=True)}
         )
-        now = self.averaging_weights
-        return {"averaging_weights": now, **raw}
+        return {"averaging_weights": self.averaging_weights, **raw}
 
     def _go_to_next_group(self, trainer: Trainer, module: LightningModule, store: Store) -> None:
         """Go on with the next group of candidates where it is due."""
@@ -277,6 +275,10 @@ class Optimization:
                 "skipped_before": self.skipped_before,
             }
         return state
+
+
+def _placed(origin: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if origin is None else origin.to(like)
 
 
 def _warn_of_missing_gradients(names: list[str], module: LightningModule) -> None:
