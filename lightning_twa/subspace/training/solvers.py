@@ -61,6 +61,11 @@ class FullMatrixAdam(Optimizer):
         super().__init__(params, defaults)
         self._roots: dict[Tensor, tuple[InverseRoot, Tensor]] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of a state that is loaded."""
+        super().__setstate__(state)
+        self._roots = {}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step. ``closure`` re-evaluates the loss, as in ``torch.optim``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
 from lightning_twa.machine import CommonError
-from lightning_twa.subspace import tensors
+from lightning_twa.subspace import FullMatrixAdam, tensors
 from lightning_twa.subspace.directions import kernels, packed, rows
 from lightning_twa.subspace.training import exchange
 from lightning_twa.subspace.training.inverse_root import InverseRoot, newton_schulz
@@ -307,3 +308,54 @@ def test_without_any_gradient_on_any_process_nothing_moves(device, monkeypatch) 
     optimizer.step()
     assert optimizer.steps == 0
     assert all(map(torch.equal, before, params))
+
+
+def test_a_copy_of_the_solver_steps_on(device) -> None:
+    device()
+    solvers = []
+    for copied in (False, True):
+        x = nn.Parameter(torch.zeros(4, 2, dtype=F64))
+        solver = FullMatrixAdam([x], lr=0.1)
+        torch.manual_seed(1)
+        for step in range(4):
+            if copied and step == 2:
+                solver = copy.deepcopy(solver)
+                (x,) = solver.param_groups[0]["params"]
+            x.grad = torch.randn(4, 2, dtype=F64)
+            solver.step()
+        solvers.append(x.detach())
+    assert torch.equal(*solvers)
+
+
+# --- a real one
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [32, 16, 4])
+@pytest.mark.parametrize("blocks", ["global", "tensor"])
+@pytest.mark.parametrize("parametrization", ["free", "simplex", "mask"])
+def test_a_step_on_cuda_waits_for_nothing_and_is_the_cpu_s(bits, blocks, parametrization) -> None:
+    states = candidates()
+    config = SubspaceConfig(bits=bits, blocks=blocks, parametrization=parametrization)
+    phases = []
+    for name in ("cpu", "cuda"):
+        params = {k: nn.Parameter(v.to(name)) for k, v in states[0].items()}
+        optimizer = SubspaceOptimizer(
+            params.items(), build_subspace(states, config, device=name), total_steps=6
+        )
+
+        for step in range(6):
+            target = {k: (states[1 + step % 3][k] - states[0][k]).to(name) for k in states[0]}
+
+            def closure(params: Any = params, target: Any = target) -> None:
+                for k, p in params.items():
+                    p.grad = target[k].clone()
+
+            torch.cuda.set_sync_debug_mode("error" if name == "cuda" and step > 1 else "default")
+            try:
+                optimizer.step(closure)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        phases.append(optimizer)
+    if parametrization != "mask":  # whose noise is the device's own
+        torch.testing.assert_close(phases[1].raw.cpu(), phases[0].raw, rtol=1e-3, atol=1e-4)
