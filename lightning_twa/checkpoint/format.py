@@ -205,8 +205,9 @@ def _check_optimizer(state: Mapping[str, Any], mixing: Tensor, n: int) -> None:
     path = {"path_length": lambda v: _is_numbers(1)(v) and v.shape == (blocks,)}
     counts = {"steps": _is_count, "skipped_steps": _is_count, "lr": _is_real, "solver": _is_dict}
     _check(state, "optimizer.", {**coefficients, **path, **counts})
-    later = {"total_steps": None, "peak_lr": 0.0, **state}
+    later = {"total_steps": None, "peak_lr": 0.0, "position": 0, **state}
     _check(later, "optimizer.", {"total_steps": _optional(_is_count), "peak_lr": _is_real})
+    _check(later, "optimizer.", {"position": _is_count})
     solver = state["solver"]
     _check(solver, "optimizer.solver.", {"state": _is_dict, "param_groups": _is_list})
     groups = solver["param_groups"]

@@ -63,16 +63,16 @@ def sum_over_ranks(tensor: Tensor, device: torch.device) -> Tensor:
     """The sum of a tensor over ranks, the same bits on every rank.
 
     Args:
-        tensor: The same shape on every rank, on the CPU.
+        tensor: The same shape on every rank.
         device: Device whose backend carries it.
 
     Returns:
-        The sum, on the CPU.
+        The sum, on the tensor's device.
     """
     carried = tensor.to(device, copy=True)
     if world_size() > 1:
         dist.all_reduce(carried)
-    return carried.to("cpu")
+    return carried.to(tensor.device)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from lightning_twa.candidates import Store
 from lightning_twa.phases import report, span
 from lightning_twa.phases.optimize import Optimization
 from lightning_twa.results import Result
+from lightning_twa.subspace import in_float64
 
 __all__ = ["put_result", "tell_what_was_done"]
 
@@ -37,7 +38,7 @@ def put_result(
     weights = phase.averaging_weights
     assert weights is not None
     if phase.groups is not None:
-        weights = phase.groups.result(optimizer.averaging_weights)
+        weights = phase.groups.result(in_float64(optimizer.averaging_weights).cpu())
     replaced = phase.parameters is not None and phase.parameters.replaced_in(module)
     optimizer.write_parameters()  # nothing else than what the coefficients say
     if phase.groups is not None or optimizer.parametrization.samples or replaced:

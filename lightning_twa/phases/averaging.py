@@ -211,11 +211,13 @@ class Averaging:
         """
         optimizer = self.optimization.optimizer
         assert optimizer is not None
-        values = {"twa/lr": optimizer.last_lr, "twa/coefficient_norm": optimizer.coefficient_norm}
+        # As tensors where the module is: a number would be copied there, which waits.
+        lr = torch.full((), optimizer.last_lr, device=module.device)
+        values = {"twa/lr": lr, "twa/coefficient_norm": optimizer.distance.to(lr)}
         # A batch size of its own: with training_step(dataloader_iter) Lightning knows none.
         module.log_dict(values, on_step=True, on_epoch=False, batch_size=1, prog_bar=True)
         self._log_held_out(module)
-        self.optimization.losses.add(outputs)
+        self.optimization.losses.add(outputs, trainer.accumulate_grad_batches)
         self.record_step(trainer)
         self.optimization.follow_batch(trainer, module, self.store)
 
@@ -236,7 +238,8 @@ class Averaging:
 
     def record(self) -> None:
         """Record the averaging weights of the weights in the model."""
-        now = self.averaging_weights
+        now = self.optimization.weights_there
+        now = self.averaging_weights if now is None else now
         assert now is not None
         self.trajectory.record(now)
 

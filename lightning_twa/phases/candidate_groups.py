@@ -38,6 +38,8 @@ class CandidateGroups:
         self.current = 0
         self.start = torch.full((n, num_blocks), 1 / n, dtype=torch.float64, device="cpu")
         self.results: list[Tensor] = []
+        # start and members on each device that has asked for weights
+        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
     def members(self) -> list[int]:
@@ -66,9 +68,11 @@ class CandidateGroups:
         Args:
             moved: ``(m, B)``, by how much those of the current group's members have changed.
         """
-        weights = self.start.clone()
-        weights[self.members] += moved
-        return weights
+        if moved.device not in self._placed:
+            members = torch.tensor(self.members, device=moved.device)
+            self._placed[moved.device] = self.start.to(moved), members
+        start, members = self._placed[moved.device]
+        return start.index_add(0, members, moved)
 
     def result(self, moved: Tensor) -> Tensor:
         """``(n, B)`` the mean of what the groups arrived at, the current one included."""
@@ -77,6 +81,7 @@ class CandidateGroups:
     def following(self, moved: Tensor) -> CandidateGroups:
         """The groups as they are when the next one begins."""
         following = copy.copy(self)
+        following._placed = {}
         following.start = self.weights(moved)
         following.results = [*self.results, following.start]
         following.current = self.current + 1
@@ -101,5 +106,6 @@ class CandidateGroups:
                 f"{tuple(self.start.shape)}. Resume with the same SubspaceConfig."
             )
         self.results, self.current = results, len(results)
+        self._placed = {}
         if results:
             self.start = results[-1]

@@ -54,8 +54,16 @@ def guard_step(optimizer: SubspaceOptimizer) -> None:
     optimizer.step = guarded  # type: ignore[method-assign]
 
 
-def raise_what_failed(optimizer: SubspaceOptimizer | None) -> None:
-    """After a step: raise what it has failed with, if it has."""
+def raise_what_failed(optimizer: SubspaceOptimizer | None, *, waits: bool) -> None:
+    """After a step: raise what it has failed with, if it has.
+
+    Args:
+        optimizer: Of the phase.
+        waits: Whether to wait for an accelerator, which alone knows of other processes' steps, and
+            of gradients that are not finite.
+    """
     failure = getattr(optimizer, FAILURE, None)
     if failure is not None:
         raise failure
+    if waits and optimizer is not None:
+        optimizer.look()

@@ -19,7 +19,7 @@ from lightning_twa.phases.parameters import ParameterWatch
 from lightning_twa.phases.selection import Selection
 from lightning_twa.phases.start import Switch
 from lightning_twa.phases.step_watch import StepWatch
-from lightning_twa.subspace import Subspace, SubspaceOptimizer
+from lightning_twa.subspace import Subspace, SubspaceOptimizer, in_float64
 from lightning_twa.trainer import BatchWatch, batches_seen, shards_parameters, step_was_taken
 
 __all__ = ["Optimization"]
@@ -68,6 +68,7 @@ class Optimization:
         self._doubtful: list[str] = []  # frozen at the switch, though the user's optimizer has them
         self.began = 0.0
         self._step_watch: StepWatch | None = None
+        self._origin: Tensor | None = None  # selection.origin, where the coefficients are
         self._local_buffers = False  # nobody but average_buffers() makes them equal on all ranks
 
     def enter(
@@ -113,6 +114,7 @@ class Optimization:
             self.skipped_before = kept["groups"].get("skipped_before", 0)
         subspace = self._build(trainer, module, store, None if kept is None else kept["mixing"])
         self.optimizer = self._make_optimizer(module, subspace)
+        self._origin = _placed(self.selection.origin, self.optimizer.raw)
         if kept is not None:
             self.optimizer.load_state_dict(kept["optimizer"])
         guard_step(self.optimizer)
@@ -168,7 +170,7 @@ class Optimization:
         Raises:
             Exception: What the optimizer's own work has failed with.
         """
-        raise_what_failed(self.optimizer)
+        raise_what_failed(self.optimizer, waits=batches_seen(trainer) <= 1)
         if self.parameters is not None:
             self.parameters.look()
         doubtful, self._doubtful = self._doubtful, []
@@ -182,8 +184,7 @@ class Optimization:
     def steps(self) -> int:
         """Optimizer steps of the phase so far, those without effect too."""
         assert self.optimizer is not None
-        now = self.optimizer.steps + self.optimizer.skipped_steps
-        return now + self.steps_before + self.skipped_before
+        return self.optimizer.attempts + self.steps_before + self.skipped_before
 
     def measure(self, trainer: Trainer, module: LightningModule, *, at_end: bool = False) -> None:
         """Compare what is in the model on held-out data, where that is due."""
@@ -193,18 +194,21 @@ class Optimization:
     def _point(self) -> dict[str, Any]:
         """What the phase can go back to."""
         assert self.optimizer is not None
-        raw = {} if self.groups is not None else {"raw": self.optimizer.raw.clone()}
-        now = self.averaging_weights
-        return {"averaging_weights": now, **raw}
+        raw = (
+            {}
+            if self.groups is not None
+            else {"raw": in_float64(self.optimizer.raw).to("cpu", copy=True)}
+        )
+        return {"averaging_weights": self.averaging_weights, **raw}
 
     def _go_to_next_group(self, trainer: Trainer, module: LightningModule, store: Store) -> None:
         """Go on with the next group of candidates where it is due."""
         optimizer, groups = self.optimizer, self.groups
         if optimizer is None or groups is None or groups.last:
             return
-        if optimizer.steps + optimizer.skipped_steps < groups.steps:
+        if optimizer.attempts < groups.steps:
             return
-        self.groups = groups.following(optimizer.averaging_weights)
+        self.groups = groups.following(in_float64(optimizer.averaging_weights).cpu())
         try:
             subspace = self._build(trainer, module, store)
         except BaseException:
@@ -219,14 +223,16 @@ class Optimization:
 
     @property
     def averaging_weights(self) -> Tensor | None:
-        """``(n, B)`` those of the weights in the model; ``None`` outside of the phase."""
-        if self.optimizer is None:
-            return None
-        weights = self.optimizer.averaging_weights
-        if self.groups is not None:
-            return self.groups.weights(weights)
-        origin = self.selection.origin
-        return weights if origin is None else origin + weights
+        """``(n, B)`` float64 on the CPU, of the weights in the model; ``None`` without a phase."""
+        return None if self.weights_there is None else in_float64(self.weights_there).cpu()
+
+    @property
+    def weights_there(self) -> Tensor | None:
+        """The same on the device of the coefficients, which nobody waits for."""
+        now = None if self.optimizer is None else self.optimizer.averaging_weights
+        if now is not None and self.groups is not None:
+            return self.groups.weights(now)
+        return now if now is None or self._origin is None else self._origin + now
 
     def average_buffers(self, module: LightningModule) -> bool:
         """Make floating-point buffers equal on all ranks where DDP does not; every rank calls it.
@@ -248,7 +254,7 @@ class Optimization:
     def forget(self) -> None:
         """Free the basis."""
         self.failed = False
-        self.parameters = self._step_watch = None
+        self.parameters = self._step_watch = self._origin = None
         self.optimizer = self.groups = self.choice = None
         self.steps_before = self.skipped_before = 0
         self.selection.forget()
@@ -269,6 +275,10 @@ class Optimization:
                 "skipped_before": self.skipped_before,
             }
         return state
+
+
+def _placed(origin: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if origin is None else origin.to(like)
 
 
 def _warn_of_missing_gradients(names: list[str], module: LightningModule) -> None:

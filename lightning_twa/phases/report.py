@@ -53,15 +53,20 @@ class LossRecord:
         self._last: deque[Tensor] = deque(maxlen=FEW)
         self._count = 0
 
-    def add(self, outputs: Any) -> None:
-        """What ``training_step`` returned; read at the end only, so no device is waited for."""
+    def add(self, outputs: Any, accumulated: int) -> None:
+        """Add a loss; read at the end only, so no device is waited for.
+
+        Args:
+            outputs: Of a batch, as Lightning hands them on: the loss is divided already.
+            accumulated: Batches per optimizer step, by whose number it is.
+        """
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             return
         self._count += 1
         if len(self._first) < FEW:
-            self._first.append(loss.detach())
-        self._last.append(loss.detach())
+            self._first.append(loss.detach() * accumulated)
+        self._last.append(loss.detach() * accumulated)
 
     def __str__(self) -> str:
         """Of a phase of two batches or more."""

@@ -26,7 +26,7 @@ class StepWatch:
         self._warned = False
 
     def _count(self) -> int:
-        return self._optimizer.steps + self._optimizer.skipped_steps
+        return self._optimizer.attempts
 
     def look(self, module: nn.Module) -> None:
         """After a batch that ends with an optimizer step: where it was not the phase's, the weights

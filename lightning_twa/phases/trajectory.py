@@ -32,7 +32,8 @@ class Trajectory:
 
     @property
     def points(self) -> Tensor | None:
-        """``(points, n, B)`` float32, from the first weights on; ``None`` before them."""
+        """``(points, n, B)`` float32 on the CPU, from the first weights on; ``None`` before."""
+        self._points = [point.cpu() for point in self._points]
         return torch.stack(self._points) if self._points else None
 
     def due(self) -> bool:
@@ -45,7 +46,7 @@ class Trajectory:
         """Add a point.
 
         Args:
-            weights: ``(n, B)``.
+            weights: ``(n, B)``; kept where they are until somebody reads :attr:`points`.
         """
         self._points.append(weights.to(torch.float32))
         limit = max(3, min(MAX_POINTS, MAX_BYTES // (4 * weights.numel())))

@@ -93,6 +93,15 @@ class ParameterLayout:
         return self.specs[-1].stop
 
     @property
+    def block_columns(self) -> list[slice]:
+        """The columns of each block; it is of tensors that follow each other."""
+        found = [slice(0, 0)] * self.num_blocks
+        for spec in self.specs:
+            start = found[spec.block].start if found[spec.block].stop else spec.start
+            found[spec.block] = slice(start, spec.stop)
+        return found
+
+    @property
     def num_blocks(self) -> int:
         """``B``, the number of coefficient blocks."""
         return len(self.block_names)

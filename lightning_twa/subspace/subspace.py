@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_twa.config import SubspaceConfig
 from lightning_twa.subspace.directions import Directions
 from lightning_twa.subspace.layout import ParameterLayout
-from lightning_twa.subspace.tensors import to_dense, without_autocast
+from lightning_twa.subspace.tensors import to_dense, widest, without_autocast
 
 __all__ = ["Subspace"]
 
@@ -58,6 +58,7 @@ class Subspace:
         self.center = center
         self.stored = stored
         self.mixing = mixing
+        self._mixings: dict[torch.device, Tensor] = {}
 
     @property
     def num_candidates(self) -> int:
@@ -97,6 +98,14 @@ class Subspace:
             f"relative_error={self.stored.error:.3g})"
         )
 
+    def _mixing_on(self, device: torch.device) -> Tensor:
+        """:attr:`mixing` there, copied once."""
+        if device.type == "cpu":
+            return self.mixing
+        if device not in self._mixings:
+            self._mixings[device] = self.mixing.to(device=device, dtype=widest(device))
+        return self._mixings[device]
+
     @torch.no_grad()
     def project(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """The gradient in the coefficients, ``dL/dx[j, b] = u[j, b] . g_b`` (eq. 5 of the paper).
@@ -106,8 +115,8 @@ class Subspace:
                 any floating-point dtype, dense or sparse; ``None`` counts as zero.
 
         Returns:
-            ``(k, B)`` float64 on the CPU: of the columns held here, to be summed over processes
-            that share the subspace.
+            ``(k, B)`` float64 (float32 on devices without that), on the device of the directions:
+            of the columns held here, to be summed over processes that share the subspace.
         """
         with without_autocast(self.center.device):
             return self.stored.project([to_dense(gradient) for gradient in gradients])
@@ -131,12 +140,12 @@ class Subspace:
             coefficients: ``(k, B)``.
 
         Returns:
-            ``(n, B)`` float64 on the CPU. Columns sum to 1 in the centered bases. Of a subspace
-            with a start of its own, by how much the weights differ from those of the start; columns
-            then sum to 0.
+            ``(n, B)`` on the device of the coefficients, float64 where it has that. Columns sum to
+            1 in the centered bases. Of a subspace with a start of its own, by how much the weights
+            differ from those of the start; columns then sum to 0.
         """
-        x = coefficients.to(device="cpu", dtype=torch.float64)
-        mix = torch.einsum("bkn,kb->nb", self.mixing, x)
+        x = coefficients.to(dtype=widest(coefficients.device))
+        mix = torch.einsum("bkn,kb->nb", self._mixing_on(x.device), x)
         if self.config.basis != "orthonormal":
             # sum_i m_i (w_i - c) with c = mean(w): the mean of m comes back through the center.
             mix = mix - mix.mean(dim=0, keepdim=True)

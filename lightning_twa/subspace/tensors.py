@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
@@ -12,18 +13,23 @@ from torch import Tensor, nn
 
 __all__ = [
     "check_finite",
+    "copy_all",
     "flat_view",
     "in_float64",
+    "is_accelerator",
     "local_gradient",
     "local_part",
     "own_part",
+    "pieces",
     "to_dense",
     "to_shards",
+    "widest",
     "without_autocast",
 ]
 
 
 WITHOUT_FLOAT64 = {"mps"}  # types of devices: Apple's
+HOSTS = {"cpu"}  # types of devices whose values can be read without waiting
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
@@ -58,9 +64,51 @@ def flat_view(tensor: Tensor, like: Tensor | None = None) -> Tensor | None:
     return tensor.view(-1) if same and tensor.is_contiguous() else None
 
 
+def pieces(vector: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+    """Views of a vector.
+
+    Args:
+        vector: The vector.
+        starts: Where they begin, in order and not overlapping.
+        sizes: Their elements.
+    """
+    cuts, position = [], 0
+    for start, size in zip(starts, sizes, strict=True):
+        cuts += [start - position, size]
+        position = start + size
+    cuts.append(vector.numel() - position)
+    return list(torch.split(vector, cuts)[1::2])
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, of another dtype perhaps, in one operation; torch takes one
+    for each pair that has not the same layout in memory.
+
+    Args:
+        targets: Tensors, written in place.
+        sources: As many, of the same numbers of elements; of another shape only where one of both
+            is contiguous.
+    """
+    into, what = [], []
+    for target, source in zip(targets, sources, strict=True):
+        if target.numel() == 0:
+            continue
+        if target.shape != source.shape and target.is_contiguous():
+            target = target.view(source.shape)
+        into.append(target)
+        what.append(source.view(target.shape))
+    if into:
+        torch._foreach_copy_(into, what)
+
+
 def to_dense(gradient: Tensor | None) -> Tensor | None:
     """A sparse gradient as a dense one; others as they are."""
     return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether operations are expensive to begin and values to read, for the host runs ahead."""
+    return device.type not in HOSTS
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -76,6 +124,11 @@ def local_part(tensor: Tensor) -> Tensor:
 def in_float64(tensor: Tensor) -> Tensor:
     """The tensor in float64, where its device has that, else on the CPU."""
     return (tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor).double()
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype of coefficients on a device: float64 where it has that, else float32."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -211,7 +211,7 @@ def check_products(subspace: Any, device: str = "cpu", rtol: float = 1e-5) -> No
     expected = torch.stack(
         [u[:, block == b] @ g[block == b] for b in range(layout.num_blocks)], dim=1
     )
-    found = subspace.project(gradients)
+    found = subspace.project(gradients).cpu()
     assert found.shape == expected.shape
     assert found.dtype == torch.float64
     assert float((found - expected).norm() / expected.norm()) < rtol

@@ -7,9 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_twa.subspace.directions import kernels
 from lightning_twa.subspace.directions.interface import SquaredErrors, Total
+from lightning_twa.subspace.directions.rows import RowProducts
 from lightning_twa.subspace.layout import ParameterLayout
-from lightning_twa.subspace.tensors import flat_view
+from lightning_twa.subspace.tensors import (
+    copy_all,
+    flat_view,
+    is_accelerator,
+    pieces,
+    widest,
+    without_autocast,
+)
 
 __all__ = ["DenseDirections"]
 
@@ -34,6 +43,13 @@ class DenseDirections:
         self.rows = torch.empty(num_directions, layout.numel, dtype=dtype, device=device)
         self._squares = SquaredErrors()
         self.error = 0.0
+        # Whether all tensors are one vector on the way, as an operation for each costs on a device
+        self.at_once = is_accelerator(device)
+        # Rows that are converted, and blocks, would else take an operation for each part of them
+        apart = dtype != layout.dtype or layout.num_blocks > 1
+        self.compiles = device.type in kernels.COMPILES and apart
+        self._worked: set[str] = set()  # the compiled products that have
+        self._products: RowProducts | None = None
 
     @property
     def nbytes(self) -> int:
@@ -55,8 +71,67 @@ class DenseDirections:
         """See :class:`Directions`."""
         self.error = self._squares.relative(total)
 
+    @torch.no_grad()
     def prepare(self, agree: Callable[[bool], bool]) -> None:
-        """Nothing to compile."""
+        """See :class:`Directions`. On the CPU there is nothing to compile."""
+        if self.compiles and self.layout.numel:
+            layout = self.layout
+            vector = self.rows.new_zeros(layout.numel, dtype=layout.dtype)
+            x = vector.new_zeros(self.num_directions, layout.num_blocks)
+            with without_autocast(self.rows.device):
+                self._project(vector)
+                self._expand(x, vector)
+        if not agree(self.compiles):
+            self.compiles = False
+
+    def _project(self, g: Tensor) -> Tensor:
+        """``(k, B)`` from a flat vector."""
+        found = self._compiled("project", g)
+        if found is not None:
+            return found
+        layout = self.layout
+        if self.rows.dtype == layout.dtype and layout.num_blocks == 1:
+            return torch.mv(self.rows, g).unsqueeze(1)
+        result = g.new_zeros(self.num_directions, layout.num_blocks)
+        for block, columns in enumerate(layout.block_columns):
+            for part, rows in self._columns(columns):
+                result[:, block] += rows @ g[part]
+        return result
+
+    def _expand(self, x: Tensor, center: Tensor) -> Tensor:
+        """The flat vector of coefficients ``(k, B)``."""
+        found = self._compiled("expand", center, x)
+        if found is not None:
+            return found
+        if self.rows.dtype == center.dtype and self.layout.num_blocks == 1:
+            return torch.addmv(center, self.rows.T, x[:, 0])
+        theta = torch.empty_like(center)
+        for block, columns in enumerate(self.layout.block_columns):
+            for part, rows in self._columns(columns):
+                torch.addmv(center[part], rows.T, x[:, block], out=theta[part])
+        return theta
+
+    def _compiled(self, name: str, *vectors: Tensor) -> Tensor | None:
+        """A compiled product; ``None`` where there is none."""
+        if not self.compiles or not self.layout.numel:
+            return None
+        try:
+            if self._products is None:
+                self._products = RowProducts(self.layout, self.rows.device)
+            found: Tensor = getattr(self._products, name)(self.rows, *vectors)
+        except Exception as error:
+            kernels.warn_of_compiler(error, worked=name in self._worked)
+            self.compiles = False
+            return None
+        self._worked.add(name)
+        return found
+
+    def _pieces(self, vector: Tensor) -> list[Tensor]:
+        """Of a flat vector each tensor's, flat."""
+        specs = self.layout.specs
+        return pieces(
+            vector, [spec.start for spec in specs], [spec.stop - spec.start for spec in specs]
+        )
 
     def _columns(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
         """Rows of some columns in the layout's dtype: at once, or a few at a time if converted."""
@@ -69,6 +144,14 @@ class DenseDirections:
     def project(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """See :meth:`Subspace.project`."""
         layout = self.layout
+        if self.at_once:
+            missing = any(gradient is None for gradient in gradients)
+            make = self.rows.new_zeros if missing else self.rows.new_empty
+            g = make(layout.numel, dtype=layout.dtype)
+            pairs = zip(self._pieces(g), gradients, strict=True)
+            held = [(piece, found) for piece, found in pairs if found is not None]
+            copy_all([piece for piece, _ in held], [found for _, found in held])
+            return self._project(g).to(widest(g.device))
         result = self.rows.new_zeros(self.num_directions, layout.num_blocks, dtype=layout.dtype)
         for spec, gradient in zip(layout.specs, gradients, strict=True):
             if gradient is None:
@@ -77,11 +160,14 @@ class DenseDirections:
             for part, rows in self._columns(slice(spec.start, spec.stop)):
                 local = flat[part.start - spec.start : part.stop - spec.start]
                 result[:, spec.block] += rows @ local
-        return result.cpu().double()
+        return result.to(widest(result.device))
 
     def expand(self, coefficients: Tensor, center: Tensor, out: Sequence[Tensor]) -> None:
         """See :meth:`Subspace.expand`."""
         x = coefficients.to(center.dtype).to(center.device)
+        if self.at_once:
+            copy_all(out, self._pieces(self._expand(x, center)))
+            return
         for spec, target in zip(self.layout.specs, out, strict=True):
             flat = flat_view(target, center)
             staged = flat if flat is not None else center.new_empty(spec.stop - spec.start)

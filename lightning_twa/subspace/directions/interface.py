@@ -53,7 +53,7 @@ class Directions(Protocol):
         """
 
     def project(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """``(k, B)`` float64 on the CPU; see :meth:`Subspace.project`."""
+        """``(k, B)`` float64 where the device has it; see :meth:`Subspace.project`."""
 
     def expand(self, coefficients: Tensor, center: Tensor, out: Sequence[Tensor]) -> None:
         """See :meth:`Subspace.expand`."""

@@ -6,13 +6,13 @@ whole vector in between.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_twa.subspace.directions import kernels
+from lightning_twa.subspace.directions.chunks import Scatter, gather
 from lightning_twa.subspace.directions.codec import (
     GROUP,
     SCALE_DTYPE,
@@ -24,12 +24,15 @@ from lightning_twa.subspace.directions.codec import (
 from lightning_twa.subspace.directions.interface import SquaredErrors, Total
 from lightning_twa.subspace.directions.tiles import TILE, TILE_GROUPS, pad
 from lightning_twa.subspace.layout import ParameterLayout
-from lightning_twa.subspace.tensors import flat_view, in_float64
+from lightning_twa.subspace.tensors import is_accelerator, widest, without_autocast
 
 __all__ = ["PackedDirections", "stored_bytes"]
 
 COMPILE_ENTRIES = 1 << 26  # below this many entries a phase is over before compiling has paid
-CHUNK_TILES = {"cpu": 64, "cuda": 512}  # tiles per call of a compiled kernel
+CHUNK_TILES = {"cpu": 64}  # tiles per call of a kernel
+# On accelerators, where a call costs more than what is in between: at most so many calls, of at
+# least so many tiles, which hold 256 MiB in between.
+CALLS, TILES_PER_CALL = 4, 1 << 13
 
 
 class PackedDirections:
@@ -57,8 +60,15 @@ class PackedDirections:
         self.bits = bits
         self.error = 0.0
         self._padded = pad(layout)
-        self._chunks = self._padded.chunks(CHUNK_TILES.get(device.type, 64))
         tiles = self._padded.num_tiles
+        # Whether tensors are copied all at once, and not one after the other
+        self.at_once = is_accelerator(device)
+        size = CHUNK_TILES["cpu"]
+        if self.at_once:
+            size = max(TILES_PER_CALL, -(-tiles // CALLS))
+        self._chunks = self._padded.chunks(size)
+        # of each tile
+        self._block = torch.tensor(self._padded.block_of_tile, dtype=torch.int64, device=device)
         k = num_directions
         codes = torch.zeros(1, k, TILE_GROUPS, GROUP, dtype=torch.uint8, device="cpu")
         self.planes = tuple(
@@ -67,8 +77,10 @@ class PackedDirections:
         )
         self.scales = torch.zeros(tiles, k, TILE_GROUPS, dtype=SCALE_DTYPE, device=device)
         if path == "auto":
-            path = "compiled" if tiles * TILE * k >= COMPILE_ENTRIES else "tiled"
+            large = tiles * TILE * k >= COMPILE_ENTRIES
+            path = "compiled" if large or device.type in kernels.COMPILES else "tiled"
         self._path = path
+        self._worked = [False, False]  # which of the compiled kernels have
         self._squares = SquaredErrors()
         self._tile = 0
         self._buffer = torch.zeros(k, TILE, dtype=torch.float64, device="cpu")
@@ -143,15 +155,19 @@ class PackedDirections:
         self._buffer = self._buffer[:, :0]
         self.error = self._squares.relative(total)
 
+    @torch.no_grad()
     def prepare(self, agree: Callable[[bool], bool]) -> None:
-        """See :class:`Directions`."""
-        if self._path == "compiled":
+        """See :class:`Directions`. In the modes of a step, or torch would compile again there."""
+        if self._path == "compiled" and self._chunks:
             chunk = self._chunks[0]
             size = chunk.last - chunk.first
             dtype = self.layout.dtype
-            for i, shape in enumerate(((size, TILE_GROUPS, GROUP), (size, self.num_directions))):
-                vector = self.scales.new_zeros(shape, dtype=dtype)
-                self._run(i, chunk.first, chunk.last, vector)
+            with without_autocast(self.scales.device):
+                for i, shape in enumerate(
+                    ((size, TILE_GROUPS, GROUP), (size, self.num_directions))
+                ):
+                    vector = self.scales.new_zeros(shape, dtype=dtype)
+                    self._run(i, chunk.first, chunk.last, vector)
         if not agree(self._path == "compiled"):
             self._path = "tiled"
 
@@ -161,14 +177,11 @@ class PackedDirections:
         if self._path == "compiled":
             try:
                 kernel = kernels.compiled_kernels()[which]
-                return kernel(planes, self.scales[first:last], vector, self.bits)
+                found = kernel(planes, self.scales[first:last], vector, self.bits)
+                self._worked[which] = True
+                return found
             except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                warnings.warn(
-                    f"The kernels of the packed basis could not be compiled, so the slower tiled "
-                    f"ones are used: {reason}",
-                    stacklevel=2,
-                )
+                kernels.warn_of_compiler(error, worked=self._worked[which])
                 self._path = "tiled"
         tiled = (kernels.project_by_tile, kernels.expand_by_tile)[which]
         return tiled(planes, self.scales[first:last], vector, self.bits)
@@ -176,45 +189,31 @@ class PackedDirections:
     def project(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """See :meth:`Subspace.project`."""
         dtype, device = self.layout.dtype, self.scales.device
-        flat = [None if g is None else g.reshape(-1) for g in gradients]
         parts = torch.empty(self.scales.shape[0], self.num_directions, dtype=dtype, device=device)
         size = max((chunk.last - chunk.first for chunk in self._chunks), default=0) * TILE
         buffer = torch.empty(size, dtype=dtype, device=device)
         for chunk in self._chunks:
             buffer.zero_()  # padding has codes, so its gradient must be zero
-            for span in chunk.gather:
-                gradient = flat[span.tensor]
-                if gradient is not None:
-                    buffer[span.target] = gradient[span.source]
+            gather(chunk, gradients, buffer, at_once=self.at_once)
             if self._still is not None:
                 buffer.masked_fill_(self._still[chunk.first : chunk.last].view(-1), 0.0)
             tiles = buffer.view(-1, TILE_GROUPS, GROUP)
             found = self._run(0, chunk.first, chunk.last, tiles)
             parts[chunk.first + chunk.covered : chunk.last] = found[chunk.covered :]
-        sums = [in_float64(parts[tiles]).sum(0) for tiles in self._padded.block_tiles]
-        return torch.stack(sums, dim=1).cpu()
+        # in one operation, whatever the number of tiles
+        blocks = [parts[tiles] for tiles in self._padded.block_tiles]
+        return torch.stack([block.sum(0, dtype=widest(device)) for block in blocks], dim=1)
 
     def expand(self, coefficients: Tensor, center: Tensor, out: Sequence[Tensor]) -> None:
         """See :meth:`Subspace.expand`."""
         by_block = coefficients.to(center.dtype).to(center.device).T
-        counts = [tiles.stop - tiles.start for tiles in self._padded.block_tiles]
-        x = by_block.repeat_interleave(
-            torch.tensor(counts, device=center.device), dim=0, output_size=sum(counts)
-        )
-        staged: dict[int, Tensor] = {}
+        x = by_block.index_select(0, self._block)
+        into = Scatter(self.layout, center, out, at_once=self.at_once)
         for chunk in self._chunks:
             values = self._run(1, chunk.first, chunk.last, x[chunk.first : chunk.last]).reshape(-1)
             if self._still is not None:
                 values.masked_fill_(self._still[chunk.first : chunk.last].view(-1), 0.0)
-            for span in chunk.scatter:
-                spec, target = self.layout.specs[span.tensor], out[span.tensor]
-                flat = flat_view(target, center)
-                if flat is None:
-                    flat = staged.setdefault(span.tensor, center.new_empty(spec.stop - spec.start))
-                columns = slice(spec.start + span.source.start, spec.start + span.source.stop)
-                torch.add(center[columns], values[span.target], out=flat[span.source])
-                if columns.stop == spec.stop and span.tensor in staged:
-                    target.copy_(staged.pop(span.tensor).view(spec.shape))
+            into.write(chunk, values)
 
     def dense(self) -> Tensor:
         """``(k, D)`` in the layout's dtype."""

@@ -71,6 +71,15 @@ class PaddedLayout:
         """All blocks' tiles."""
         return int(self.block_tiles[-1].stop)
 
+    @property
+    def block_of_tile(self) -> list[int]:
+        """The block that each tile belongs to."""
+        return [
+            block
+            for block, tiles in enumerate(self.block_tiles)
+            for _ in range(tiles.start, tiles.stop)
+        ]
+
     def spans(self, begin: int, end: int, origin: int) -> Iterator[Span]:
         """The tensors' parts between two positions of the padded vector, from ``origin`` on."""
         for i, (spec, start) in enumerate(zip(self.layout.specs, self.starts, strict=True)):

@@ -30,7 +30,15 @@ from lightning_twa.machine import (
 )
 from lightning_twa.subspace.columns import Columns
 from lightning_twa.subspace.subspace import Subspace
-from lightning_twa.subspace.tensors import flat_view, local_gradient, local_part, to_dense
+from lightning_twa.subspace.tensors import (
+    copy_all,
+    flat_view,
+    is_accelerator,
+    local_gradient,
+    local_part,
+    to_dense,
+    widest,
+)
 
 __all__ = ["Exchange", "LocalShards", "OneProcess", "Replicate", "Shard"]
 
@@ -46,7 +54,16 @@ class Exchange(Protocol):
         Every process calls it, also one whose parameters have no gradient: it counts as zero.
 
         Returns:
-            ``(k, B)`` float64 on the CPU; ``None`` when no process has any gradient.
+            ``(k, B)`` where the subspace gives it; ``None`` when no process has any gradient. Where
+            several share it on an accelerator, NaN then, and where a process has failed: to raise
+            the error here all would have to wait for the device.
+        """
+
+    def look(self) -> None:
+        """Say what could not be said in :meth:`project`; every process calls it.
+
+        Raises:
+            CommonError: On every process, when a projection has failed on one.
         """
 
     def expand(
@@ -67,6 +84,9 @@ class OneProcess:
             return None
         return subspace.project(gradients)
 
+    def look(self) -> None:
+        """See :meth:`Exchange.look`."""
+
     def expand(
         self, subspace: Subspace, coefficients: Tensor, parameters: Sequence[Tensor]
     ) -> None:
@@ -82,14 +102,18 @@ class Replicate(OneProcess):
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self._sum = _Sum(device)
 
     def project(self, subspace: Subspace, parameters: Sequence[Tensor]) -> Tensor | None:
         """See :meth:`Exchange.project`."""
         some = any(parameter.grad is not None for parameter in parameters)
         own = super().project
-        total = _sum(lambda: own(subspace, parameters), some, subspace, self.device)
+        total = self._sum(lambda: own(subspace, parameters), some, subspace)
         return None if total is None else total / world_size()
+
+    def look(self) -> None:
+        """See :meth:`Exchange.look`."""
+        self._sum.look()
 
 
 class Shard:
@@ -116,6 +140,7 @@ class Shard:
     ) -> None:
         self.averaged = averaged
         self.device = device
+        self._sum = _Sum(device)
         self.columns = all_columns[rank()]
         size = max(columns.local.numel for columns in all_columns)
         width = max(min(bucket // len(all_columns), size), 1)
@@ -138,7 +163,11 @@ class Shard:
             ]
         else:
             own = [*self._split(self._average(gradients, subspace.layout.dtype))]
-        return _sum(lambda: subspace.project(own), some, subspace, self.device)
+        return self._sum(lambda: subspace.project(own), some, subspace)
+
+    def look(self) -> None:
+        """See :meth:`Exchange.look`."""
+        self._sum.look()
 
     @torch.no_grad()
     def _average(self, gradients: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
@@ -148,10 +177,13 @@ class Shard:
         flat = [None if gradient is None else gradient.reshape(-1) for gradient in gradients]
         for bucket in self._buckets:
             rows.zero_()
+            into, what = [], []
             for span in bucket.spans:
                 gradient = flat[span.tensor]
                 if gradient is not None:
-                    rows[span.rank, span.target] = gradient[span.source]
+                    into.append(rows[span.rank, span.target])
+                    what.append(gradient[span.source])
+            copy_all(into, what)
             reduce_scatter_mean(rows, mean[bucket.columns])
         return mean
 
@@ -178,13 +210,16 @@ class Shard:
         staged: dict[int, Tensor] = {}
         for bucket in self._buckets:
             gather_columns(own[bucket.columns], rows)
+            into, what = [], []
             for span in bucket.spans:
                 target = flat[span.tensor]
                 if target is None:  # not contiguous: filled when all of it is there
                     target = staged.setdefault(
                         span.tensor, tensors[span.tensor].new_empty(tensors[span.tensor].numel())
                     )
-                target[span.source] = rows[span.rank, span.target]
+                into.append(target[span.source])
+                what.append(rows[span.rank, span.target])
+            copy_all(into, what)
         for i, values in staged.items():
             tensors[i].copy_(values.view(tensors[i].shape))
 
@@ -202,7 +237,7 @@ class LocalShards:
 
     def __init__(self, columns: Columns, *, device: torch.device) -> None:
         self.columns = columns
-        self.device = device
+        self._sum = _Sum(device)
 
     def project(self, subspace: Subspace, parameters: Sequence[Tensor]) -> Tensor | None:
         """See :meth:`Exchange.project`."""
@@ -212,7 +247,11 @@ class LocalShards:
             for part, counted in zip(parts, self.columns.counted, strict=True)
         ]
         some = any(parameter.grad is not None for parameter in parameters)
-        return _sum(lambda: subspace.project(own), some, subspace, self.device)
+        return self._sum(lambda: subspace.project(own), some, subspace)
+
+    def look(self) -> None:
+        """See :meth:`Exchange.look`."""
+        self._sum.look()
 
     @torch.no_grad()
     def expand(
@@ -259,27 +298,53 @@ def _row(rank: int, columns: Columns, start: int, stop: int) -> Iterator[_Span]:
             yield _Span(rank, i, slice(low + shift, high + shift), slice(low - start, high - start))
 
 
-def _sum(
-    project: Callable[[], Tensor | None], some: bool, subspace: Subspace, device: torch.device
-) -> Tensor | None:
-    """The sum of what ``project`` gives over processes; ``None`` when none of them had ``some``.
+class _Sum:
+    """The sum over processes of what each projects.
 
-    Raises:
-        CommonError: On every process, when ``project`` has raised on one.
+    Args:
+        device: Device whose backend carries the numbers.
     """
-    found: Tensor | None = None
-    problem: Exception | None = None
-    try:
-        found = project()
-    except Exception as error:
-        problem = error
-    shape = (subspace.num_directions, subspace.num_blocks)
-    message = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.float64, device="cpu")
-    if found is not None:
-        message[:-1] = found.reshape(-1)
-    message[-1] = float(some) if problem is None else math.nan
-    message = sum_over_ranks(message, device)
-    if math.isnan(float(message[-1])):
-        what = "another process" if problem is None else f"{type(problem).__name__}: {problem}"
-        raise CommonError(f"The gradient could not be projected ({what}).") from problem
-    return message[:-1].view(shape) if message[-1] > 0 else None
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._failed: Tensor | None = None  # NaN since a process has failed
+        self._problem: Exception | None = None  # of this one
+
+    def __call__(
+        self, project: Callable[[], Tensor | None], some: bool, subspace: Subspace
+    ) -> Tensor | None:
+        """The sum of what ``project`` gives; when none of them had ``some``, see
+        :meth:`Exchange.project`.
+
+        Raises:
+            CommonError: On every process, when ``project`` has raised on one; on an accelerator
+                :meth:`look` does.
+        """
+        here = subspace.center.device
+        shape = (subspace.num_directions, subspace.num_blocks)
+        message = torch.zeros(shape[0] * shape[1] + 1, dtype=widest(here), device=here)
+        flag = message.narrow(0, shape[0] * shape[1], 1)
+        try:
+            found = project()
+            if found is not None:
+                message.narrow(0, 0, found.numel()).copy_(found.reshape(-1))
+            flag.fill_(float(some))
+        except Exception as error:
+            self._problem = error
+            message.fill_(math.nan)
+        message = sum_over_ranks(message, self._device)
+        flag = message.narrow(0, shape[0] * shape[1], 1)
+        total = message.narrow(0, 0, shape[0] * shape[1]).view(shape)
+        self._failed = flag if self._failed is None else self._failed + flag
+        if not is_accelerator(here):
+            self.look()
+            return total if float(flag) > 0 else None
+        return torch.where(flag > 0, total, math.nan)
+
+    def look(self) -> None:
+        """See :meth:`Exchange.look`."""
+        failed, self._failed = self._failed, None
+        problem, self._problem = self._problem, None
+        if failed is not None and math.isnan(float(failed)):
+            what = "another process" if problem is None else f"{type(problem).__name__}: {problem}"
+            raise CommonError(f"The gradient could not be projected ({what}).") from problem

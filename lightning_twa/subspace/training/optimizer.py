@@ -1,8 +1,12 @@
-"""The optimizer that moves a model inside a subspace."""
+"""The optimizer that moves a model inside a subspace.
+
+What it holds lives on the device of the directions. On an accelerator a step copies nothing to the
+host and waits for nothing; what decides (whether the gradient is finite) is decided there. What the
+host has to know of a step, its place in the schedule and so its rate, it counts itself.
+"""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,16 +15,32 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_twa.config import SolverConfig, as_config, check_unit_of_steps
+from lightning_twa.config import SolverConfig, as_config
 from lightning_twa.subspace.subspace import Subspace
+from lightning_twa.subspace.tensors import is_accelerator, widest
+from lightning_twa.subspace.training import saved
+from lightning_twa.subspace.training.checks import check_solver, match
 from lightning_twa.subspace.training.exchange import Exchange, OneProcess
 from lightning_twa.subspace.training.parametrizations import make_parametrization, pull_back
-from lightning_twa.subspace.training.schedules import peak_within, schedule_factor
-from lightning_twa.subspace.training.solvers import limit_step, make_solver
+from lightning_twa.subspace.training.schedules import first_peak, schedule_factor
+from lightning_twa.subspace.training.solvers import (
+    limit_step,
+    make_solver,
+    step_where,
+    up_the_slope,
+)
 
 __all__ = ["SubspaceOptimizer"]
 
 RADIUS = 2.0  # standard deviations
+NEEDS_CLOSURE = (
+    "step() needs a closure with parametrization='mask' and with sam_rho: the loss is evaluated at "
+    "other weights than the model's. Pass one, or use parametrization='free' and sam_rho=0."
+)
+NOT_FINITE = (
+    "The gradient at optimizer step{at} of the TWA phase is not finite; the step is skipped "
+    "({skipped} so far) and the weights stay as they are."
+)
 
 
 class SubspaceOptimizer(Optimizer):
@@ -45,13 +65,14 @@ class SubspaceOptimizer(Optimizer):
             elsewhere.
 
     Attributes:
-        raw: ``(m, B)`` float64 on the CPU, what the solver steps: the coefficients themselves
-            unless ``SubspaceConfig.parametrization`` says otherwise; zero at the start.
+        raw: ``(m, B)`` float64 (float32 on devices without that) on the device of the directions,
+            what the solver steps: the coefficients themselves unless
+            ``SubspaceConfig.parametrization`` says otherwise; zero at the start.
         radius: Step budget; without meaning where ``SolverConfig.lr`` is given.
-        steps: Optimizer steps taken.
-        last_lr: Learning rate of the last step taken; ``param_groups`` hold that of the next.
-        path_length: ``(B,)`` float64, the length of the path of each block's raw parameters.
-        skipped_steps: Steps not taken because the gradient was not finite.
+        attempts: Optimizer steps, those without effect too.
+        last_lr: Learning rate of the last of them; ``param_groups`` hold that of the next.
+        path_length: ``(B,)``, the length of the path of each block's raw parameters; where ``raw``
+            is.
 
     Raises:
         ValueError: When parameters and subspace do not match, or ``total_steps`` is needed.
@@ -67,24 +88,24 @@ class SubspaceOptimizer(Optimizer):
         exchange: Exchange | None = None,
     ) -> None:
         solver = as_config("solver", solver, SolverConfig)
-        _check(subspace, solver, total_steps)
-        self._outputs = _match(params, subspace)
+        check_solver(subspace, solver, total_steps)
+        self._outputs = match(params, subspace)
         self.subspace = subspace
         self.config = solver
         self.total_steps = total_steps
         self.exchange = exchange or OneProcess()
-        self.steps = 0
-        self.skipped_steps = 0
+        device = subspace.center.device
+        self._reads = not is_accelerator(device)  # values, as it goes
+        self.attempts = 0
+        self._position = 0  # in the schedule
+        self._taken = torch.zeros((), dtype=torch.int64, device=device)
+        self._told = 0  # of steps without effect
         self.last_lr = 0.0
-        self.path_length = torch.zeros(subspace.num_blocks, dtype=torch.float64, device="cpu")
+        self.path_length = torch.zeros(subspace.num_blocks, dtype=widest(device), device=device)
         self.radius = RADIUS if solver.radius is None else solver.radius
-        if solver.lr is not None:
-            self.peak_lr = float(solver.lr)
-        else:
-            assert total_steps is not None
-            self.peak_lr = peak_within(solver, self.radius, 0, total_steps)
+        self.peak_lr = first_peak(solver, self.radius, total_steps)
         self.parametrization = make_parametrization(subspace)
-        self.raw = torch.zeros(self.parametrization.shape, dtype=torch.float64, device="cpu")
+        self.raw = torch.zeros(self.parametrization.shape, dtype=widest(device), device=device)
         self._solver = make_solver(solver, self.raw, self.peak_lr)
         # lr, momentum and weight_decay are in the group for those who log them.
         defaults = {
@@ -96,8 +117,18 @@ class SubspaceOptimizer(Optimizer):
         self.write_parameters()
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps taken. Reading it waits for the device, as the other properties do."""
+        return int(self._taken)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps not taken because the gradient was not finite."""
+        return self.attempts - self.steps
+
+    @property
     def coefficients(self) -> Tensor:
-        """``(k, B)`` float64 on the CPU, ``x``; zero at the uniform average."""
+        """``(k, B)``, ``x``, where :attr:`raw` is; zero at the uniform average. No waiting."""
         return self.parametrization.coefficients(self.raw)
 
     @torch.no_grad()
@@ -110,7 +141,9 @@ class SubspaceOptimizer(Optimizer):
 
     @property
     def averaging_weights(self) -> Tensor:
-        """``(n, B)`` float64 ``beta``, with parameters equal to ``sum_i beta[i] * candidate_i``."""
+        """``(n, B)`` ``beta``, with parameters equal to ``sum_i beta[i] * candidate_i``; where
+        :attr:`raw` is. No waiting.
+        """
         return self.parametrization.averaging_weights(self.raw)
 
     @property
@@ -119,14 +152,20 @@ class SubspaceOptimizer(Optimizer):
 
         In standard deviations of the candidates with ``basis="pca"``.
         """
-        return float(self.coefficients.square().sum(dim=0).mean().sqrt())
+        return float(self.distance)
+
+    @property
+    def distance(self) -> Tensor:
+        """:attr:`coefficient_norm` as a tensor without dimensions, for logging. No waiting."""
+        return self.coefficients.square().sum(dim=0).mean().sqrt()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step in the subspace.
 
-        Without any gradient nothing moves. With a gradient that is not finite the step is skipped,
-        with a warning, and counted in ``skipped_steps``. Also where the closure sees other weights
+        Without any gradient nothing moves. With a gradient that is not finite the step is skipped
+        and counted in ``skipped_steps``, with a warning: at once on the CPU, else by :meth:`look`.
+        Its place in the schedule is used up. Also where the closure sees other weights
         (``parametrization="mask"``, ``sam_rho``), those of :attr:`coefficients` are in the
         parameters when it returns or raises.
 
@@ -148,11 +187,7 @@ class SubspaceOptimizer(Optimizer):
             if float(self.param_groups[0]["lr"]) == 0.0 and not bool(gradient.any()):
                 return None  # somebody (torch.distributed.checkpoint) only wants to see a state
             if moves_weights:
-                raise ValueError(
-                    "step() needs a closure with parametrization='mask' and with sam_rho: the loss "
-                    "is evaluated at other weights than the model's. Pass one, or use "
-                    "parametrization='free' and sam_rho=0."
-                )
+                raise ValueError(NEEDS_CLOSURE)
             self._advance(self._pull_back(self.raw, gradient))
             return None
         if not moves_weights:
@@ -164,11 +199,9 @@ class SubspaceOptimizer(Optimizer):
             return loss
         try:
             loss, gradient = self._evaluate(self.raw, closure)
-            rho = self.config.sam_rho
-            norm = 0.0 if gradient is None else float(gradient.norm())
-            if rho > 0 and gradient is not None and 0 < norm < float("inf"):
-                # Foret et al., arXiv 2010.01412, on the coefficients
-                _, gradient = self._evaluate(self.raw + rho * gradient / norm, closure)
+            up = None if gradient is None else up_the_slope(self.raw, gradient, self.config.sam_rho)
+            if up is not None:
+                _, gradient = self._evaluate(up, closure)
         finally:
             self.write_parameters()
         if gradient is not None:
@@ -177,7 +210,7 @@ class SubspaceOptimizer(Optimizer):
 
     def _evaluate(self, raw: Tensor, closure: Callable[[], Any]) -> tuple[Any, Tensor | None]:
         """The closure's value at raw parameters, and the gradient in them."""
-        self._write(self.parametrization.sample(raw, self.steps, self._progress()))
+        self._write(self.parametrization.sample(raw, self._position, self._progress()))
         with torch.enable_grad():
             loss = closure()
         gradient = self.exchange.project(self.subspace, self._outputs)
@@ -185,61 +218,65 @@ class SubspaceOptimizer(Optimizer):
 
     def _progress(self) -> float:
         """Of the phase, in [0, 1]; half where its length is not known."""
-        return 0.5 if self.total_steps is None else min(self.steps / self.total_steps, 1.0)
+        return 0.5 if self.total_steps is None else min(self._position / self.total_steps, 1.0)
 
     def _pull_back(self, raw: Tensor, gradient: Tensor) -> Tensor:
-        return pull_back(self.parametrization, raw, gradient, self.steps, self._progress())
+        return pull_back(self.parametrization, raw, gradient, self._position, self._progress())
 
     def _advance(self, gradient: Tensor) -> None:
-        """Step with a gradient of the raw parameters, if it is finite; write the parameters."""
-        if not bool(torch.isfinite(gradient).all()):
-            self.skipped_steps += 1
-            warnings.warn(
-                f"The gradient at optimizer step {self.steps} of the TWA phase is not finite; the "
-                f"step is skipped ({self.skipped_steps} so far) and the weights stay as they are.",
-                stacklevel=3,
-            )
-            return
-        self._step_raw(gradient)
-        self.write_parameters()
-
-    def _step_raw(self, gradient: Tensor) -> None:
-        """Let the solver move ``r``, and hold each block's step to its share of the budget."""
+        """Step with a gradient of the raw parameters, where it is finite; write the parameters."""
         group = self.param_groups[0]
         # Where the schedule has a length the learning rate is its own: a module that sets the rate
         # of "its" optimizer at every step (a warm-up, say) must not change the budget.
         lr = float(group["lr"]) if self.total_steps is None else self._scheduled_lr()
-        before = self.raw.clone()
         self._solver.param_groups[0]["lr"] = lr
         self.raw.grad = gradient
-        self._solver.step()
-        self.raw.grad = None
+        ok = torch.linalg.vector_norm(gradient, float("inf")) < float("inf")
         # Adam's steps are about one unit long, not at most one: the radius is a promise.
-        longest = lr if self.config.lr is None else None
-        self.path_length += limit_step(before, self.raw, longest)
-        self.last_lr = lr
-        self.steps += 1
+        limited = self.config.lr is None
+        goes = True
+        if not self._reads:
+            step_where(self._solver, self.raw, ok, self.path_length, limited=limited)
+        elif goes := bool(ok):
+            before = self.raw.clone()
+            self._solver.step()
+            self.path_length += limit_step(before, self.raw, lr if limited else None)
+        self.raw.grad = None
+        self._taken += ok
+        self.attempts += 1
+        self._position += 1
         if self.total_steps is not None:
             group["lr"] = self._scheduled_lr()
+        if not goes:
+            self.look()
+            return
+        self.last_lr = lr
+        self.write_parameters()
+
+    def look(self) -> None:
+        """Warn of steps without effect since the last look; waits for the device. On the CPU every
+        step does it.
+
+        Raises:
+            CommonError: On every process, when a gradient could not be projected on one.
+        """
+        self.exchange.look()
+        skipped = self.skipped_steps
+        if skipped > self._told:
+            at = f" {self._position - 1}" if self._reads else f"s before {self._position}"
+            warnings.warn(NOT_FINITE.format(at=at, skipped=skipped), stacklevel=3)
+        self._told = skipped
 
     def _scheduled_lr(self) -> float:
-        return self.peak_lr * schedule_factor(self.config, self.steps, self.total_steps)
+        return self.peak_lr * schedule_factor(self.config, self._position, self.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Coefficients, solver state and step count: tensors, numbers, strings, lists, dicts.
 
-        A copy: later steps do not change it.
+        A copy, on the CPU and in float64 wherever the optimizer works: later steps do not change
+        it.
         """
-        return {
-            "coefficients": self.raw.clone(),
-            "path_length": self.path_length.clone(),
-            "steps": self.steps,
-            "skipped_steps": self.skipped_steps,
-            "total_steps": self.total_steps,
-            "peak_lr": self.peak_lr,
-            "lr": float(self.param_groups[0]["lr"]),
-            "solver": copy.deepcopy(self._solver.state_dict()),
-        }
+        return saved.state_of(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -249,80 +286,5 @@ class SubspaceOptimizer(Optimizer):
         Raises:
             ValueError: When the state belongs to a subspace of another size.
         """
-        coefficients = state_dict["coefficients"]
-        if coefficients.shape != self.raw.shape:
-            raise ValueError(
-                f"The state has coefficients of shape {tuple(coefficients.shape)}, but this "
-                f"subspace needs {tuple(self.raw.shape)} (directions, blocks)."
-            )
-        self.raw.copy_(coefficients)
-        self.path_length = state_dict["path_length"].clone()
-        self.steps = state_dict["steps"]
-        self.skipped_steps = state_dict["skipped_steps"]
-        self._solver.load_state_dict(copy.deepcopy(state_dict["solver"]))
-        if self.total_steps is None:
-            self.param_groups[0]["lr"] = state_dict["lr"]
-        else:
-            if state_dict.get("total_steps", self.total_steps) == self.total_steps:
-                self.peak_lr = state_dict.get("peak_lr", self.peak_lr)
-            elif self.config.lr is None:
-                left = self.radius - float(self.path_length.max())
-                peak = peak_within(self.config, left, self.steps, self.total_steps)
-                self.peak_lr = min(self.peak_lr, peak)
-            self.param_groups[0]["lr"] = self._scheduled_lr()
+        saved.load(self, state_dict)
         self.write_parameters()
-
-
-def _check(subspace: Subspace, solver: SolverConfig, total_steps: int | None) -> None:
-    """Raise where the solver's configuration does not go with the subspace or the length."""
-    check_unit_of_steps(subspace.config, solver)
-    if solver.name == "uniform":
-        raise ValueError(
-            "SolverConfig(name='uniform') trains no coefficients. Use an Adam solver or SGD; "
-            "lightning_twa.average() gives a uniform average."
-        )
-    if total_steps is not None and total_steps < 1:
-        raise ValueError(f"Invalid {total_steps=}. Must be an int >= 1.")
-    if total_steps is None and (solver.lr is None or solver.schedule != "constant"):
-        raise ValueError(
-            f"total_steps is needed for schedule={solver.schedule!r} and for a radius. Pass the "
-            f"number of optimizer steps of the phase, or SolverConfig(schedule='constant', "
-            f"lr=...)."
-        )
-
-
-def _match(
-    params: Iterable[Tensor] | Iterable[tuple[str, Tensor]], subspace: Subspace
-) -> list[Tensor]:
-    """The parameters in the layout's order, by name where names are given."""
-    given = list(params)
-    specs = subspace.layout.specs
-    if given and isinstance(given[0], tuple):
-        named: dict[str, Tensor] = dict(given)  # type: ignore[arg-type]
-        missing = [spec.name for spec in specs if spec.name not in named]
-        if missing:
-            raise ValueError(
-                f"The subspace spans {missing[0]!r}, which is not among the parameters given"
-                f"{_and_more(missing)}. Build it with names=[name for name, _ in "
-                f"model.named_parameters()]."
-            )
-        outputs = [named[spec.name] for spec in specs]
-    else:
-        outputs = given  # type: ignore[assignment]
-        if len(outputs) != len(specs):
-            raise ValueError(
-                f"Got {len(outputs)} parameters, but the subspace spans {len(specs)} tensors. "
-                f"Pass model.named_parameters() to match them by name."
-            )
-    for spec, parameter in zip(specs, outputs, strict=True):
-        if parameter.shape != spec.shape:
-            raise ValueError(
-                f"The parameter for {spec.name!r} has shape {tuple(parameter.shape)}, but the "
-                f"candidates have {tuple(spec.shape)}. Pass model.named_parameters() to match "
-                f"them by name."
-            )
-    return outputs
-
-
-def _and_more(names: list[str]) -> str:
-    return f" (nor {len(names) - 1} more)" if len(names) > 1 else ""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_twa.config import SubspaceConfig
 from lightning_twa.subspace.subspace import Subspace
+from lightning_twa.subspace.tensors import is_accelerator, widest
 
 __all__ = [
     "Free",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 HOT, COLD = 1.0, 0.1  # temperatures of the relaxed mask at the start and at the end
+EPS = {torch.float64: 1e-9, torch.float32: 1e-6}  # so far the noise stays from 0 and 1
 SEED = 20502  # of the mask's noise, which is the same on all processes and in a resumed run
 
 
@@ -97,7 +99,9 @@ class Simplex:
         self.n = subspace.num_candidates
         self.shape = (self.n, subspace.num_blocks)
         # beta - 1/n = M^T x per block, M the (k, n) mixing
-        self._inverse = torch.linalg.pinv(subspace.mixing.transpose(1, 2), rtol=1e-12)
+        inverse = torch.linalg.pinv(subspace.mixing.transpose(1, 2), rtol=1e-12)
+        device = subspace.center.device
+        self._inverse = inverse.to(device=device, dtype=widest(device))
 
     def averaging_weights(self, raw: Tensor) -> Tensor:
         """In [0, 1]; columns sum to 1."""
@@ -141,28 +145,48 @@ class Mask(Simplex):
         """Of a relaxed mask; the same for the same step."""
         logits = self.n**0.5 * raw
         logits = logits + self._shift(logits)
-        generator = torch.Generator().manual_seed(SEED + step)
-        uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device="cpu")
-        noise = torch.logit(uniform, eps=1e-9)
+        noise = torch.logit(_uniform(logits, SEED + step), eps=EPS[logits.dtype])
         temperature = HOT * (COLD / HOT) ** progress
         mask = torch.sigmoid((logits + noise) / temperature)
         return self._of(mask / mask.sum(dim=0, keepdim=True).clamp_min(1e-12))
+
+    def _narrow(
+        self, logits: Tensor, low: Tensor, high: Tensor, parts: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of an interval in which the shift lies, the one of equal parts in which it does."""
+        if parts == 2:
+            middle = (low + high) / 2
+            over = torch.sigmoid(logits + middle).sum(dim=0, keepdim=True) > self.size
+            return torch.where(over, low, middle), torch.where(over, middle, high)
+        edges = torch.linspace(0, 1, parts + 1, dtype=logits.dtype, device=logits.device)
+        inner = edges.narrow(0, 1, parts - 1).view(-1, 1, 1)
+        kept = torch.sigmoid(logits + torch.lerp(low, high, inner)).sum(dim=1, keepdim=True)
+        below = (kept <= self.size).sum(dim=0).to(logits.dtype)
+        return (
+            torch.lerp(low, high, below / parts),
+            torch.lerp(low, high, (below + 1) / parts),
+        )
 
     def _shift(self, logits: Tensor) -> Tensor:
         """``(1, B)`` the ``s`` with ``sum sigmoid(logits + s) = size``, and its derivative."""
         with torch.no_grad():
             low = -logits.amax(dim=0, keepdim=True) - 40.0
             high = -logits.amin(dim=0, keepdim=True) + 40.0
-            for _ in range(80):
-                middle = (low + high) / 2
-                over = torch.sigmoid(logits + middle).sum(dim=0, keepdim=True) > self.size
-                low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+            parts, rounds = (1024, 6) if is_accelerator(logits.device) else (2, 80)
+            for _ in range(rounds):
+                low, high = self._narrow(logits, low, high, parts)
             shift = (low + high) / 2
             p = torch.sigmoid(logits + shift)
             slope = (p * (1 - p)).sum(dim=0, keepdim=True).clamp_min(1e-12)
         # One step of Newton's method changes nothing, but has the derivative of the solution.
         excess = torch.sigmoid(logits + shift).sum(dim=0, keepdim=True) - self.size
         return shift - (excess - excess.detach()) / slope
+
+
+def _uniform(like: Tensor, seed: int) -> Tensor:
+    """Numbers in [0, 1), the same for the same seed on every device of a kind."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def make_parametrization(subspace: Subspace) -> Parametrization:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from lightning_twa.config import SolverConfig
 
-__all__ = ["peak_within", "schedule_factor", "schedule_sum"]
+__all__ = ["first_peak", "peak_within", "resumed_peak", "schedule_factor", "schedule_sum"]
 
 
 def schedule_factor(config: SolverConfig, step: int, total_steps: int | None) -> float:
@@ -50,3 +52,36 @@ def peak_within(config: SolverConfig, budget: float, first: int, total_steps: in
     """
     left = schedule_sum(config, total_steps, first)
     return max(budget, 0.0) / left if left > 0 else math.inf
+
+
+def first_peak(config: SolverConfig, radius: float, total_steps: int | None) -> float:
+    """The peak learning rate of a phase that begins."""
+    if config.lr is not None:
+        return float(config.lr)
+    assert total_steps is not None
+    return peak_within(config, radius, 0, total_steps)
+
+
+def resumed_peak(
+    config: SolverConfig,
+    peak: float,
+    left: float,
+    position: int,
+    total_steps: int,
+    state: Mapping[str, Any],
+) -> float:
+    """The peak learning rate of a phase that goes on.
+
+    Args:
+        config: Schedule and warm-up.
+        peak: Of a phase of this length that begins.
+        left: Of the radius.
+        position: Next step of the schedule.
+        total_steps: Optimizer steps of the whole phase.
+        state: Of the optimizer, when it was saved.
+    """
+    if state.get("total_steps", total_steps) == total_steps:
+        return float(state.get("peak_lr", peak))
+    if config.lr is not None:
+        return peak
+    return min(peak, peak_within(config, left, position, total_steps))

@@ -32,7 +32,9 @@ def close(found: Tensor, exact: Tensor, rtol: float) -> None:
 
 @BITS
 @DTYPES
-@pytest.mark.parametrize("kernel", [kernels.project_tiles, kernels.project_by_tile])
+@pytest.mark.parametrize(
+    "kernel", [kernels.project_tiles, kernels.project_at_once, kernels.project_by_tile]
+)
 def test_projecting_is_the_product_with_the_entries(kernel, bits, dtype, rtol) -> None:
     planes, scales, u = stored(bits)
     g = torch.randn(3, 16, GROUP, dtype=dtype)
@@ -43,7 +45,9 @@ def test_projecting_is_the_product_with_the_entries(kernel, bits, dtype, rtol) -
 
 @BITS
 @DTYPES
-@pytest.mark.parametrize("kernel", [kernels.expand_tiles, kernels.expand_by_tile])
+@pytest.mark.parametrize(
+    "kernel", [kernels.expand_tiles, kernels.expand_at_once, kernels.expand_by_tile]
+)
 def test_expanding_is_the_product_with_the_entries(kernel, bits, dtype, rtol) -> None:
     planes, scales, u = stored(bits)
     x = torch.randn(3, 5, dtype=dtype)
@@ -65,10 +69,57 @@ def test_what_cannot_be_compiled_whole_is_an_error(monkeypatch) -> None:
     try:
         both = kernels.compiled_kernels()
         assert kernels.compiled_kernels() is both, "compiled once"
+        planes, scales, u = stored(4)
+        g, x = torch.randn(3, 16, GROUP), torch.randn(3, 5)
+        for _ in range(2):
+            close(both[0](planes, scales, g, 4), torch.einsum("nkmc,nmc->nk", u, g.double()), 1e-5)
+            close(both[1](planes, scales, x, 4), torch.einsum("nkmc,nk->nmc", u, x.double()), 1e-5)
     finally:
         kernels.compiled_kernels.cache_clear()
-    assert both == (kernels.project_tiles, kernels.expand_tiles)
     assert asked == 2 * [{"fullgraph": True, "dynamic": False}]
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> Any:
+    """How often torch compiles the kernels, which takes no time here."""
+    found: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        found.append("compiled")
+        return graph.forward
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: plain(f, backend=backend, **options))
+    kernels.compiled_kernels.cache_clear()
+    yield found
+    kernels.compiled_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("bits", [4, *(pytest.param(b, marks=pytest.mark.long) for b in (1, 3))])
+def test_any_number_of_directions_is_compiled_in_one_process(compilations, bits) -> None:
+    """Torch gives a function up at its eighth compilation."""
+    project, expand = kernels.compiled_kernels()
+    for k in (2, 3, 5, 7, 8, 9, 11, 12, 13, 20, 59):
+        for tiles in (2, 3):
+            planes, scales, u = stored(bits, tiles, k, groups=8)
+            g, x = torch.randn(tiles, 8, GROUP), torch.randn(tiles, k)
+            exact = torch.einsum("nkmc,nmc->nk", u, g.double())
+            close(project(planes, scales, g, bits), exact, 1e-5)
+            exact = torch.einsum("nkmc,nk->nmc", u, x.double())
+            close(expand(planes, scales, x, bits), exact, 1e-5)
+    assert len(compilations) == 2, "one of each for all sizes"
+
+
+def test_what_prepare_compiles_the_step_does_not_compile_again(compilations) -> None:
+    for n in (3, 6):
+        subspace = use(build_subspace(candidates(n), SubspaceConfig(bits=4)), "compiled")
+        compilations.clear()
+        subspace.stored.prepare(lambda compiled: compiled)
+        assert len(compilations) == (2 if n == 3 else 0)
+        compilations.clear()
+        check_products(subspace)
+        assert compilations == []
+        assert subspace.stored.path == "compiled"
 
 
 @pytest.mark.parametrize("kernel", [kernels.project_by_tile, kernels.expand_by_tile])

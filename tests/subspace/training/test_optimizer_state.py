@@ -126,11 +126,13 @@ def test_coefficient_norm_is_the_root_mean_square_over_blocks() -> None:
 def test_a_state_holds_what_a_run_needs_to_go_on() -> None:
     optimizer = optimizer_of()
     take(optimizer, 3)
-    optimizer.skipped_steps = 2
+    optimizer.attempts += 2
+    optimizer._position += 1
     state = optimizer.state_dict()
     assert {k: v for k, v in state.items() if not isinstance(v, (Tensor, dict))} == {
         "steps": 3,
         "skipped_steps": 2,
+        "position": 4,
         "total_steps": 10,
         "peak_lr": optimizer.peak_lr,
         "lr": optimizer.param_groups[0]["lr"],
@@ -139,7 +141,7 @@ def test_a_state_holds_what_a_run_needs_to_go_on() -> None:
     other.load_state_dict(state)
     assert (other.steps, other.skipped_steps) == (3, 2)
     assert other.peak_lr == optimizer.peak_lr
-    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert other.param_groups[0]["lr"] == optimizer.peak_lr * other_factor(4, 10)
     assert torch.equal(other.path_length, optimizer.path_length)
     x, spans = other.coefficients, other.subspace.layout.specs
     theta = [torch.empty(spec.shape, dtype=F64) for spec in spans]
@@ -156,6 +158,7 @@ def test_a_state_of_an_earlier_version_has_no_length_and_no_peak() -> None:
     take(optimizer, 3)
     state = optimizer.state_dict()
     del state["total_steps"], state["peak_lr"]
+    state["skipped_steps"] = 4  # these did not use up their places in the schedule then
     other = optimizer_of()
     other.load_state_dict(state)
     assert other.peak_lr == optimizer.peak_lr
