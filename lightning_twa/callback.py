@@ -186,7 +186,7 @@ class TWAHooks(RunResults, Hooks):
     ) -> None:
         """Take candidates by optimizer steps; log; finish after the last batch of the run."""
         self._run.look_at(batch)
-        self._tell(Event.BATCH_ENDED, trainer, pl_module, outputs)
+        self._tell(Event.BATCH_ENDED, trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take candidates by epochs; finish where something has stopped the run."""

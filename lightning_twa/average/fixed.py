@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.average.greedy import greedy, validation
@@ -16,6 +15,7 @@ from lightning_twa.average.members import Member, Paths, Selected, State, member
 from lightning_twa.average.sums import mix, model_stock
 from lightning_twa.candidates import decay_curve, fitted_factors
 from lightning_twa.config import as_names, check_choice, is_int, is_real
+from lightning_twa.machine import warn
 from lightning_twa.results import RunResults
 
 __all__ = ["METHODS", "average", "factors"]
@@ -193,7 +193,7 @@ def factors(
             f"Invalid weights={given}. There are {n} candidates: pass so many finite numbers."
         )
     if abs(sum(given) - 1) > 1e-2:
-        rank_zero_warn(
+        warn(
             f"The weights sum to {sum(given):g}, not to 1, so the result is no average but that "
             f"many times one. Divide them by their sum if an average is meant."
         )

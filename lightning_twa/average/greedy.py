@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_twa.average.members import Member, State
 from lightning_twa.average.sums import mix
 from lightning_twa.config import check_choice
+from lightning_twa.machine import say
 
 __all__ = ["greedy", "mode_of", "validation"]
 
@@ -65,7 +65,7 @@ def greedy(members: Sequence[Member], score: Callable[[State], float]) -> State:
         if found >= best:
             kept, best = [*kept, i], found
     names = ", ".join(members[i].name for i in kept)
-    rank_zero_info(f"TWA: the greedy soup has {len(kept)} of {len(members)} candidates: {names}.")
+    say(f"TWA: the greedy soup has {len(kept)} of {len(members)} candidates: {names}.")
     return mix([members[i] for i in sorted(kept)], [1 / len(kept)] * len(kept))
 
 

@@ -13,10 +13,10 @@ import re
 from collections.abc import Collection, Sequence
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_twa.average.members import Member, State
+from lightning_twa.machine import say
 from lightning_twa.subspace import in_float64
 
 __all__ = ["average_products", "pairs_of"]
@@ -82,7 +82,7 @@ def average_products(
         size += float(values.square().sum())
         wrong += float(apart.square().sum())
     size = max(size, torch.finfo(torch.float64).tiny)
-    rank_zero_info(
+    say(
         f"TWA: {len(pairs)} LoRA products were averaged, and kept to "
         f"{100 * (missed / size) ** 0.5:.2g} % at their rank (relative norm); the product of "
         f"averaged factors would have been {100 * (wrong / size) ** 0.5:.2g} % off."

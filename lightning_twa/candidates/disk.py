@@ -7,8 +7,6 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from lightning_twa.candidates.candidate import Candidate
 from lightning_twa.candidates.files import (
     CandidateFileError,
@@ -18,7 +16,7 @@ from lightning_twa.candidates.files import (
     read_candidate,
     write_candidate,
 )
-from lightning_twa.machine import gather_objects, rank, world_size
+from lightning_twa.machine import gather_objects, rank, warn, world_size
 
 __all__ = ["Disk"]
 
@@ -124,7 +122,7 @@ class Disk:
             try:
                 delete_candidate(self.root, mine)
             except OSError as error:
-                rank_zero_warn(
+                warn(
                     f"The file {mine.file} in {self.root} is not needed any more, but could not be "
                     f"deleted ({error}). Delete it when the run is over."
                 )

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.candidates.candidate import Candidate, to_cpu
 from lightning_twa.candidates.store import Entry, Store, entry_state
+from lightning_twa.machine import warn
 
 __all__ = ["Parked"]
 
@@ -45,7 +45,7 @@ class Parked:
                     make = partial(_part, f"{name}-{updates}", tensors)
                     entries.append(Entry(*store.disk.write(make)))
             except OSError as error:
-                rank_zero_warn(
+                warn(
                     f"The running averages could not be written to {store.disk.root} ({error}), "
                     f"and those of sharded parameters have no other place in a checkpoint: a run "
                     f"that is resumed from it begins them anew. Make room there, or set "

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_twa.config import WIDEST
+from lightning_twa.machine import say
 
 __all__ = ["MEAN", "decay_curve", "fitted_factors", "gamma_of", "power_name", "profile", "width_of"]
 
@@ -82,7 +82,7 @@ def fitted_factors(names: Sequence[str], width: float) -> list[float]:
     factors = [*solved.tolist(), 1 - float(solved.sum())]
     fit = held @ torch.tensor(factors, dtype=torch.float64, device="cpu")
     error = float((fit - target).norm() / target.norm())
-    rank_zero_info(
+    say(
         f"TWA: the weights over the steps of sigma_rel={width:g} are fitted by {len(found)} "
         f"averages with a relative error of {error:.2g}."
     )

@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_twa.candidates.candidate import (
@@ -31,7 +30,7 @@ from lightning_twa.candidates.frozen import (
     put_frozen_back,
 )
 from lightning_twa.config import StorageConfig
-from lightning_twa.machine import all_ranks, free_bytes, in_common
+from lightning_twa.machine import all_ranks, free_bytes, in_common, warn
 from lightning_twa.subspace import local_part
 
 __all__ = ["Entry", "Store", "drop", "entry_state", "keep_last", "misfit_of", "take_anew"]
@@ -233,7 +232,7 @@ class Store:
             own, files = self.disk.write(changing)
             return Entry(_joined(own, frozen), files)
         except OSError as error:
-            rank_zero_warn(
+            warn(
                 f"Candidate {name!r} could not be written to {self.disk.root} ({error}). It is "
                 f"kept in memory instead. Make room there, or set StorageConfig.dirpath."
             )
@@ -247,7 +246,7 @@ class Store:
             try:
                 self.disk.read(entry.files)
             except CandidateFileError as error:
-                rank_zero_warn(f"A candidate is left out: {error}")
+                warn(f"A candidate is left out: {error}")
                 (self._given if entry in self._given else self._window).remove(entry)
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,7 +254,7 @@ class Store:
         if self.shards and any(entry.files is None for entry in self._entries):
             # This process's part of it is all that there is here.
             missing = sum(entry.files is None for entry in self._entries)
-            rank_zero_warn(
+            warn(
                 f"The checkpoint leaves out {missing} candidate(s) that "
                 f"could not be written to files: sharded parameters fit into no other place."
             )

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.checkpoint import read_state
 from lightning_twa.figures.canvas import ACCENT, COLOR, canvas, name_ticks, shortened
+from lightning_twa.machine import warn
 from lightning_twa.results import RunResults
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def log_figure(trainer: Trainer, results: RunResults) -> None:
             TAKING[kinds[0]](logger, plot_averaging_weights(results), trainer.global_step)
         except Exception as error:
             name = kinds[0].removesuffix("Logger")
-            rank_zero_warn(f"{name} got no figure of the averaging weights: {error}")
+            warn(f"{name} got no figure of the averaging weights: {error}")
 
 
 def _to_tensorboard(logger: Any, figure: Figure, step: int) -> None:

@@ -1,4 +1,4 @@
-"""What the machine offers: messages between processes, memory, files."""
+"""What the machine offers: messages between processes, memory, files, the terminal."""
 
 from lightning_twa.machine.collectives import (
     CommonError,
@@ -16,6 +16,7 @@ from lightning_twa.machine.collectives import (
 )
 from lightning_twa.machine.files import why_not_writable
 from lightning_twa.machine.memory import free_bytes, total_bytes
+from lightning_twa.machine.terminal import say, warn
 
 __all__ = [
     "CommonError",
@@ -29,8 +30,10 @@ __all__ = [
     "mean_over_ranks_",
     "rank",
     "reduce_scatter_mean",
+    "say",
     "sum_over_ranks",
     "total_bytes",
+    "warn",
     "why_not_writable",
     "world_size",
 ]

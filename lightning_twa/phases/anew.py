@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_twa.candidates import put_back, weights_and_buffers
+from lightning_twa.machine import say
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.placing import place_plans
 from lightning_twa.phases.temporary import TemporaryAverage
@@ -47,9 +47,7 @@ def go_on(averaging: Averaging, trainer: Trainer, module: LightningModule) -> No
         put_back(module, start)
     averaging.collector.catch_up(trainer, module, anew=True)
     what = "its average" if start is None else "the weights before its average"
-    rank_zero_info(
-        f"TWA: the finished run is trained on from {what}, and candidates are collected anew."
-    )
+    say(f"TWA: the finished run is trained on from {what}, and candidates are collected anew.")
 
 
 def keep_raw(averaging: Averaging, module: LightningModule) -> None:

@@ -6,10 +6,10 @@ import time
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_twa.candidates import Store
+from lightning_twa.machine import say
 from lightning_twa.phases import report, span
 from lightning_twa.phases.optimize import Optimization
 from lightning_twa.results import Result
@@ -85,12 +85,12 @@ def tell_what_was_done(
         None if phase.choice is None else phase.choice.total_steps,
         phase.skipped_before + phase.optimizer.skipped_steps,
         batchnorm_batches,
-        phase.losses,
+        "" if phase.selection.chose else str(phase.training_loss),
         seconds,
     )
     for line in lines:
-        rank_zero_info(line)
+        say(line)
     result = phase.selection.result(phase.steps, seconds)
     if phase.settings.heldout is not None:
-        rank_zero_info(f"TWA: {result}")
+        say(f"TWA: {result}")
     return result

@@ -205,7 +205,7 @@ class Averaging:
 
     # --- training
 
-    def follow_phase(self, trainer: Trainer, module: LightningModule, outputs: Any) -> None:
+    def follow_phase(self, trainer: Trainer, module: LightningModule) -> None:
         """In the phase, after a batch: log, record, and go on with the next group of candidates
         where one is due.
         """
@@ -215,9 +215,8 @@ class Averaging:
         lr = torch.full((), optimizer.last_lr, device=module.device)
         values = {"twa/lr": lr, "twa/coefficient_norm": optimizer.distance.to(lr)}
         # A batch size of its own: with training_step(dataloader_iter) Lightning knows none.
-        module.log_dict(values, on_step=True, on_epoch=False, batch_size=1, prog_bar=True)
+        module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         self._log_held_out(module)
-        self.optimization.losses.add(outputs, trainer.accumulate_grad_batches)
         self.record_step(trainer)
         self.optimization.follow_batch(trainer, module, self.store)
 

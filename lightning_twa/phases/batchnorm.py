@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_twa.machine import all_ranks, gather_objects, mean_over_ranks_, world_size
+from lightning_twa.machine import all_ranks, gather_objects, mean_over_ranks_, say, warn, world_size
 from lightning_twa.trainer import batch_hooks, loader_batches, modules_in_training, training_steps
 
 __all__ = ["BATCHES", "reestimate", "reestimate_batchnorm", "tracked_batch_norms"]
@@ -180,7 +179,7 @@ def reestimate_batchnorm(
     at_most: int | None = None,
     *,
     with_hooks: bool = False,
-    warn: bool = True,
+    matters: bool = True,
 ) -> int | None:
     """Compute BatchNorm statistics for the weights in place; every rank calls it.
 
@@ -191,7 +190,7 @@ def reestimate_batchnorm(
         seen: Batches of an epoch of data without a length.
         at_most: Number of batches; ``None`` means those of an epoch.
         with_hooks: Whether ``on_train_batch_start`` changes batches.
-        warn: Whether it matters where it cannot be done.
+        matters: Whether it does where it cannot be done.
 
     Returns:
         The number of batches; ``None`` when there was nothing to do, or, with a message, no way to.
@@ -225,7 +224,7 @@ def reestimate_batchnorm(
 
     batches = reestimate(layers, forward)
     if batches == 0:
-        tell = rank_zero_warn if warn else rank_zero_info
+        tell = warn if matters else say
         reason = f"{type(problem).__name__}: {problem}" if problem else "there was no batch"
         tell(
             f"BatchNorm statistics could not be re-estimated for the averaged weights "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_twa.machine import say
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.by_steps import phase_stops
 from lightning_twa.phases.placing import position
@@ -51,7 +51,7 @@ def enter_phase(
         sized=phase.switch.sized,
     )
     if now.by_time is not None and "stops_at_step" in stops:
-        rank_zero_info(
+        say(
             f"TWA: the Trainer's time ends this run after some {now.by_time} optimizer steps, as "
             f"far as those so far tell; the phase ends it after step {stops['stops_at_step']}."
         )

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_twa.candidates import averaged_names, check_selection
 from lightning_twa.config import Settings
+from lightning_twa.machine import warn
 from lightning_twa.phases.by_steps import begins_by_steps, check_limits, plan_by_steps
 from lightning_twa.phases.enough import check_enough_candidates, check_something
 from lightning_twa.phases.plan import cycle_bounds, resolve_plans
@@ -355,13 +355,13 @@ def _warn_of_max_steps(
     if last is None:
         return
     if settings.uniform and plan.collect_start > last:
-        rank_zero_warn(
+        warn(
             f"There will be nothing to average: max_steps={trainer.max_steps} ends the run in "
             f"epoch {last}, before epoch {plan.collect_start}, where collecting starts. Lower "
             f"CollectConfig.start (or start_epoch) to {last} or less, or raise max_steps."
         )
     if not settings.uniform and plan.start_epoch > last:
-        rank_zero_warn(
+        warn(
             f"TWA will not run: max_steps={trainer.max_steps} ends the run in epoch {last}, before "
             f"start_epoch={plan.start_epoch} begins the phase. Lower start_epoch to {last} or "
             f"less, or raise max_steps."
@@ -375,7 +375,7 @@ def _warn_of_rank(settings: Settings, snapshots: int | None, others: int) -> Non
         return
     n = min(snapshots + others, size or snapshots + others)
     if rank >= n:
-        rank_zero_warn(
+        warn(
             f"SubspaceConfig.rank={rank} keeps all directions: {count(n, 'candidate')} "
             f"{'in a group ' if size is not None else ''}have {n - 1} at most."
         )

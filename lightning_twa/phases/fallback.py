@@ -4,13 +4,10 @@ its candidates, which are kept in files, and says how the phase can be run from 
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_twa.candidates import averaged_names, check_complete, keep_in_files, put_average
-from lightning_twa.machine import in_common
+from lightning_twa.machine import in_common, warn
 from lightning_twa.phases.anew import keep_raw
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.beginning import enter_phase
@@ -56,14 +53,12 @@ def begin_phase(
         _fall_back(averaging, trainer, module, error, "could not begin")
 
 
-def follow_phase(
-    averaging: Averaging, trainer: Trainer, module: LightningModule, outputs: Any
-) -> None:
+def follow_phase(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
     """In the phase, after a batch: what follows it; or fall back, and then let the run end."""
     phase = averaging.optimization
     if not phase.failed:
         try:
-            averaging.follow_phase(trainer, module, outputs)
+            averaging.follow_phase(trainer, module)
         except Exception as error:
             if not is_common(error):
                 raise
@@ -97,7 +92,7 @@ def _fall_back(
         if averaging.in_last_cycle
         else "This cycle ends with the uniform average of its"
     )
-    rank_zero_warn(
+    warn(
         f"The TWA phase {what} ({type(error).__name__}: {error}). {then} {count(n, 'candidate')}. "
         f"{_how_to_run_it(averaging, trainer)}"
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.candidates import averaged_names, check_complete, put_average
+from lightning_twa.machine import say, warn
 from lightning_twa.phases import saved
 from lightning_twa.phases.anew import keep_raw
 from lightning_twa.phases.arrival import put_result, tell_what_was_done
@@ -46,7 +46,7 @@ def complete_uniform(averaging: Averaging, trainer: Trainer, module: LightningMo
     averaging.collector.add_averages(module, trainer.global_step)
     n = len(store)
     if n == 0:
-        rank_zero_warn(
+        warn(
             f"There is nothing to average: the run ended before epoch "
             f"{averaging.plan.collect_start}. The weights are those of ordinary training."
         )
@@ -68,7 +68,7 @@ def _put_uniform(averaging: Averaging, trainer: Trainer, module: LightningModule
     put_average(module, averaging.store, only)
     batches = fit_buffers(averaging, trainer, module)
     averaging.keep_uniform()
-    rank_zero_info(uniform_report(averaging.store.names, batches))
+    say(uniform_report(averaging.store.names, batches))
     tell_what_stays(averaging.settings, module)
     assert averaging.learned is not None
     _keep_result(averaging, trainer, module, averaging.learned)
@@ -82,7 +82,7 @@ def _keep_result(
         averaging.trajectory.record(averaging_weights)
     if averaging.store.files is not None:
         directory, size = averaging.store.files
-        rank_zero_info(
+        say(
             f"TWA: the candidates stay in {directory} ({size / 2**20:.1f} MiB). Checkpoints "
             f"written before the phase ended need them."
         )
@@ -100,7 +100,7 @@ def warn_of_too_few(averaging: Averaging) -> None:
     """Say that the phase cannot begin: of data without a length, or of damaged files. What could be
     known before training was checked then.
     """
-    rank_zero_warn(
+    warn(
         f"TWA needs at least two candidates, but collecting {averaging.plan.describe()} "
         f"gave {averaging.collector.count}. Ordinary training goes on."
     )
@@ -115,7 +115,7 @@ def warn_of_no_average(averaging: Averaging, trainer: Trainer, had_too_few: bool
         had_too_few: Whether there were too few candidates when the phase was due.
     """
     if averaging.cycle > 0:
-        rank_zero_warn(
+        warn(
             f"Training stopped in part {averaging.cycle + 1} of cycles="
             f"{averaging.settings.cycles}, "
             f"before its phase began: ordinary training has moved the weights on from the "
@@ -123,7 +123,7 @@ def warn_of_no_average(averaging: Averaging, trainer: Trainer, had_too_few: bool
         )
         return
     if averaging.went_on:
-        rank_zero_warn(
+        warn(
             f"Training stopped before {averaging.plan.describe_start()} began another phase of the "
             f"finished run that was trained on: ordinary training has moved the weights on from "
             f"where it went on ({averaging.settings.continue_from})."
@@ -134,7 +134,7 @@ def warn_of_no_average(averaging: Averaging, trainer: Trainer, had_too_few: bool
     found = f"there {'was' if candidates == 1 else 'were'} {count(candidates, 'candidate')}"
     ordinary = "The weights are those of ordinary training."
     if had_too_few:
-        rank_zero_warn(
+        warn(
             f"TWA never ran: {found} at {start}, and it needs two. {ordinary} "
             f"Collect earlier, or more often (CollectConfig)."
         )
@@ -151,4 +151,4 @@ def warn_of_no_average(averaging: Averaging, trainer: Trainer, had_too_few: bool
         )
     if averaging.settings.start_on_early_stopping and candidates < 2:
         text += f", or CollectConfig.start: {found}, and start_on_early_stopping needs two"
-    rank_zero_warn(f"{text}.")
+    warn(f"{text}.")

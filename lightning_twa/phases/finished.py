@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_twa.candidates import (
@@ -25,7 +24,7 @@ from lightning_twa.candidates import (
     weights_and_buffers,
     without_wrappers,
 )
-from lightning_twa.machine import gather_objects, in_common, rank
+from lightning_twa.machine import gather_objects, in_common, rank, say, warn
 from lightning_twa.trainer import (
     best_paths,
     checkpoint_directory,
@@ -100,7 +99,7 @@ class FinishedAverage:
             )
         except Exception as error:  # of any kind: a run must not end with an error for its file
             self.path = None  # what is there is of an earlier cycle
-            rank_zero_warn(
+            warn(
                 f"The average could not be written to {target} ({type(error).__name__}: {error}). "
                 f"It is in the model, and in average_state_dict() of the callback: save it before "
                 f"other weights are loaded, or set save_average to a file that can be written."
@@ -109,7 +108,7 @@ class FinishedAverage:
         self.path = gather_objects(None if path is None else str(path))[0]
         if self.path is not None and Path(self.path).is_file():  # no directory of shards, seen here
             self._leave_to_file(Path(self.path))
-        rank_zero_info(f"TWA: the average is in {self.path}.")
+        say(f"TWA: the average is in {self.path}.")
 
     def _leave_to_file(self, path: Path) -> None:
         """Keep only what the file does not have as it is: ``on_save_checkpoint`` may filter it."""
@@ -184,14 +183,14 @@ class FinishedAverage:
         weights = [name for name in others if name in dict(module.named_parameters())]
         if others and not weights:
             self._warned = True
-            rank_zero_info(
+            say(
                 f"TWA: {doing[0].lower()}{doing[1:]} the model has the weights of the average, but "
                 f"{count(len(others), 'buffer')} with other values than when it was finished (the "
                 f"first is {others[0]!r}), as a module that updates them in validation has."
             )
         elif others:
             self._warned = True
-            rank_zero_warn(
+            warn(
                 f"{doing} the model does not hold the average that TWACallback finished: "
                 f"{len(others)} of {len(self._digests)} tensors are others (the first is "
                 f"{weights[0]!r}). Something has loaded or swapped other weights since (the best "
@@ -230,7 +229,7 @@ class FinishedAverage:
                     weights_only=weights_only,
                 )
             except Exception as error:  # of any kind: a run must not end with an error for its file
-                rank_zero_warn(
+                warn(
                     f"The checkpoint {path} was written before the average was complete, and "
                     f"could not be written again ({type(error).__name__}: {error}). The average "
                     f"is in {self.path or 'the model'}."
@@ -255,7 +254,7 @@ class FinishedAverage:
                 loaders = "trainer.test() without a model, and ckpt_path='best', load them"
                 if name != "best_model_path":
                     loaders = "ckpt_path='last' loads them"
-                rank_zero_info(
+                say(
                     f"TWA: {name} ({path}) holds other weights than the average; {loaders}. The "
                     f"average is in {self.path or 'the model alone: set save_average'}."
                 )

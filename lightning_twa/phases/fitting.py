@@ -39,7 +39,7 @@ def fit_buffers(
             max(averaging.epoch_batches or 0, batches_seen(trainer)),
             BATCHES if in_between and at_most is None else at_most,
             with_hooks=averaging.batches.changed,
-            warn=not in_between,
+            matters=not in_between,
         )
     averaging.batchnorm = {"batches": batches, "step": trainer.global_step}
     return batches

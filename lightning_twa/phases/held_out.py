@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,13 +22,19 @@ from lightning_twa.trainer import (
     batch_size_of,
     draw_batches,
     modules_in_training,
+    show_progress,
     training_batch_size,
 )
 
-__all__ = ["HeldOut"]
+__all__ = ["HeldOut", "common_losses"]
 
 FORWARD = 1 / 3  # of a training step that the loss alone takes
 UNKNOWN = 32  # steps of a phase whose length is not known
+
+Tick = Callable[[int], object]
+
+
+def _ignore(count: int) -> None: ...
 
 
 class HeldOut:
@@ -86,7 +94,7 @@ class HeldOut:
         try:
             with in_common():
                 drawn = draw_batches(loader, 1, rank(), world_size())
-                losses = self._losses(trainer, module, drawn, with_hooks)
+                losses = _losses(trainer, module, drawn, with_hooks)
                 if not losses or losses[0] != losses[0]:
                     raise ValueError("it has no batch with a loss that is a number")
         except Exception as error:  # whatever the step says of a batch that it cannot take
@@ -153,22 +161,70 @@ class HeldOut:
         self.seconds += time.perf_counter() - began
         return bool(self._drawn)
 
-    def measure(self, trainer: Trainer, module: LightningModule, *, with_hooks: bool) -> Tensor:
+    def progress(self, trainer: Trainer, comparisons: int = 1) -> AbstractContextManager[Tick]:
+        """A bar for so many calls of :meth:`measure`."""
+        what, total = "measuring held-out losses", comparisons * len(self._drawn)
+        return show_progress(trainer, what, " batches", total)
+
+    def measure(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        *,
+        with_hooks: bool,
+        tick: Tick = _ignore,
+    ) -> Tensor:
         """``(m,)`` float64 the losses of the weights in the model, on every process those of all.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            with_hooks: Whether ``on_train_batch_start`` changes batches.
+            tick: Called with 1 after each batch.
 
         Raises:
             CommonError: When ``training_step`` fails.
         """
         began = time.perf_counter()
-        with in_common(CommonError):
-            own = self._losses(trainer, module, self._drawn, with_hooks)
-        everywhere = [loss for losses in gather_objects(own) for loss in losses]
+        losses = common_losses(trainer, module, self._drawn, with_hooks=with_hooks, tick=tick)
         self.seconds += time.perf_counter() - began
-        return torch.tensor(everywhere, dtype=torch.float64, device="cpu")
+        return losses
 
-    def _losses(
-        self, trainer: Trainer, module: LightningModule, drawn: list[Any], with_hooks: bool
-    ) -> list[float]:
-        norms = set(tracked_batch_norms(module, modules_in_training(trainer, module)))
-        hooks = batch_hooks(trainer, module) if with_hooks else ()
-        return batch_losses(trainer, module, drawn, norms, hooks)
+
+def common_losses(
+    trainer: Trainer,
+    module: LightningModule,
+    drawn: list[Any],
+    *,
+    with_hooks: bool,
+    tick: Tick = _ignore,
+) -> Tensor:
+    """``(m,)`` float64 the losses of the weights in the model on batches, on every process those of
+    all.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        drawn: Batches of this process.
+        with_hooks: Whether ``on_train_batch_start`` changes batches.
+        tick: Called with 1 after each batch.
+
+    Raises:
+        CommonError: When ``training_step`` fails.
+    """
+    with in_common(CommonError):
+        own = _losses(trainer, module, drawn, with_hooks, tick)
+    everywhere = [loss for losses in gather_objects(own) for loss in losses]
+    return torch.tensor(everywhere, dtype=torch.float64, device="cpu")
+
+
+def _losses(
+    trainer: Trainer,
+    module: LightningModule,
+    drawn: list[Any],
+    with_hooks: bool,
+    tick: Tick = _ignore,
+) -> list[float]:
+    norms = set(tracked_batch_norms(module, modules_in_training(trainer, module)))
+    hooks = batch_hooks(trainer, module) if with_hooks else ()
+    return batch_losses(trainer, module, drawn, norms, hooks, tick)

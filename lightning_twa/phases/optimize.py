@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.candidates import Store, average_buffers_
 from lightning_twa.config import Settings
+from lightning_twa.machine import warn
 from lightning_twa.phases import report, span
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.phases.guard import guard_step, raise_what_failed
@@ -19,6 +19,7 @@ from lightning_twa.phases.parameters import ParameterWatch
 from lightning_twa.phases.selection import Selection
 from lightning_twa.phases.start import Switch
 from lightning_twa.phases.step_watch import StepWatch
+from lightning_twa.phases.training_loss import TrainingLoss
 from lightning_twa.subspace import Subspace, SubspaceOptimizer, in_float64
 from lightning_twa.trainer import BatchWatch, batches_seen, shards_parameters, step_was_taken
 
@@ -39,7 +40,7 @@ class Optimization:
         block_names: Names of the coefficient blocks.
         started: Epoch and optimizer step of the switch, and what its data needs.
         end: Epoch at which the phase ends; ``None`` where only the Trainer ends it.
-        losses: Of the phase.
+        training_loss: What is known of the phase where no held-out data are.
         groups: Groups of candidates; ``None`` where all span one subspace.
         parameters: Whether somebody replaces those that are trained.
         choice: What the phase is trained with.
@@ -52,13 +53,14 @@ class Optimization:
 
     def __init__(self, settings: Settings, batches: BatchWatch | None = None) -> None:
         self.settings = settings
-        self.selection = Selection(settings, batches or BatchWatch())
+        watch = batches or BatchWatch()
+        self.selection = Selection(settings, watch)
+        self.training_loss = TrainingLoss(settings, watch)
         self.switch = Switch(settings)
         self.optimizer: SubspaceOptimizer | None = None
         self.block_names: list[str] = []
         self.started: dict[str, Any] = {}
         self.end: int | None = None
-        self.losses = report.LossRecord()
         self.failed = False
         self.groups: CandidateGroups | None = None
         self.parameters: ParameterWatch | None = None
@@ -87,7 +89,7 @@ class Optimization:
             store: The candidates.
             kept: From :meth:`state_dict`, to go on from.
         """
-        self.began, self.losses = time.perf_counter(), report.LossRecord()
+        self.began = time.perf_counter()
         choice = span.choose(self.settings, trainer, module, store, self.started, self.end)
         self.choice, self.groups = choice, choice.groups
         self.block_names = list(choice.share.columns.whole.block_names)
@@ -122,6 +124,9 @@ class Optimization:
         outputs = self.optimizer.param_groups[0]["params"]
         self.switch.step_with(self.optimizer, outputs, gradients_stay=choice.share.gradients_stay)
         self._local_buffers = choice.share.gradients_stay or shards_parameters(trainer)
+        if self.settings.heldout is not None and not self.selection.chose:
+            steps = choice.total_steps
+            self.training_loss.begin(trainer, module, steps, resumed=kept is not None)
         self.measure(trainer, module)
         self._go_to_next_group(trainer, module, store)  # where it was saved before follow_batch()
         chosen = self.selection.comparison.start if self.selection.chose else None
@@ -190,6 +195,8 @@ class Optimization:
         """Compare what is in the model on held-out data, where that is due."""
         if self.optimizer is not None:
             self.selection.look(trainer, module, self.steps, self._point, at_end=at_end)
+        if at_end:
+            self.training_loss.end(trainer, module)
 
     def _point(self) -> dict[str, Any]:
         """What the phase can go back to."""
@@ -258,6 +265,7 @@ class Optimization:
         self.optimizer = self.groups = self.choice = None
         self.steps_before = self.skipped_before = 0
         self.selection.forget()
+        self.training_loss.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """What the phase goes on from: coefficients, the solver's state, directions, groups."""
@@ -286,7 +294,7 @@ def _warn_of_missing_gradients(names: list[str], module: LightningModule) -> Non
     named = dict(module.named_parameters())
     frozen = [name for name in names if not named[name].requires_grad]
     if frozen:
-        rank_zero_warn(
+        warn(
             f"Parameters that were trained are frozen now ({len(frozen)}, the first is "
             f"{frozen[0]!r}): they are averaged, but the coefficients are trained without their "
             f"gradients. BackboneFinetuning leaves them frozen when a run is resumed after its "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_twa.machine import warn
 from lightning_twa.subspace import ParameterLayout
 
 __all__ = ["ParameterWatch"]
@@ -48,7 +48,7 @@ class ParameterWatch:
         thawed = [n for n, p in self._frozen if p.requires_grad]
         if thawed:
             self._frozen = []
-            rank_zero_warn(
+            warn(
                 f"Parameters were unfrozen in the phase ({len(thawed)}, the first is "
                 f"{thawed[0]!r}): nothing trains them. Only averaging coefficients are trained "
                 f"from start_epoch on, and these are the same in all candidates. Unfreeze before "

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.candidates import averaged_names
 from lightning_twa.config import DATA, Settings
+from lightning_twa.machine import say, warn
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.results import effective_candidates
 from lightning_twa.subspace import SubspaceOptimizer
 from lightning_twa.words import count
 
 __all__ = [
-    "LossRecord",
     "finish_report",
     "groups_report",
     "log_count",
@@ -28,7 +26,6 @@ __all__ = [
     "uniform_report",
 ]
 
-FEW = 8  # batches whose losses are averaged
 PRESSED = 0.8  # of the budget used in one direction: the optimum is probably further away
 
 
@@ -43,40 +40,6 @@ def log_count(module: LightningModule, names: list[str]) -> None:
         sync_dist=True,
         prog_bar=True,
     )
-
-
-class LossRecord:
-    """Losses of ``training_step`` in the first and the last batches of a phase, on this process."""
-
-    def __init__(self) -> None:
-        self._first: list[Tensor] = []
-        self._last: deque[Tensor] = deque(maxlen=FEW)
-        self._count = 0
-
-    def add(self, outputs: Any, accumulated: int) -> None:
-        """Add a loss; read at the end only, so no device is waited for.
-
-        Args:
-            outputs: Of a batch, as Lightning hands them on: the loss is divided already.
-            accumulated: Batches per optimizer step, by whose number it is.
-        """
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            return
-        self._count += 1
-        if len(self._first) < FEW:
-            self._first.append(loss.detach() * accumulated)
-        self._last.append(loss.detach() * accumulated)
-
-    def __str__(self) -> str:
-        """Of a phase of two batches or more."""
-        few = min(FEW, self._count // 2)
-        if few == 0:
-            return ""
-        first = sum(float(loss) for loss in self._first[:few]) / few
-        last = sum(float(loss) for loss in list(self._last)[-few:]) / few
-        batches = "batch" if few == 1 else f"{few} batches"
-        return f"loss {first:.4g} in the first {batches}, {last:.4g} in the last"
 
 
 def switch_report(
@@ -136,16 +99,16 @@ def tell_what_begins(
     """
     assert phase.optimizer is not None
     if phase.choice.share.text is not None:
-        rank_zero_info(phase.choice.share.text)
+        say(phase.choice.share.text)
     data = phase.settings.data
-    rank_zero_info(switch_report(phase.optimizer, names, DATA[data], phase.started))
+    say(switch_report(phase.optimizer, names, DATA[data], phase.started))
     tell_what_stays(phase.settings, module)
     if chosen is not None:
-        rank_zero_info(f"TWA: it starts from {chosen!r}, which held-out data have chosen.")
+        say(f"TWA: it starts from {chosen!r}, which held-out data have chosen.")
     if phase.groups is not None:
-        rank_zero_info(groups_report(phase.groups))
+        say(groups_report(phase.groups))
     if data == "val":
-        rank_zero_warn(
+        warn(
             "TWACallback(data='val') trains the averaging coefficients on the validation data: "
             "from here on validation metrics are not held out. Judge the result on test data."
         )
@@ -158,7 +121,7 @@ def tell_what_stays(settings: Settings, module: LightningModule) -> None:
     stay = [(name, size) for name, size in trained if averaged is not None and name not in averaged]
     if stay:
         shown = ", ".join(name for name, _ in stay[:3]) + (", ..." if len(stay) > 3 else "")
-        rank_zero_info(
+        say(
             f"TWA: {len(stay)} of {len(trained)} trained parameter tensors "
             f"({sum(size for _, size in stay):,} of {sum(size for _, size in trained):,} numbers) "
             f"are not averaged and keep their last weights (CollectConfig.include, exclude): "
@@ -181,7 +144,7 @@ def finish_report(
     planned: int | None,
     skipped: int,
     batchnorm_batches: int | None,
-    losses: LossRecord,
+    losses: str,
     seconds: float,
 ) -> list[str]:
     """What the phase did, in one line, and further lines where the user may want to act.
@@ -194,7 +157,7 @@ def finish_report(
         skipped: Steps of it that were none, because the gradient was not finite.
         batchnorm_batches: Batches that BatchNorm statistics were re-estimated over; ``None`` if
             there were none to re-estimate.
-        losses: Of the phase.
+        losses: What is known of them, in a sentence, or nothing.
         seconds: The phase took, re-estimation included; since it was resumed if it was.
     """
     unit = " standard deviations" if optimizer.subspace.config.basis == "pca" else ""
@@ -208,8 +171,8 @@ def finish_report(
         f"coefficients are {optimizer.coefficient_norm:.2f}{unit} from {origin}, "
         f"effective number of candidates {effective:.1f} of {n}."
     )
-    if str(losses):
-        line += f" {str(losses).capitalize()}."
+    if losses:
+        line += f" {losses}"
     if batchnorm_batches is not None:
         line += (
             f" BatchNorm statistics re-estimated over {count(batchnorm_batches, 'training batch')}."

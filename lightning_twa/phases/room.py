@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
 from lightning_twa.candidates import averaged_names, is_kept, persistent_buffers
@@ -21,6 +20,7 @@ from lightning_twa.machine import (
     in_common,
     rank,
     total_bytes,
+    warn,
     why_not_writable,
     world_size,
 )
@@ -98,7 +98,7 @@ def check_memory(
         if need is not None:
             warning = need.check()
     if warning is not None:
-        rank_zero_warn(warning)
+        warn(warning)
 
 
 def _check_candidates(

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn import Module
 
 from lightning_twa.candidates import Store
 from lightning_twa.config import Settings
+from lightning_twa.machine import say
 from lightning_twa.phases import last_stages, stages
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.copies import copied
@@ -117,7 +117,7 @@ class Run:
             if state["phase"] == "done":
                 self.averaging.finished.restore(checkpoint, module)
         elif checkpoint.get("global_step", 0) > 0:  # not the learning rate finder's own
-            rank_zero_info("TWA: the checkpoint holds no candidates; collecting starts here.")
+            say("TWA: the checkpoint holds no candidates; collecting starts here.")
             self._begin_anew(trainer, module)
 
     def load(self, trainer: Trainer | None, state: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.candidates import (
@@ -17,6 +16,7 @@ from lightning_twa.candidates import (
     weights_and_buffers,
 )
 from lightning_twa.config import Settings
+from lightning_twa.machine import say, warn
 from lightning_twa.phases.choose import Comparison, fixed_averages, points_of_path
 from lightning_twa.phases.held_out import HeldOut
 from lightning_twa.results import Result
@@ -104,11 +104,12 @@ class Selection:
             self._check_batches()
         elif self._on:
             try:
-                for name, weights in averages.items():
-                    put_weighted(module, store, specs, weights[:, None].expand(-1, num_blocks))
-                    *_, newest = store
-                    fit_singular_vectors_(weights_and_buffers(module), newest.tensors)
-                    self.comparison.fixed[name] = self._measure(trainer, module)
+                with self.held_out.progress(trainer, len(averages)) as tick:
+                    for name, weights in averages.items():
+                        put_weighted(module, store, specs, weights[:, None].expand(-1, num_blocks))
+                        *_, newest = store
+                        fit_singular_vectors_(weights_and_buffers(module), newest.tensors)
+                        self.comparison.fixed[name] = self._measure(trainer, module, tick)
             except Exception as error:  # of the user's step
                 self._give_up(error)
             self._check_finite()
@@ -118,7 +119,7 @@ class Selection:
                 self.origin = found[:, None].expand(-1, num_blocks).clone()
             self.news = {n: float(x.mean()) for n, x in self.comparison.fixed.items()}
         elif self.settings.heldout is not None:
-            rank_zero_info(
+            say(
                 f"TWA: nothing is chosen by held-out data ({self.held_out.reason}): the phase "
                 f"starts from the uniform average of the candidates, and its end is the result, "
                 f"whether it is better or not."
@@ -129,16 +130,19 @@ class Selection:
         compared = len(next(iter(self.comparison.fixed.values())))
         if self._on and self.held_out.batches != compared:
             self._on = False
-            rank_zero_warn(
+            warn(
                 f"The phase that goes on was compared on {compared} held-out batches, but there "
                 f"are {self.held_out.batches} now (other data, batch size, or length of the run): "
                 f"nothing more is compared, and the best of what was is the result."
             )
         self.held_out.batches = compared
 
-    def _measure(self, trainer: Trainer, module: LightningModule) -> Tensor:
+    def _measure(
+        self, trainer: Trainer, module: LightningModule, tick: Callable[[int], object]
+    ) -> Tensor:
+        changed = self._batches.changed
         with self._batches.in_replay():
-            return self.held_out.measure(trainer, module, with_hooks=self._batches.changed)
+            return self.held_out.measure(trainer, module, with_hooks=changed, tick=tick)
 
     def _check_finite(self) -> None:
         fixed = self.comparison.fixed
@@ -172,10 +176,11 @@ class Selection:
         if not (self._on and due) or step in self.comparison.path:
             return
         try:
-            losses = self._measure(trainer, module)
+            with self.held_out.progress(trainer) as tick:
+                losses = self._measure(trainer, module, tick)
         except Exception as error:  # of the user's step
             self._on = False
-            rank_zero_warn(
+            warn(
                 f"The loss on held-out data could not be measured in the phase "
                 f"({type(error).__name__}: {error}). The best of what was measured is the result."
             )

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_twa.candidates import (
@@ -21,7 +20,7 @@ from lightning_twa.candidates import (
     weighted,
 )
 from lightning_twa.config import CollectConfig, Settings, SolverConfig
-from lightning_twa.machine import in_common
+from lightning_twa.machine import in_common, warn
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.phases.ranks import Sharing, decide
 from lightning_twa.subspace import (
@@ -119,7 +118,7 @@ def _groups(n: int, num_blocks: int, size: int, total_steps: int | None) -> Cand
     groups = CandidateGroups(n, num_blocks, size, total_steps)
     left_out = groups.count - groups.total_steps
     if left_out > 0:
-        rank_zero_warn(
+        warn(
             f"group_size={size} makes {groups.count} groups, but the phase has "
             f"{total_steps} optimizer steps: the last {left_out} are left out. Use a "
             f"larger group_size, or a longer phase."
@@ -194,7 +193,7 @@ def put_exactly(
             put_weighted(module, store, optimizer.subspace.layout.specs, weights)
     except Exception as error:  # a file that has gone meanwhile, say
         optimizer.write_parameters()
-        rank_zero_warn(
+        warn(
             f"The average that was learned could not be put together from the candidates "
             f"({type(error).__name__}: {error}). The model has what the phase ended with, of "
             f"groups of candidates its last group."

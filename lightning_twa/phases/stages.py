@@ -118,7 +118,7 @@ class Collecting(Stage):
             self._watch.release()
             self._watch = None
 
-    def batch_ended(self, trainer: Trainer, module: LightningModule, outputs: Any) -> StageName:
+    def batch_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Take candidates by steps; after the first batch, see whether the phase's data will do."""
         if not self._tried:
             self._tried = True
@@ -272,9 +272,9 @@ class Optimizing(Stage):
             self.averaging.optimization.look_before_batch(trainer)
         return super().batch_begins(trainer, module)
 
-    def batch_ended(self, trainer: Trainer, module: LightningModule, outputs: Any) -> StageName:
+    def batch_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Log and record the step."""
-        fallback.follow_phase(self.averaging, trainer, module, outputs)
+        fallback.follow_phase(self.averaging, trainer, module)
         return self._finish_if_due(trainer, module)
 
     def epoch_ended(self, trainer: Trainer, module: LightningModule) -> StageName:

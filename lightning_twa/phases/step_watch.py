@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_twa.machine import warn
 from lightning_twa.phases.temporary import few_of
 from lightning_twa.subspace import SubspaceOptimizer
 
@@ -41,7 +41,7 @@ class StepWatch:
         ours = few_of(module, names)
         if not self._warned and any(not torch.equal(now[n], few) for n, few in ours.items()):
             self._warned = True
-            rank_zero_warn(
+            warn(
                 "In the TWA phase something else than a step of the Trainer's optimizer has moved "
                 "the weights (a method of its own in optimizer_step(), as SAM has, or another "
                 "optimizer): it is undone, and the coefficients are not trained by such batches. "

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_twa.candidates import Store, is_dense, put_average, put_back, weights_and_buffers
+from lightning_twa.machine import warn
 from lightning_twa.trainer import HeldModes
 
 __all__ = ["TemporaryAverage", "copies_of", "few_of"]
@@ -81,7 +81,7 @@ class TemporaryAverage:
         )
         self._sample = None
         if self._warned:
-            rank_zero_warn(
+            warn(
                 "TWACallback(validate_average=True) has put the average into the model, but a hook "
                 "of the module or of another callback has put other weights there for the "
                 "validation (an EMA?): those are validated. The weights come back all the same. "

@@ -167,14 +167,8 @@ class Stage(ABC):
         self.averaging.has_trained = self.averaging.trajectory.waits = True
         return self.name
 
-    def batch_ended(self, trainer: Trainer, module: LightningModule, outputs: Any) -> StageName:
-        """A batch was trained on, with or without an optimizer step.
-
-        Args:
-            trainer: The Trainer.
-            module: The module.
-            outputs: Of ``training_step``.
-        """
+    def batch_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """A batch was trained on, with or without an optimizer step."""
         return self.name
 
     def epoch_ended(self, trainer: Trainer, module: LightningModule) -> StageName:

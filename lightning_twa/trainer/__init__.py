@@ -41,6 +41,7 @@ from lightning_twa.trainer.held_out import (
     batch_size_of,
     draw_batches,
     hold_back,
+    samples_of_training,
     training_batch_size,
     validation_parts,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "prepare_data",
     "restores_late",
     "run_is_ending",
+    "samples_of_training",
     "scales_loss",
     "seconds_taken_and_left",
     "shards_parameters",

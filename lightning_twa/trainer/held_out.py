@@ -34,6 +34,7 @@ __all__ = [
     "batch_size_of",
     "draw_batches",
     "hold_back",
+    "samples_of_training",
     "training_batch_size",
     "validation_parts",
 ]
@@ -86,9 +87,21 @@ def batch_size_of(loader: Any) -> int | None:
 
 def training_batch_size(trainer: Trainer) -> int | None:
     """Samples in a batch of training, where its loader says so."""
-    combined = trainer.fit_loop._combined_loader
-    parts = [] if combined is None else combined.flattened
+    parts = _training_parts(trainer)
     return batch_size_of(parts[0]) if len(parts) == 1 else None
+
+
+def samples_of_training(trainer: Trainer) -> Any:
+    """The loader that is trained on, if there is one, of which samples can be chosen, or ``None``:
+    a stream may be read once only.
+    """
+    parts = _training_parts(trainer)
+    return parts[0] if len(parts) == 1 and _is_sized(parts[0]) else None
+
+
+def _training_parts(trainer: Trainer) -> list[Any]:
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
 
 
 def _order(size: int) -> list[int]:
@@ -202,6 +215,7 @@ def batch_losses(
     batches: Sequence[Any],
     in_training: Collection[nn.Module],
     hooks: Sequence[Callable[[Any, int], Any]] = (),
+    tick: Callable[[int], object] = lambda _: None,
 ) -> list[float]:
     """The loss of ``training_step`` on each batch, with the weights in place, in evaluation mode.
 
@@ -212,6 +226,7 @@ def batch_losses(
         in_training: The modules that are in training mode all the same: BatchNorm, whose own
             statistics do not fit weights that are only looked at.
         hooks: Called with each batch, on its device, and its index before the step.
+        tick: Called with 1 after each batch.
 
     Returns:
         One number for each batch; not finite where the step has no loss.
@@ -228,6 +243,7 @@ def batch_losses(
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 return [float("nan")] * len(batches)
             found.append(loss.detach())
+            tick(1)
     return [float(loss) for loss in found]
 
 

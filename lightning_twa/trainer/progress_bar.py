@@ -1,22 +1,29 @@
-"""Bars for what takes long between a Trainer's batches."""
+"""Bars for what takes long between a Trainer's batches, of the kind that the Trainer shows."""
 
 from __future__ import annotations
 
+import math
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import Trainer
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from lightning_twa.trainer.features import is_a
+
 __all__ = ["show_progress"]
 
 PATIENCE = 1.0  # seconds before a bar appears
+REDRAWN = 0.1  # seconds between two drawings
+
+Tick = Callable[[int], object]
 
 
 @contextmanager
-def show_progress(
-    trainer: Trainer, what: str, unit: str, total: int | None
-) -> Iterator[Callable[[int], object]]:
+def show_progress(trainer: Trainer, what: str, unit: str, total: int | None) -> Iterator[Tick]:
     """A bar on rank zero, where the Trainer has one too, for what takes more than a second.
 
     Args:
@@ -28,17 +35,65 @@ def show_progress(
     Yields:
         To be called with the number that has been done since the last call.
     """
-    if not trainer.is_global_zero or trainer.progress_bar_callback is None:
+    own: Any = trainer.progress_bar_callback
+    if not trainer.is_global_zero or own is None or getattr(own, "is_disabled", False):
         # Even a disabled bar starts a thread, and takes a lock that forked processes share: one
         # that is killed while it holds it would block the others.
         yield lambda count: None
-        return
-    with tqdm(
+    elif is_a(own, "RichProgressBar"):
+        with _rich_task(own, f"TWA: {what}", total) as tick:
+            yield tick
+    else:
+        with _tqdm_bar(own, f"TWA: {what}", unit, total) as tick:
+            yield tick
+
+
+@contextmanager
+def _rich_task(own: Any, what: str, total: int | None) -> Iterator[Tick]:
+    """A line among those of the Trainer's bar."""
+    began = drawn = time.monotonic()
+    done, task = 0, None
+
+    def tick(count: int) -> None:
+        nonlocal done, drawn, task
+        done, now = done + count, time.monotonic()
+        if now - began < PATIENCE or own.progress is None:
+            return
+        if task is None:
+            task = own.progress.add_task(what, total=math.inf if total is None else total)
+        elif now - drawn < REDRAWN:
+            return
+        own.progress.update(task, completed=done)
+        own.progress.refresh()
+        drawn = now
+
+    try:
+        yield tick
+    finally:
+        if task is not None and task in own.progress.task_ids:  # its bars may have begun anew
+            own.progress.remove_task(task)
+            own.progress.refresh()
+
+
+@contextmanager
+def _tqdm_bar(own: Any, what: str, unit: str, total: int | None) -> Iterator[Tick]:
+    """A bar as the Trainer makes its own, below it; also beside one of the user's own making."""
+    with _kind_of(own)(
         total=total,
-        desc=f"TWA: {what}",
+        desc=what,
         unit=unit,
         unit_scale=True,
         delay=PATIENCE,
         leave=False,
+        dynamic_ncols=True,
+        file=sys.stdout,
     ) as bar:
         yield bar.update
+
+
+def _kind_of(own: Any) -> Any:
+    """The class of the Trainer's bars: in a notebook that has widgets, widgets."""
+    for cls in type(own).__mro__:
+        if cls.__name__ == "TQDMProgressBar":
+            return getattr(sys.modules[cls.__module__], "Tqdm", tqdm)
+    return tqdm
