@@ -27,7 +27,7 @@ from helpers.ddp import fit, strided
 from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, run
 from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
-from lightning_twa.commands.inspect import describe_run
+from lightning_twa.commands.inspect import describe
 from lightning_twa.phases.candidate_groups import CandidateGroups
 
 pytestmark = [
@@ -142,7 +142,7 @@ def test_the_report_counts_the_steps_of_all_groups(tmp_path, caplog) -> None:
     for text in texts:
         assert "phase finished after 8 optimizer steps in " in text
         assert "TWA: 4 steps were skipped because the gradient was not finite." in text
-    lines = describe_run(tmp_path / "epoch=5.ckpt")
+    lines = describe(tmp_path / "epoch=5.ckpt")
     assert "optimizer steps of the phase: 4" in lines
 
 
