@@ -98,15 +98,10 @@ class Optimization:
             soup = self.started["step"] == 0
             span.prepare_model(module, store, choice.spanned, self.settings.collect, soup=soup)
         whole = choice.share.columns.whole
+        total, held_back = choice.total_steps, self.switch.held_back
+        held = None if kept is None else kept.get("heldout", {"fixed": {}})
         self.selection.begin(
-            trainer,
-            module,
-            store,
-            whole.specs,
-            whole.num_blocks,
-            choice.total_steps,
-            self.switch.held_back,
-            None if kept is None else kept.get("heldout", {"fixed": {}}),
+            trainer, module, store, whole.specs, whole.num_blocks, total, held_back, held
         )
         if self.groups is not None and self.selection.origin is not None:
             self.groups.start = self.selection.origin
@@ -125,8 +120,7 @@ class Optimization:
         self.switch.step_with(self.optimizer, outputs, gradients_stay=choice.share.gradients_stay)
         self._local_buffers = choice.share.gradients_stay or shards_parameters(trainer)
         if self.settings.heldout is not None and not self.selection.chose:
-            steps = choice.total_steps
-            self.training_loss.begin(trainer, module, steps, resumed=kept is not None)
+            self.training_loss.begin(trainer, module, total, resumed=kept is not None)
         self.measure(trainer, module)
         self._go_to_next_group(trainer, module, store)  # where it was saved before follow_batch()
         chosen = self.selection.comparison.start if self.selection.chose else None
@@ -201,12 +195,10 @@ class Optimization:
     def _point(self) -> dict[str, Any]:
         """What the phase can go back to."""
         assert self.optimizer is not None
-        raw = (
-            {}
-            if self.groups is not None
-            else {"raw": in_float64(self.optimizer.raw).to("cpu", copy=True)}
-        )
-        return {"averaging_weights": self.averaging_weights, **raw}
+        point: dict[str, Any] = {"averaging_weights": self.averaging_weights}
+        if self.groups is None:
+            point["raw"] = in_float64(self.optimizer.raw).to("cpu", copy=True)
+        return point
 
     def _go_to_next_group(self, trainer: Trainer, module: LightningModule, store: Store) -> None:
         """Go on with the next group of candidates where it is due."""

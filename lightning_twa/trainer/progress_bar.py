@@ -57,22 +57,24 @@ def _rich_task(own: Any, what: str, total: int | None) -> Iterator[Tick]:
     def tick(count: int) -> None:
         nonlocal done, drawn, task
         done, now = done + count, time.monotonic()
-        if now - began < PATIENCE or own.progress is None:
+        bars = own.progress
+        if now - began < PATIENCE or bars is None:
             return
         if task is None:
-            task = own.progress.add_task(what, total=math.inf if total is None else total)
+            task = bars.add_task(what, total=math.inf if total is None else total)
         elif now - drawn < REDRAWN:
             return
-        own.progress.update(task, completed=done)
-        own.progress.refresh()
+        bars.update(task, completed=done)
+        bars.refresh()
         drawn = now
 
     try:
         yield tick
     finally:
-        if task is not None and task in own.progress.task_ids:  # its bars may have begun anew
-            own.progress.remove_task(task)
-            own.progress.refresh()
+        bars = own.progress
+        if task is not None and task in bars.task_ids:  # its bars may have begun anew
+            bars.remove_task(task)
+            bars.refresh()
 
 
 @contextmanager
