@@ -85,7 +85,7 @@ def tell_what_was_done(
         None if phase.choice is None else phase.choice.total_steps,
         phase.skipped_before + phase.optimizer.skipped_steps,
         batchnorm_batches,
-        "" if phase.selection.chose else str(phase.training_loss),
+        "" if phase.selection.chose else str(phase.selection.training_loss),
         seconds,
     )
     for line in lines:

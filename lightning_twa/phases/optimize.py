@@ -19,7 +19,6 @@ from lightning_twa.phases.parameters import ParameterWatch
 from lightning_twa.phases.selection import Selection
 from lightning_twa.phases.start import Switch
 from lightning_twa.phases.step_watch import StepWatch
-from lightning_twa.phases.training_loss import TrainingLoss
 from lightning_twa.subspace import Subspace, SubspaceOptimizer, in_float64
 from lightning_twa.trainer import BatchWatch, batches_seen, shards_parameters, step_was_taken
 
@@ -40,7 +39,6 @@ class Optimization:
         block_names: Names of the coefficient blocks.
         started: Epoch and optimizer step of the switch, and what its data needs.
         end: Epoch at which the phase ends; ``None`` where only the Trainer ends it.
-        training_loss: What is known of the phase where no held-out data are.
         groups: Groups of candidates; ``None`` where all span one subspace.
         parameters: Whether somebody replaces those that are trained.
         choice: What the phase is trained with.
@@ -53,9 +51,7 @@ class Optimization:
 
     def __init__(self, settings: Settings, batches: BatchWatch | None = None) -> None:
         self.settings = settings
-        watch = batches or BatchWatch()
-        self.selection = Selection(settings, watch)
-        self.training_loss = TrainingLoss(settings, watch)
+        self.selection = Selection(settings, batches or BatchWatch())
         self.switch = Switch(settings)
         self.optimizer: SubspaceOptimizer | None = None
         self.block_names: list[str] = []
@@ -119,8 +115,6 @@ class Optimization:
         outputs = self.optimizer.param_groups[0]["params"]
         self.switch.step_with(self.optimizer, outputs, gradients_stay=choice.share.gradients_stay)
         self._local_buffers = choice.share.gradients_stay or shards_parameters(trainer)
-        if self.settings.heldout is not None and not self.selection.chose:
-            self.training_loss.begin(trainer, module, total, resumed=kept is not None)
         self.measure(trainer, module)
         self._go_to_next_group(trainer, module, store)  # where it was saved before follow_batch()
         chosen = self.selection.comparison.start if self.selection.chose else None
@@ -189,8 +183,6 @@ class Optimization:
         """Compare what is in the model on held-out data, where that is due."""
         if self.optimizer is not None:
             self.selection.look(trainer, module, self.steps, self._point, at_end=at_end)
-        if at_end:
-            self.training_loss.end(trainer, module)
 
     def _point(self) -> dict[str, Any]:
         """What the phase can go back to."""
@@ -257,7 +249,6 @@ class Optimization:
         self.optimizer = self.groups = self.choice = None
         self.steps_before = self.skipped_before = 0
         self.selection.forget()
-        self.training_loss.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """What the phase goes on from: coefficients, the solver's state, directions, groups."""

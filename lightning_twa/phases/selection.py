@@ -19,6 +19,7 @@ from lightning_twa.config import Settings
 from lightning_twa.machine import say, warn
 from lightning_twa.phases.choose import Comparison, fixed_averages, points_of_path
 from lightning_twa.phases.held_out import HeldOut
+from lightning_twa.phases.training_loss import TrainingLoss
 from lightning_twa.results import Result
 from lightning_twa.subspace import TensorSpec
 from lightning_twa.trainer import BatchWatch
@@ -35,6 +36,7 @@ class Selection:
 
     Attributes:
         held_out: The data.
+        training_loss: What is known where there are none.
         comparison: What was measured.
         origin: ``(n, B)`` the averaging weights of the best fixed average, from which the phase
             starts; ``None`` where it starts from the uniform average of all candidates.
@@ -44,6 +46,7 @@ class Selection:
     def __init__(self, settings: Settings, batches: BatchWatch) -> None:
         self.settings = settings
         self.held_out = HeldOut(settings)
+        self.training_loss = TrainingLoss(settings, batches)
         self.comparison = Comparison()
         self.origin: Tensor | None = None
         self.news: dict[str, float] = {}
@@ -94,6 +97,7 @@ class Selection:
         names, given = store.names, store.given_names
         averages = fixed_averages(names, given, soup=len(given) == len(names))
         self._points = points_of_path(steps)[:-1]  # the end is compared in any case
+        self.training_loss.begin(steps, resumed=kept is not None)
         if kept is not None and not kept["fixed"]:
             self.held_out.reason = "nothing was compared where the phase began"
             self.held_out.data = None
@@ -172,6 +176,8 @@ class Selection:
             point: What the phase goes back to.
             at_end: Whether this is the end.
         """
+        if not self.chose:
+            self.training_loss.look(trainer, module, at_end=at_end)
         due = at_end or step in self._points
         if not (self._on and due) or step in self.comparison.path:
             return
@@ -245,6 +251,7 @@ class Selection:
         """Free the batches."""
         self._on = False
         self.held_out.clear()
+        self.training_loss.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """What a phase goes on with."""

@@ -30,76 +30,86 @@ class TrainingLoss:
     def __init__(self, settings: Settings, watch: BatchWatch) -> None:
         self.settings = settings
         self._watch = watch
-        self._drawn: list[Any] = []
+        self._drawn: list[Any] | None = None  # None: not yet
+        self._steps: int | None = None
         self._batches = 0
         self._reason = ""
-        self._before: float | None = None
-        self._after: float | None = None
+        self._losses: list[float] = []  # before, and after
         self._resumed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_drawn": []}  # a copy has no batches
+        return {**vars(self), "_drawn": None}  # a copy has no batches
 
-    def begin(
-        self, trainer: Trainer, module: LightningModule, steps: int | None, *, resumed: bool
-    ) -> None:
-        """Measure the weights that the phase starts with, or goes on with.
+    def begin(self, steps: int | None, *, resumed: bool) -> None:
+        """A phase begins.
 
         Args:
-            trainer: With the phase's data.
-            module: With the phase's weights.
             steps: Of the phase; ``None`` where that is not known.
             resumed: Whether it goes on.
         """
         self.forget()
-        self._after, self._resumed = None, resumed
-        self._reason = "their samples cannot be chosen"
+        self._steps, self._resumed = steps, resumed
+        self._losses, self._reason = [], ""
+
+    def look(self, trainer: Trainer, module: LightningModule, *, at_end: bool) -> None:
+        """Measure the weights in the model where the phase begins, and where it ends.
+
+        Args:
+            trainer: With the phase's data.
+            module: With the phase's weights.
+            at_end: Whether this is the end.
+        """
+        first = self._drawn is None
+        if self.settings.heldout is None or not (first or at_end) or self._reason:
+            return
+        if first:
+            self._draw(trainer)
+        if self._drawn:
+            self._measure(trainer, module)
+
+    def _draw(self, trainer: Trainer) -> None:
+        self._drawn = []
         loader = samples_of_training(trainer)
         if loader is None:
+            self._reason = "their samples cannot be chosen"
             return
-        trained = FEW / SHARE if steps is None else steps * trainer.accumulate_grad_batches
-        at_most = max(1, min(FEW, int(SHARE * trained)))
+        steps = FEW / SHARE if self._steps is None else self._steps
+        at_most = max(1, min(FEW, int(SHARE * steps * trainer.accumulate_grad_batches)))
         try:
             with in_common():
                 self._drawn = draw_batches(loader, at_most, rank(), world_size())
         except Exception as error:  # of whatever reads the data
             self._reason = f"they could not be read ({error})"
-            return
-        self._before = self._measure(trainer, module)
 
-    def end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Measure the weights that the phase ends with."""
-        if self._before is not None:
-            self._after = self._measure(trainer, module)
-
-    def _measure(self, trainer: Trainer, module: LightningModule) -> float | None:
+    def _measure(self, trainer: Trainer, module: LightningModule) -> None:
         changed = self._watch.changed
+        assert self._drawn is not None
         try:
             with self._watch.in_replay():
                 losses = common_losses(trainer, module, self._drawn, with_hooks=changed)
         except Exception as error:  # of the user's step
             self._reason = f"measuring failed ({type(error).__name__}: {error})"
-            return None
+            return
         self._batches = len(losses)
-        if len(losses) == 0 or not bool(losses.isfinite().all()):
+        if not bool(losses.isfinite().all()):
             self._reason = "training_step has no finite loss for them in evaluation mode"
-            return None
-        return float(losses.mean())
+        self._losses.append(float(losses.mean()))
 
     def __str__(self) -> str:
         """A sentence."""
         if self.settings.heldout is None:
             return "No loss was compared (heldout=None)."
         data = DATA[self.settings.data]
-        if self._before is None or self._after is None:
-            return f"Whether the loss on {data} fell is not known: {self._reason}."
+        if self._reason or len(self._losses) != 2:
+            reason = self._reason or "it was not measured"
+            return f"Whether the loss on {data} fell is not known: {reason}."
         where = "when it was resumed" if self._resumed else "before the phase"
-        batches = count(self._batches, "batch")
+        before, after = self._losses
         return (
-            f"Mean loss of training_step on {batches} of {data}, in evaluation mode: "
-            f"{self._before:.4g} {where}, {self._after:.4g} after it."
+            f"Mean loss of training_step on {count(self._batches, 'batch')} of {data}, in "
+            f"evaluation mode: {before:.4g} {where}, {after:.4g} after it."
         )
 
     def forget(self) -> None:
         """Free the batches."""
-        self._drawn, self._before = [], None
+        self._drawn = None

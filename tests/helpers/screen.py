@@ -15,6 +15,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from lightning_utilities.core import rank_zero
+
 COLUMNS, LINES = 120, 40
 CODE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])")
 
@@ -75,8 +77,8 @@ class Screen:
 
 @contextlib.contextmanager
 def terminal(monkeypatch: Any, *, errors: Any = None) -> Iterator[Screen]:
-    """``sys.stdout`` and ``sys.stderr`` are a terminal, and the logger of Lightning has a handler
-    for the latter, which it has where nobody else has configured one.
+    """``sys.stdout`` and ``sys.stderr`` are a terminal, and the logger of Lightning, that of the
+    package that was imported last, has a handler for the latter, as where nobody configures one.
 
     Args:
         monkeypatch: Of the test.
@@ -92,7 +94,7 @@ def terminal(monkeypatch: Any, *, errors: Any = None) -> Iterator[Screen]:
     received: list[bytes] = []
     reader = threading.Thread(target=_read, args=(master, received))
     reader.start()
-    screen, logger = Screen(), logging.getLogger("lightning.pytorch")
+    screen, logger = Screen(), rank_zero.log
     out = os.fdopen(os.dup(slave), "w", buffering=1)
     err = errors or os.fdopen(os.dup(slave), "w", buffering=1)
     handler = logging.StreamHandler(err)

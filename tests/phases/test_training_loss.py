@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_utilities.core import rank_zero
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -143,7 +144,7 @@ def test_a_phase_that_goes_on_compares_with_where_it_did(tmp_path, caplog) -> No
 
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
 def test_two_processes_say_each_line_once(tmp_path) -> None:
-    logger = logging.getLogger("lightning.pytorch")
+    logger = rank_zero.log
     handler = logging.FileHandler(tmp_path / "log")
     logger.addHandler(handler)
     level = logger.level

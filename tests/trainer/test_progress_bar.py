@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning_utilities.core import rank_zero
 
 import lightning_twa
 from helpers.beside import beside, plain, twa
@@ -124,14 +125,14 @@ def test_lines_in_a_log_file(tmp_path, monkeypatch, kind) -> None:
     """Where both streams are one file, a line of the report begins a line of the file."""
     path = tmp_path / "log"
     handler = logging.StreamHandler(path.open("a", buffering=1))
-    logging.getLogger("lightning.pytorch").addHandler(handler)
+    rank_zero.log.addHandler(handler)
     try:
         with path.open("a", buffering=1) as out, monkeypatch.context() as patch:
             patch.setattr("sys.stdout", out)
             patch.setattr("sys.stderr", out)
             callback = run(tmp_path, None if kind is None else BARS[kind]())
     finally:
-        logging.getLogger("lightning.pytorch").removeHandler(handler)
+        rank_zero.log.removeHandler(handler)
         handler.stream.close()
     lines = path.read_bytes().decode().split("\n")
     wanted = [f"TWA: {callback.result}".split("\n")[0], f"{callback.result.verdict}"]
