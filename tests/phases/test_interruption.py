@@ -173,7 +173,7 @@ def test_running_averages_wait_in_main_memory(tmp_path: Path, monkeypatch: Any) 
     monkeypatch.setattr(type(averages._ema), "move_to", lambda self, device: moved.append(device))
     monkeypatch.setattr(type(averages._power), "release_device", lambda self: moved.append("sums"))
     fit(trainer(tmp_path, callbacks=[callback, Interrupt(6)]), Regressor())
-    assert moved == ["cpu", "sums"]
+    assert moved == ["cpu", "cpu", "sums"], "exponential averages, means, power averages"
     assert callback.phase == "collect"
 
 
