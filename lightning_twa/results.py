@@ -143,7 +143,8 @@ class RunResults:
     @property
     def candidate_names(self) -> list[str]:
         """``"epoch=3"`` (weights at the end of that 0-based epoch) or ``"step=120"`` (after so many
-        optimizer steps), oldest first; before them ``"ema(0.97)"`` and the names of files.
+        optimizer steps), with ``CollectConfig(dense=True)`` means until then, oldest first; before
+        them ``"ema(0.97)"`` and the names of files.
         """
         return self._run.candidate_names
 

@@ -87,7 +87,8 @@ class Averages:
         for name, weights in self._power.weights().items():
             store.give(module, name, weights)
         if has_power:
-            keep_last(store, module, "last" if self._collect.dense else f"step={step}")
+            name = f"step={step}"
+            keep_last(store, module, f"last({name})" if self._collect.dense else name)
         self.clear()
 
     def clear(self) -> None:

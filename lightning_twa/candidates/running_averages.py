@@ -64,7 +64,10 @@ class RunningAverages:
         averages: list[list[Tensor]] = []
         current: list[Tensor] = []
         for name, whole in module.named_parameters():
-            if not (whole.requires_grad and whole.is_floating_point()):
+            # one that was trained stays in, also where it is frozen again
+            if not whole.is_floating_point():
+                continue
+            if not (whole.requires_grad or name in self._averages):
                 continue
             if only is not None and name not in only:
                 continue

@@ -47,10 +47,10 @@ class CollectConfig:
             ``s ** gamma``, so that the memory is a share of the run, whatever its length (Karras et
             al., arXiv 2312.02696, section 3.1). The numbers are ``sigma_rel``, the width of that
             memory, in (0, 0.28]. With them come the uniform average of all steps, ``"mean"``, and
-            the last weights, ``"step=..."``. They take a float32 copy of the trainable parameters
-            on their device, one more of each average in main memory and in checkpoints, and one
-            addition a step. Not with ``SolverConfig(name="uniform")``, nor in a soup. ``()``: none
-            of these.
+            the last weights, ``"step=..."``, or ``"last(step=...)"`` beside means. They take a
+            float32 copy of the trainable parameters on their device, one more of each average in
+            main memory and in checkpoints, and one addition a step. Not with
+            ``SolverConfig(name="uniform")``, nor in a soup. ``()``: none of these.
         ema_decays: Decays of exponential moving averages of the weights, updated after every
             optimizer step from ``start`` on, which become further candidates, ``"ema(0.97)"``. Each
             takes a float32 copy of the trainable parameters.

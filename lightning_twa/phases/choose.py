@@ -23,13 +23,16 @@ USUAL = ("power(0.13)", "uniform")
 SINGLE = 16  # candidates of a soup, of which each is compared too
 
 
-def fixed_averages(names: Sequence[str], given: Sequence[str], *, soup: bool) -> dict[str, Tensor]:
+def fixed_averages(
+    names: Sequence[str], given: Sequence[str], *, soup: bool, dense: bool = False
+) -> dict[str, Tensor]:
     """The averages with weights that are fixed beforehand, of which the best may be the start.
 
     Args:
         names: Of the candidates, oldest first.
         given: Those of them that are no snapshots of this run: running averages and files.
         soup: Whether all are from files.
+        dense: Whether snapshots are means over steps: none of them is the last weights.
 
     Returns:
         ``(n,)`` float64 averaging weights by what a reader calls the average.
@@ -42,9 +45,10 @@ def fixed_averages(names: Sequence[str], given: Sequence[str], *, soup: bool) ->
         result = {"uniform": _uniform(range(n), n)}
         singles = {names[i]: _uniform([i], n) for i in range(n)}
         return {**result, **(singles if n <= SINGLE else {})}
-    result = {LAST: _uniform(own[-1:], n)} if own else {}
     # the last weights are beside the snapshots where these do not end with them
     snapshots = [i for i in own if not (i == own[-1] and _is_extra(names, own))]
+    has_last = bool(own) and not (dense and own == snapshots)
+    result = {LAST: _uniform(own[-1:], n)} if has_last else {}
     if len(snapshots) + len(files) > 1:
         result["uniform"] = _uniform([*files, *snapshots], n)
     for k in WINDOWS:
@@ -64,9 +68,10 @@ def _is_average(name: str) -> bool:
 
 
 def _is_extra(names: Sequence[str], own: Sequence[int]) -> bool:
-    """Whether the newest is named by its step, and the others by their epochs."""
+    """Whether the newest is named by its step, and the others by their epochs; or by name."""
     kinds = {names[i].partition("=")[0] for i in own[:-1]}
-    return names[own[-1]].startswith("step=") and kinds != {"step"}
+    newest = names[own[-1]]
+    return newest.startswith("last(") or (newest.startswith("step=") and kinds != {"step"})
 
 
 def _uniform(members: Sequence[int] | range, n: int) -> Tensor:

@@ -37,7 +37,9 @@ from lightning_twa.trainer import (
 
 __all__ = ["Collector", "file_candidate_names"]
 
-OWN_NAME = re.compile(r"(epoch|step)=[0-9]+|(ema|power)\(.*\)|mean")  # of candidates of this run
+OWN_NAME = re.compile(
+    r"(epoch|step)=[0-9]+|(ema|power|last)\(.*\)|mean"
+)  # of candidates of this run
 
 
 class Collector:

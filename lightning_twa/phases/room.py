@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import Parameter, is_lazy
 
 from lightning_twa.candidates import averaged_names, is_kept, persistent_buffers
 from lightning_twa.config import Settings, SubspaceConfig
@@ -113,20 +113,32 @@ def _check_candidates(
         sizes = (p.numel() * min(p.itemsize, 2 if dtype == "bfloat16" else 8) for p in floats)
         return frozen + n * (buffers + sum(sizes) - (frozen if dtype == "float32" else 0))
 
-    n = snapshots + others
-    if there is None or needed(n) <= there:
+    n, mean = snapshots + others, _mean_in_main_memory(settings, trainer, floats)
+    if there is None or needed(n) + mean <= there:
         return
     fitting = ["StorageConfig(kind='auto') (files)"]
-    if settings.storage.dtype == "float32" and needed(n, "bfloat16") <= there:
-        fitting.append(f"StorageConfig(dtype='bfloat16') ({size(needed(n, 'bfloat16'))})")
-    most = _most(lambda m: needed(m + others) <= there, 2, snapshots)
+    small = needed(n, "bfloat16") + mean
+    if settings.storage.dtype == "float32" and small <= there:
+        fitting.append(f"StorageConfig(dtype='bfloat16') ({size(small)})")
+    most = _most(lambda m: needed(m + others) + mean <= there, 2, snapshots)
     if most is not None:
-        fitting.append(f"CollectConfig(max_candidates={most}) ({size(needed(most + others))})")
+        taken = needed(most + others) + mean
+        fitting.append(f"CollectConfig(max_candidates={most}) ({size(taken)})")
+    what = "and the mean that becomes the next (dense=True) " if mean else ""
     raise ValueError(
-        f"{count(n, 'candidate')} of this model take {size(needed(n))} of main memory in each "
+        f"{count(n, 'candidate')} of this model {what}take {size(needed(n) + mean)} of main memory "
+        f"in each "
         f"process (StorageConfig.kind='memory'), which has {size(there)}. What would fit: "
         f"{', '.join(fitting)}."
     )
+
+
+def _mean_in_main_memory(settings: Settings, trainer: Trainer, floats: list[Parameter]) -> int:
+    """Bytes of the mean over the steps since the newest candidate, where it is kept there."""
+    device = settings.collect.ema_device or trainer.strategy.root_device
+    if not settings.collect.dense or torch.device(device).type != "cpu":
+        return 0
+    return sum(p.numel() * max(p.itemsize, 4) for p in floats if p.requires_grad)
 
 
 @dataclass(frozen=True, kw_only=True)

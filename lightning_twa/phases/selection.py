@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -95,7 +95,7 @@ class Selection:
         specs = list(specs)
         self.comparison, self.origin, self.news = Comparison(), None, {}
         names, given = store.names, store.given_names
-        averages = fixed_averages(names, given, soup=len(given) == len(names))
+        averages = self._averages(names, given)
         self._points = points_of_path(steps)[:-1]  # the end is compared in any case
         self.training_loss.begin(steps, resumed=kept is not None)
         if kept is not None and not kept["fixed"]:
@@ -128,6 +128,10 @@ class Selection:
                 f"starts from the uniform average of the candidates, and its end is the result, "
                 f"whether it is better or not."
             )
+
+    def _averages(self, names: Sequence[str], given: Sequence[str]) -> dict[str, Tensor]:
+        soup, dense = len(given) == len(names), self.settings.collect.dense
+        return fixed_averages(names, given, soup=soup, dense=dense)
 
     def _check_batches(self) -> None:
         """Losses of other batches than those of before cannot be compared with theirs."""
@@ -210,7 +214,7 @@ class Selection:
     def weights_of_start(self, store: Store, num_blocks: int) -> Tensor:
         """``(n, B)`` the averaging weights of the best fixed average."""
         names, given = store.names, store.given_names
-        averages = fixed_averages(names, given, soup=len(given) == len(names))
+        averages = self._averages(names, given)
         return averages[self.comparison.start][:, None].expand(-1, num_blocks).clone()
 
     def result(self, steps: int, seconds: float) -> Result:

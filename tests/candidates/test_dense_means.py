@@ -23,6 +23,8 @@ from helpers.sharded import Sharded
 from helpers.sharded import fit as fit_shards
 from lightning_twa import SolverConfig, StorageConfig
 from lightning_twa.candidates.running_averages import RunningAverages
+from lightning_twa.phases import room
+from lightning_twa.phases.choose import fixed_averages
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*callbacks used to create the checkpoint need to",
@@ -121,9 +123,80 @@ def test_by_default_the_last_weights_are_a_candidate_too(tmp_path) -> None:
     twa = lightning_twa.TWACallback(collect=collect, phase_steps=4)
     module = Regressor()
     trainer(tmp_path, callbacks=[twa], max_epochs=6).fit(module, loader(), loader(32, seed=1))
-    assert twa.candidate_names[-2:] == ["step=20", "last"]
+    assert twa.candidate_names[-2:] == ["step=20", "last(step=20)"]
     assert twa.result is not None
     assert "last weights" in twa.result.losses
+    assert twa.result.losses["last weights"] != twa.result.losses["uniform"]
+
+
+def test_fixed_averages_tell_means_from_the_last_weights() -> None:
+    names = ["mean", "epoch=0", "epoch=1", "epoch=2", "last(step=14)"]
+    found = fixed_averages(names, ["mean"], soup=False, dense=True)
+    assert found["last weights"].tolist() == [0, 0, 0, 0, 1]
+    assert found["uniform"].tolist() == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3, 0])
+    assert found["last 2"].tolist() == [0, 0, 0.5, 0.5, 0]
+    found = fixed_averages(names[1:4], [], soup=False, dense=True)
+    assert "last weights" not in found, "the newest is a mean"
+
+
+def test_a_file_called_last_hides_nothing(tmp_path) -> None:
+    torch.save(Regressor().state_dict(), tmp_path / "last.ckpt")
+    collect = lightning_twa.CollectConfig(dense=True, checkpoints=str(tmp_path / "last.ckpt"))
+    twa = lightning_twa.TWACallback(3, collect=collect, heldout=None)
+    trainer(tmp_path, callbacks=[twa], max_epochs=4).fit(Regressor(), loader())
+    assert twa.candidate_names[0] == "last"
+    assert twa.candidate_names[-1] == "last(step=12)"
+
+
+def test_a_parameter_that_is_frozen_between_two_candidates_stays_in_the_mean(tmp_path) -> None:
+    twa = TWACallback(0, collect=CollectConfig(dense=True), solver=SolverConfig(name="uniform"))
+    history: list[Tensor] = []
+
+    class Freeze(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+            history.append(weights(pl_module))
+            if trainer.global_step == 2:
+                pl_module.net[0].requires_grad_(False)
+
+    trainer(tmp_path, callbacks=[Freeze(), twa], max_epochs=2).fit(Regressor(), loader())
+    for one, other in zip(map(flat, twa._run.store), means(history, [(0, 4), (4, 8)]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_room_for_the_mean_is_counted(tmp_path, monkeypatch, device) -> None:
+    """Three candidates, and a float32 copy of the trainable weights."""
+    held = 4 * weights(Regressor()).numel()
+    kind = StorageConfig(kind="memory")
+    for there, dense, fits in ((4, True, True), (3.9, True, False), (3.9, False, True)):
+        monkeypatch.setattr(room, "total_bytes", lambda *a, n=there, **k: int(n * held))
+        options = {"ema_device": device} if dense else {}
+        collect = CollectConfig(start=0, dense=dense, **options)
+        twa = TWACallback(3, collect=collect, storage=kind, solver=SolverConfig(name="uniform"))
+        how = trainer(tmp_path, callbacks=[twa], max_epochs=3)
+        if fits:
+            how.fit(Regressor(), loader())
+        else:
+            message = r"3 candidates of this model and the mean that becomes the next \(dense=True"
+            with pytest.raises(ValueError, match=message):
+                how.fit(Regressor(), loader())
+
+
+@pytest.mark.parametrize("cycles", [2, 3])
+def test_means_of_a_cycle_are_of_its_own_steps(tmp_path, cycles) -> None:
+    twa = TWACallback(2, collect=CollectConfig(start=0, dense=True), cycles=cycles)
+    history: list[tuple[str, Tensor]] = []
+
+    class Follow(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+            history.append((twa.phase, weights(pl_module)))
+
+    how = trainer(tmp_path, callbacks=[Follow(), twa], max_epochs=3 * cycles)
+    how.fit(Regressor(), loader())
+    steps, first = [w for _, w in history], 3 * STEPS * (cycles - 1)
+    bounds = [(first, first + STEPS), (first + STEPS, first + 2 * STEPS)]
+    for one, other in zip(map(flat, twa._run.store), means(steps, bounds), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def test_two_processes_have_the_same_means(tmp_path) -> None:
