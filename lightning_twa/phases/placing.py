@@ -79,5 +79,6 @@ def place_plans(
     early = {name for name in store.names if not plan.has_named(name, now.per_epoch)}
     drop(store, early - set(store.given_names))
     by_steps = plan.collect_start_step is not None and trainer.global_step < plan.collect_start_step
-    if by_steps or plan.first < plan.collect_start >= trainer.current_epoch:
+    begins_with = trainer.current_epoch + within_epoch  # the next epoch that has not begun
+    if by_steps or plan.first < plan.collect_start >= begins_with:
         collector.averages.clear_window()

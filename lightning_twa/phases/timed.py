@@ -27,21 +27,22 @@ class TimedLength:
         self.steps: int | None = None
         self._next = FIRST
 
-    def is_due(self, trainer: Trainer) -> bool:
-        """Whether :meth:`look` estimates anew."""
-        return trainer.global_step >= self._next
+    def look(self, trainer: Trainer) -> bool:
+        """Estimate anew where that is due; every rank calls it at the same steps.
 
-    def look(self, trainer: Trainer) -> None:
-        """Estimate anew where that is due; every rank calls it at the same steps."""
+        Returns:
+            Whether it was, of a run that time limits.
+        """
         now = trainer.global_step
-        if not self.is_due(trainer):
-            return
+        if now < self._next:
+            return False
         times = seconds_taken_and_left(trainer)
         if times is None:
-            self._next = now + FIRST  # a Timer may be added by a callback
-            return
+            self._next = now + FIRST  # another fit of the Trainer may have a Timer
+            return False
         shared = from_rank_zero(torch.tensor(times), trainer.strategy.root_device)
         taken, left = shared.tolist()
         ahead = int(max(left, 0.0) * now / taken) if taken > 0.0 else now
         self.steps = now + ahead
         self._next = now + max(min(ahead // 2, now), 1)
+        return True

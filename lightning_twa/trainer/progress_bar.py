@@ -72,7 +72,9 @@ def _rich_task(own: Any, what: str, total: int | None) -> Iterator[Tick]:
         yield tick
     finally:
         bars = own.progress
-        if task is not None and task in bars.task_ids:  # its bars may have begun anew
+        if (
+            task is not None and bars is not None and task in bars.task_ids
+        ):  # they may be others now
             bars.remove_task(task)
             bars.refresh()
 

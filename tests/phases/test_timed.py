@@ -7,14 +7,16 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import Timer
 
 import lightning_twa
 from helpers.common import Regressor, loader, trainer
 from helpers.ddp import fit as fit_several
-from helpers.plain import TWACallback
+from helpers.plain import CollectConfig, TWACallback
 from helpers.short import holds_its_average
 from lightning_twa import SolverConfig
+from lightning_twa.phases import placing, stages
 from lightning_twa.phases.timed import TimedLength
 
 pytestmark = pytest.mark.filterwarnings(
@@ -128,6 +130,40 @@ def test_a_generous_limit_changes_nothing(tmp_path) -> None:
     assert one.averaging_weights.equal(twa.averaging_weights)
 
 
+def test_the_window_of_averages_begins_once(tmp_path) -> None:
+    """A look at the clock within the epoch in which collecting begins."""
+
+    def averages(name: str, callbacks: list[Any]) -> list[Any]:
+        L.seed_everything(3, verbose=False)
+        twa = TWACallback(6, collect=CollectConfig(start=2, ema_decays=(0.9,), dense=True))
+        how: dict[str, Any] = {"max_epochs": 7, "limit_train_batches": 3}  # looks at steps 4, 8
+        the_trainer = trainer(tmp_path / name, callbacks=[twa, *callbacks], **how)
+        the_trainer.fit(Regressor(), loader(), loader(32, seed=1))
+        return [dict(candidate.parameters) for candidate in twa._run.store]
+
+    plain, timed = averages("plain", []), averages("timed", [Clock(1e5)])
+    assert len(plain) == 5
+    for one, other in zip(plain, timed, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("clock", [False, True])
+def test_nothing_is_placed_within_an_epoch_where_time_ends_no_run(
+    tmp_path, monkeypatch, clock
+) -> None:
+    placed = []
+
+    def follow(*args: Any, within_epoch: bool = False, **kwargs: Any) -> None:
+        placed.append(within_epoch)
+        placing.place_plans(*args, within_epoch=within_epoch, **kwargs)
+
+    monkeypatch.setattr(stages, "place_plans", follow)
+    callbacks = [TWACallback(phase_steps=4), *[Clock(1e5)] * clock]
+    how: dict[str, Any] = {"max_epochs": 9, "limit_train_batches": 3}
+    trainer(tmp_path, callbacks=callbacks, **how).fit(Regressor(), loader())
+    assert any(placed) is clock
+
+
 def test_a_resumed_run_has_the_time_that_is_left(tmp_path) -> None:
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
@@ -168,9 +204,7 @@ def test_estimates_are_few_and_grow_better() -> None:
     looks = 0
     for step in range(1, 1_000_000):
         fake.global_step, fake.clock.now = step, float(step) + min(step, 10) * 60.0
-        if timed.is_due(fake):  # type: ignore[arg-type]
-            timed.look(fake)  # type: ignore[arg-type]
-            looks += 1
+        looks += timed.look(fake)  # type: ignore[arg-type]
         if timed.steps is not None and step >= timed.steps - 30:
             break
     assert looks < 50
