@@ -14,8 +14,6 @@ from torch import Tensor
 
 import lightning_twa
 from helpers.common import Regressor, loader, trainer, weights
-from helpers.ddp import fit as fit_several
-from helpers.ddp import strided
 from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, equal, run
 from helpers.runs import fit_fails
@@ -197,25 +195,6 @@ def test_means_of_a_cycle_are_of_its_own_steps(tmp_path, cycles) -> None:
     bounds = [(first, first + STEPS), (first + STEPS, first + 2 * STEPS)]
     for one, other in zip(map(flat, twa._run.store), means(steps, bounds), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
-
-
-def test_two_processes_have_the_same_means(tmp_path) -> None:
-    collect, module = CollectConfig(start=1, dense=True), Regressor()
-    ends = {}
-    for processes in (1, 2):
-        ends[processes] = fit_several(
-            tmp_path / str(processes),
-            TWACallback(4, collect=collect),
-            deepcopy(module),
-            processes,
-            train=strided(processes),
-            use_distributed_sampler=False,
-        )
-    (one,), (two, other) = ends[1], ends[2]
-    assert torch.equal(two["averaging_weights"], other["averaging_weights"])
-    for mine, theirs in zip(one["candidates"], two["candidates"], strict=True):
-        for name, tensor in mine.items():
-            torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 5])

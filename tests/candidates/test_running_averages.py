@@ -147,8 +147,9 @@ def test_other_decays_on_resuming(tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
 @pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss")
-def test_two_processes_have_the_same_running_averages(tmp_path) -> None:
-    collect = CollectConfig(start=1, ema_decays=DECAYS)
+@pytest.mark.parametrize("averages", [{"ema_decays": DECAYS}, {"dense": True}])
+def test_two_processes_have_the_same_running_averages(tmp_path, averages) -> None:
+    collect = CollectConfig(start=1, **averages)
     ends, module = {}, Regressor()
     for processes in (1, 2):
         ends[processes] = fit(
