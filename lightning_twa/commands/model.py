@@ -241,8 +241,10 @@ def _class(path: str | None, option: str) -> Any:
 @contextlib.contextmanager
 def _importable() -> Any:
     """The working directory's files can be imported, as by ``python main.py``."""
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()  # what is imported may go elsewhere, or take it out
+    sys.path.insert(0, here)
     try:
         yield
     finally:
-        sys.path.remove(os.getcwd())
+        if here in sys.path:
+            sys.path.remove(here)

@@ -101,6 +101,20 @@ def test_a_resumed_run_has_the_same_means(tmp_path, kind, every) -> None:
         assert differences(whole, run(tmp_path, Regressor, make_twa, path)) == []
 
 
+@pytest.mark.parametrize("entry", ["updates", "averages", "decays"])
+def test_a_damaged_mean_is_named(tmp_path, entry) -> None:
+    def make_twa() -> TWACallback:
+        return TWACallback(4, collect=CollectConfig(start=1, dense=True))
+
+    saver = ModelCheckpoint(tmp_path / "ck", save_top_k=-1, every_n_train_steps=6)
+    run(tmp_path, Regressor, make_twa, saver=saver)
+    checkpoint = torch.load(tmp_path / "ck" / "epoch=1-step=6.ckpt", weights_only=True)
+    del checkpoint["callbacks"]["TWACallback"]["candidates"]["dense"][entry]
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match=rf"damaged.* candidates\.dense\.{entry} is 'missing'"):
+        run(tmp_path, Regressor, make_twa, tmp_path / "bad.ckpt")
+
+
 def test_a_uniform_average_of_them_is_that_of_all_steps(tmp_path) -> None:
     twa = TWACallback(2, collect=CollectConfig(dense=True), solver=SolverConfig(name="uniform"))
     history: list[Tensor] = []

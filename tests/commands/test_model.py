@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.optim.swa_utils import update_bn
 from helpers.commands import failure, printed, usage
 from helpers.common import load_script, trainer
 from lightning_twa import average
+from lightning_twa.commands.model import _class
 
 pytest.importorskip("jsonargparse")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's use of it
@@ -170,3 +172,12 @@ def test_what_a_model_cannot_be_made_of(user, tmp_path, capsys) -> None:
         assert message in text, options
         assert text.count("\n") == 1, options
         assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_module_that_changes_the_directory_when_it_is_imported(tmp_path, monkeypatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moves.py").write_text("import os\nos.chdir('elsewhere')\n\nclass Own:\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert _class("moves.Own", "module").__name__ == "Own"
+    assert sys.path == before

@@ -89,8 +89,9 @@ def test_the_phase_is_whole_when_time_ends_the_run(tmp_path, case, caplog) -> No
 
 
 @pytest.mark.parametrize("options", [{"start_epoch": 0.7}, {"start_epoch": 40}])
-def test_to_the_end(tmp_path, options) -> None:
+def test_to_the_end(tmp_path, options, caplog) -> None:
     _twa, clock, _ = fit(tmp_path, options, 220.0, slow=1.2)
+    assert f"trained for {len(clock.in_phase)} optimizer steps" in caplog.text, "the schedule's end"
     first = clock.in_phase[0]
     assert 145 <= first <= 165
     assert 200.0 <= clock.now <= 222.0
