@@ -70,6 +70,7 @@ def only_result(output: str) -> tuple[str, ...]:
 # --- the whole
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),

@@ -34,6 +34,7 @@ def test_pages_with_code_are_found() -> None:
     assert all(page.read_text().strip() for page in PAGES)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
 def test_code_of_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

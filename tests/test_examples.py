@@ -265,6 +265,7 @@ def test_every_benchmark_finds_what_it_imports(script, monkeypatch) -> None:
     assert load_script(EXAMPLES / "benchmarks" / script).__doc__
 
 
+@pytest.mark.long
 def test_overhead_prints_a_row_for_each_size() -> None:
     small = ("--rounds", "1", "--widths", "4", "--candidates", "3", "--batch-size", "2")
     header, _, row = run_example("benchmarks/overhead.py", *small).splitlines()[-3:]

@@ -68,6 +68,7 @@ def test_a_checkpoint_holds_what_is_frozen_once(tmp_path) -> None:
     assert set(entry["as_in_module"]) == {n for n, _ in Head().named_parameters() if "back" in n}
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("unfreeze", [99, 3])
 def test_what_is_frozen_resumes(tmp_path, unfreeze, assign) -> None:

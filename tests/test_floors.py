@@ -42,6 +42,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("what", PLANTED)
 def test_the_linter_holds_and_notices_what_is_planted(tmp_path: Path, what: str) -> None:
     pytest.importorskip("importlinter")

@@ -84,6 +84,7 @@ def test_many_steps_are_averaged_as_exactly_as_float32_can_be() -> None:
     assert error < 3e-6
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 @pytest.mark.parametrize("every", [{}, {"every_n_train_steps": 3}])
 def test_a_resumed_run_has_the_same_means(tmp_path, kind, every) -> None:

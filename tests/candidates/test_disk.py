@@ -161,6 +161,7 @@ def test_testing_needs_no_files(tmp_path, stage) -> None:
 # --- resume
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("kind", [Regressor, Frozen])
 @pytest.mark.parametrize("epoch", [1, 2, 3, 4])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, epoch, kind) -> None:

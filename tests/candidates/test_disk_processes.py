@@ -27,6 +27,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
 @pytest.mark.parametrize("epoch", [2, 4])

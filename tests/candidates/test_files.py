@@ -94,6 +94,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 # --- Several processes
 
 
+@pytest.mark.long
 def test_racing_processes_get_different_directories(
     processes: tuple[Path, dict[str, Any]],
 ) -> None:

@@ -203,6 +203,7 @@ def test_the_last_weights_are_taken_once(tmp_path: Path, dtype: str) -> None:
     assert twa.candidate_names == [*NAMES, "epoch=2", "epoch=3"]
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("storage", ["memory", "disk"])
 @pytest.mark.parametrize("every", ["step", "epoch"])
 def test_a_resumed_run_has_the_same(tmp_path: Path, every: str, storage: str) -> None:

@@ -142,6 +142,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_averages_of_a_run_fit(tmp_path, way, kind) -> None:

@@ -41,6 +41,7 @@ def statistics(module: torch.nn.Module) -> list[Tensor]:
     return [t.clone() for m in norms for t in (m.running_mean, m.running_var)]
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("data", ["train", "val"])
 @pytest.mark.parametrize("phase", ["collect", "optimize", "done"])
 def test_a_checkpoint_of_every_phase_loads_with_weights_only(tmp_path, phase, data) -> None:

@@ -202,6 +202,7 @@ def test_a_state_is_given_out_as_it_was_written(resume, name, moment) -> None:
     assert differences(written, given) == []
 
 
+@pytest.mark.matrix(28)
 @pytest.mark.parametrize(("name", "moment"), STILL)
 def test_the_model_and_the_user_s_optimizer_are_as_they_were(resume, name, moment) -> None:
     written, given = resume(name, moment).written, resume(name, moment).given
@@ -248,6 +249,7 @@ def test_a_finished_run_is_judged_with_what_it_learned(tmp_path, resume, name, m
         assert differences(expected, end_of(module, twa)) == []
 
 
+@pytest.mark.matrix(31)
 @each_stage
 def test_inspect_names_the_phase(capsys, name, moment) -> None:
     assert main(["inspect", str(path_of(WRITTEN / name, name, moment))]) == 0

@@ -88,6 +88,7 @@ def reference(user: Any, batches: int | None = None) -> dict[str, torch.Tensor]:
     return module.state_dict()
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("batches", [None, 2])
 @pytest.mark.parametrize("how", ["classes", "configuration", "sections"])
 def test_statistics_are_those_of_the_average(user, tmp_path, capsys, how, batches) -> None:

@@ -14,6 +14,7 @@ from helpers.plain import TWACallback
 from lightning_twa import plot_averaging_weights, plot_subspace
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(("n", "count"), [(2, 1), (6, 1), (60, 1), (3, 2), (6, 14), (60, 100)])
 def test_no_label_covers_another(n, count) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -78,6 +78,7 @@ def test_only_layers_that_training_updates_are_taken() -> None:
     assert tracked_batch_norms(net, training) == [net[1]]
 
 
+@pytest.mark.matrix(2)
 @DATA
 @pytest.mark.parametrize("validate_average", [False, True])
 def test_batchnorm_is_reestimated_over_the_training_data_before_the_last_validation(
@@ -213,6 +214,7 @@ class Looks(L.Callback):
             self.errors.append((self.twa.phase, error))
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.filterwarnings("ignore:TWACallback.data='val'. trains")
 @pytest.mark.parametrize("batches", [None, 3])
 @pytest.mark.parametrize("data", ["train", "val"])
@@ -294,6 +296,7 @@ def fresh(*args: Any, **kwargs: Any) -> DataLoader:
     return DataLoader(data.dataset, batch_size=16)
 
 
+@pytest.mark.matrix(8)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("who", [Normalises, Normalising])

@@ -92,6 +92,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
 }  # fmt: skip
 
 
+@pytest.mark.matrix(7)
 @pytest.mark.parametrize("case", CASES)
 def test_where_the_phase_begins_and_ends(tmp_path, case, caplog) -> None:
     options, how, first, last = CASES[case]
@@ -159,6 +160,7 @@ WINDOWS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_which_candidates_there_are(tmp_path, window) -> None:
     options, how, expected = WINDOWS[window]

@@ -50,6 +50,7 @@ def fit(
     return twa, module, the_trainer
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(
     "options",
     [
@@ -90,6 +91,7 @@ def test_what_was_seen_counts_and_not_what_data_say(tmp_path) -> None:
     assert twa._run.averaging.optimization.started["step"] == 27
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("step", [4, 8, 11, 12, 13, 16, 18])
 def test_resuming_a_stream_from_every_batch(tmp_path, step) -> None:
     """Lightning counts the batches of an epoch on into the next one, of a run that is resumed

@@ -84,6 +84,7 @@ def by_hand(states: list[dict[str, Tensor]], config: SubspaceConfig, total: int)
     return torch.stack(betas).mean(dim=0), uniform(results)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("basis", ["pca", "candidates", "orthonormal"])
 def test_groups_are_what_a_loop_by_hand_gives(tmp_path, basis, size) -> None:

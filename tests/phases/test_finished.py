@@ -62,6 +62,7 @@ def run(path: Path, callback: TWACallback, *others: Any, **kwargs: Any) -> tuple
     return module, the_trainer
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.filterwarnings("ignore:In trainer.test", "ignore:..test.ckpt_path=None")
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")
 @pytest.mark.parametrize("kind", KINDS)

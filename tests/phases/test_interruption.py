@@ -86,6 +86,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.matrix(9)
 @pytest.mark.parametrize("step", [17, 22])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_phase_goes_on_with_what_it_had(tmp_path: Path, kind: str, step: int) -> None:
@@ -134,6 +135,7 @@ def test_the_interrupted_run_is_the_uninterrupted_one_but_for_the_epoch_begun_ag
     assert equal(dict(parts.state_dict()), dict(whole.state_dict()))
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, MemoryError, SystemExit])
 def test_nothing_big_is_kept_after_an_interruption(tmp_path: Path, error: Any) -> None:
     callback = twa(collect=CollectConfig(start=0, ema_decays=(0.9,)))

@@ -112,6 +112,7 @@ def make(kind: type[L.LightningModule]) -> L.LightningModule:
     return kind()
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("kind", [Renames, Extra, Filters])
 @pytest.mark.parametrize("validate", [True, False])
 def test_the_average_has_the_names_of_the_module(tmp_path: Path, kind: Any, validate: bool) -> None:

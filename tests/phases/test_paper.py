@@ -262,6 +262,7 @@ BASES = pytest.mark.parametrize("basis", ["candidates", "orthonormal"])
 DATA = pytest.mark.parametrize("data", ["train", "val"])
 
 
+@pytest.mark.matrix(2)
 @BASES
 @DATA
 def test_a_fit_is_the_algorithm_of_the_paper(tmp_path, basis, data) -> None:

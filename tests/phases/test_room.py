@@ -149,6 +149,7 @@ class Stop(Large):
         raise Reached
 
 
+@pytest.mark.matrix(9)
 @pytest.mark.parametrize("total", [4.0, 2.5, 1.3])
 @pytest.mark.parametrize(
     "options",
@@ -231,6 +232,7 @@ def test_another_device_may_have_the_room(tmp_path, monkeypatch) -> None:
     assert "device=" not in str(caught.value)
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize("bits", [1, 4, 8, 16, 32])
 @pytest.mark.parametrize("basis", ["pca", "candidates", "orthonormal"])
 def test_what_is_expected_is_what_is_taken(tmp_path, bits, basis) -> None:

@@ -131,6 +131,7 @@ def test_another_solver_is_refused_in_the_phase(tmp_path) -> None:
         run(tmp_path, Regressor, lambda: twa(solver=SolverConfig(name="adamw")), ckpt_path=path)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("options", "message"),
     [

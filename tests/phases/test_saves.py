@@ -77,6 +77,7 @@ def test_a_save_changes_nothing(tmp_path: Path, kind: str, first: bool, hook: st
     assert found[3] == 8
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_of_these_files_holds_the_average(tmp_path: Path, kind: str) -> None:
     expected, *_ = outcome(tmp_path, kind, "on_train_epoch_end", False)

@@ -176,6 +176,7 @@ def test_its_losses_are_those_of_training_step_in_evaluation_mode(
         assert reference_loss(other, held_out) == pytest.approx(twa.result.losses[name], rel=1e-5)
 
 
+@pytest.mark.matrix(6)
 @pytest.mark.parametrize(
     "options",
     [
@@ -233,6 +234,7 @@ class Pull(L.Callback):
         module.pull = self.twa.phase == "optimize"
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("parametrization", ["free", "simplex", "mask"])
 @pytest.mark.parametrize("group_size", [None, 3])
 def test_a_path_that_held_out_data_do_not_like_ends_at_its_start(

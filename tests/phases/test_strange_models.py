@@ -84,6 +84,7 @@ FROZEN = {
 }
 
 
+@pytest.mark.matrix(16)
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("storage", ["memory", "disk"])
 @pytest.mark.parametrize("kind", KINDS)

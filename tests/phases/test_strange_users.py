@@ -57,6 +57,7 @@ class WithHyperparameter(Regressor):
         self.save_hyperparameters({"what": what})
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.filterwarnings("ignore:Attribute 'what' is an instance of")
 @pytest.mark.parametrize("kind", ["default", "uniform"])
 @pytest.mark.parametrize("what", HYPERPARAMETERS)
@@ -147,6 +148,7 @@ class SavesIn(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.filterwarnings("ignore:TWACallback.validate_average=True. has put the average")
 @pytest.mark.filterwarnings("ignore:At the end of the run the model does not hold")
 @pytest.mark.parametrize("hook", ["on_validation_end", "on_validation_batch_end"])
@@ -283,6 +285,7 @@ ORDERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("order", ORDERS)
 def test_passes_for_statistics_do_not_move_random_orders_on(tmp_path, order, nested) -> None:

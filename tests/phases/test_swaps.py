@@ -172,6 +172,7 @@ class Steps(L.Callback):
         self.trained.append(state(pl_module))
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.filterwarnings("ignore:TWACallback.validate_average=True. has put")
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("where", ["module", "before", "behind"])

@@ -77,6 +77,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 }
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("case", CASES)
 def test_the_phase_is_whole_when_time_ends_the_run(tmp_path, case, caplog) -> None:
     options, how, expected = CASES[case]

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the c
 UNIFORM = SolverConfig(name="uniform")
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize(
     ("arguments", "collect", "expected"),
     [

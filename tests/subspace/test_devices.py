@@ -74,6 +74,7 @@ def steps_on(device: torch.device, config: SubspaceConfig) -> list[Tensor]:
         return [again.averaging_weights, *(p.detach().clone() for p in params.values())]
 
 
+@pytest.mark.matrix(18)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("basis", ["pca", "candidates", "orthonormal"])
 @pytest.mark.parametrize("parametrization", ["free", "simplex", "mask"])

@@ -62,6 +62,7 @@ torch.distributed.destroy_process_group()
 
 
 # Shards exchange more: they stay in `make test`.
+@pytest.mark.long
 @pytest.mark.parametrize("distribute", [pytest.param("replicate", marks=pytest.mark.long), "shard"])
 def test_two_nodes_with_a_torchrun_agent_each(tmp_path, distribute) -> None:
     script = tmp_path / "train.py"

@@ -74,6 +74,7 @@ class Counts(Regressor):
         return self.shared[0]
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(("kind", "how"), [("sampler", PERSISTENT), *LONG])
 @pytest.mark.parametrize("data", ["val", "twa"])
 @pytest.mark.parametrize("interval", [1.0, 0.5])

@@ -38,6 +38,7 @@ class StopAt(EarlyStopping):
         super()._run_early_stopping_check(trainer)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("at_epoch_end", [True, False])
 @pytest.mark.parametrize("data", ["train", "val"])
 def test_the_phase_begins_where_early_stopping_would_end_the_run(

@@ -55,6 +55,7 @@ def test_fit_leaves_the_trainer_and_the_user_s_states_as_before_the_phase(tmp_pa
     assert the_trainer.num_training_batches == 4
 
 
+@pytest.mark.matrix(4)
 @DATA
 @pytest.mark.parametrize("where", ["training", "validation"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -264,6 +264,7 @@ print(run(1_000_000, 12), 4 * 12_000_000)
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "path"), [pytest.param(1, "tiled", marks=pytest.mark.long), (4, "compiled")]

@@ -29,6 +29,7 @@ def members(still: list[int], n: int = 5) -> list[dict[str, Tensor]]:
     return found
 
 
+@pytest.mark.matrix(34)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16, 32])
 @pytest.mark.parametrize("which", STILL)
 @pytest.mark.parametrize("blocks", ["global", "tensor"])

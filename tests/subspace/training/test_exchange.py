@@ -125,6 +125,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.long), 3])
 @pytest.mark.parametrize("config", CONFIGS)
@@ -145,6 +146,7 @@ def test_steps_equal_one_process(tmp_path, kind, config, processes) -> None:
     torch.testing.assert_close(reports[0]["beta"], beta, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", ["bfloat16", "mixed"])
 @pytest.mark.parametrize("kind", ["replicate", "shard"])
