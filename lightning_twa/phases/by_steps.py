@@ -155,16 +155,19 @@ def place(plan: CollectPlan, settings: Settings, now: Position) -> CollectPlan:
     if length is None or left is None:
         return plan
     phase = settings.steps_of_phase(length)
-    first_step = now.steps + left - length
-    if _ends_by_time(plan, now) and phase is not None:  # those of the phase take longer
+    first_step, timed = now.steps + left - length, _ends_by_time(plan, now)
+    if timed and phase is not None:  # those of the phase take longer
         length -= min(SPARE * phase, length // 2)
     if settings.start_epoch is not None:
         assert last_step is not None  # what is left is known
         start = _round(settings.start_epoch * last_step)
-        phase = min(phase or _in_time(length, plan, now), last_step - start)
+        rest = last_step - start
+        phase = _in_time(rest, plan, now) if phase is None else min(phase, rest)
     else:
         assert phase is not None
         start = first_step + length - phase
+    if start <= first_step and timed:  # as it looks now: the first steps may be slow
+        start = first_step + max(length // 2, 1)
     if start <= first_step:
         given, remedy = settings.length_in_words, "Give the phase fewer"
         if settings.start_epoch is not None:

@@ -92,7 +92,7 @@ class Collector:
         """Check the settings, resolve the schedule, find files, and make room for candidates, of
         which a run that goes on has some; see :mod:`lightning_twa.phases.checks`.
         """
-        collect = self.settings.collect
+        collect, self.timed = self.settings.collect, TimedLength()
         with in_common(ValueError):
             self._files = [] if collect.checkpoints is None else find_files(collect.checkpoints)
         self.plans = check_trainer(self.settings, trainer, module, len(self._files))

@@ -57,7 +57,7 @@ def place_plans(
         narrows: Whether candidates have been taken before it was known where the window is: those
             from before it are left out.
     """
-    collector.timed.look(trainer)
+    collector.timed.look(trainer, collector.plan.start_step)
     now = position(collector, trainer, epoch_batches, within_epoch=within_epoch)
     before = collector.plan
     for i in range(collector.cycle, len(collector.plans)):

@@ -87,7 +87,7 @@ class Collecting(Stage):
         if not self._between_steps or self._had_too_few:
             return self.name
         averaging = self.averaging
-        if averaging.collector.timed.look(trainer):
+        if averaging.collector.timed.is_due(trainer, averaging.plan.start_step):
             batches = averaging.epoch_batches
             place_plans(averaging.collector, trainer, batches, within_epoch=True, narrows=True)
         return self._begin_phase_if_due(trainer, module, within_epoch=True)

@@ -105,6 +105,21 @@ def test_by_default(tmp_path) -> None:
     assert len(clock.in_phase) == pytest.approx(400 // 30, abs=1)
 
 
+def test_a_slow_start_is_no_short_run(tmp_path) -> None:
+    """By the first steps the run would be shorter than its phase."""
+    _twa, clock, _ = fit(tmp_path, {"phase_steps": 30}, 400.0, start=60.0)
+    assert len(clock.in_phase) == 30
+    assert clock.in_phase[0] > 200
+
+
+def test_a_phase_longer_than_the_run_gets_what_time_there_is(tmp_path, caplog) -> None:
+    collect = CollectConfig(every_n_train_steps=2)
+    _twa, clock, _ = fit(tmp_path, {"phase_steps": 500, "collect": collect}, 60.0, start=0.0)
+    assert 15 <= clock.in_phase[0] <= 35
+    assert 10 <= len(clock.in_phase) <= 30
+    assert f"cut short after {len(clock.in_phase)} of 500 optimizer steps" in caplog.text
+
+
 def test_only_the_window_s_candidates_stay(tmp_path) -> None:
     twa, clock, _ = fit(tmp_path, {"phase_steps": 6}, 220.0)
     start = clock.in_phase[0] // 4
@@ -206,7 +221,8 @@ def test_estimates_are_few_and_grow_better() -> None:
     looks = 0
     for step in range(1, 1_000_000):
         fake.global_step, fake.clock.now = step, float(step) + min(step, 10) * 60.0
-        looks += timed.look(fake)  # type: ignore[arg-type]
+        looks += timed.is_due(fake, None)  # type: ignore[arg-type]
+        timed.look(fake, None)  # type: ignore[arg-type]
         if timed.steps is not None and step >= timed.steps - 30:
             break
     assert looks < 50
