@@ -62,8 +62,8 @@ class TWAHooks(RunResults, Hooks):
             a file, or ``False``. It is a Lightning checkpoint, without states of optimizers, that
             can be loaded and tested without this package. See :attr:`average_path`.
         batchnorm_batches: Training batches that BatchNorm statistics are computed over for averaged
-            weights. ``None``: those of an epoch for the result, and at most 50 for validations
-            before it.
+            weights. ``None``: those of an epoch for the result, at most 50 for validations before
+            it, and at the switch a quarter of the phase's steps, from 8 to 50.
         cycles: Divide the run into so many parts of equal length, and collect and train
             coefficients in each; ``start_epoch`` and ``CollectConfig.start`` count within a part.
             Ordinary training goes on from the learned average. With

@@ -11,7 +11,7 @@ from lightning_twa.machine import in_common, warn
 from lightning_twa.phases.anew import keep_raw
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.beginning import enter_phase
-from lightning_twa.phases.fitting import fit_buffers
+from lightning_twa.phases.fitting import fit_at_switch
 from lightning_twa.phases.guard import is_common
 from lightning_twa.trainer import prepare_data, shards_parameters, step_was_taken
 from lightning_twa.words import count
@@ -38,7 +38,7 @@ def begin_phase(
     try:
         keep_raw(averaging, module)
         enter_phase(averaging, trainer, module, within_epoch=within_epoch)
-        fit_buffers(averaging, trainer, module, in_between=True)
+        fit_at_switch(averaging, trainer, module)
     except Exception as error:
         if not averaging.has_trained or not is_common(error):
             raise

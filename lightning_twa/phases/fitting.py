@@ -9,11 +9,11 @@ from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.batchnorm import BATCHES, reestimate_batchnorm
 from lightning_twa.trainer import batches_between_validations, batches_seen, epoch_is_ending
 
-__all__ = ["fit_before_validation", "fit_buffers", "put_average_in"]
+__all__ = ["fit_at_switch", "fit_before_validation", "fit_buffers", "put_average_in"]
 
 
 def fit_buffers(
-    averaging: Averaging, trainer: Trainer, module: LightningModule, *, in_between: bool = False
+    averaging: Averaging, trainer: Trainer, module: LightningModule, *, enough: int | None = None
 ) -> int | None:
     """Compute the buffers that belong to the weights in place; every rank calls it.
 
@@ -21,7 +21,7 @@ def fit_buffers(
         averaging: The run.
         trainer: The Trainer.
         module: With averaged weights.
-        in_between: Whether the weights are not yet the result: fewer batches are enough.
+        enough: Batches for weights that are not yet the result; those of an epoch for the result.
 
     Returns:
         The number of batches; ``None`` when there was nothing to do, or no way to.
@@ -37,12 +37,22 @@ def fit_buffers(
             module,
             lambda: averaging.optimization.switch.training_data(trainer),
             max(averaging.epoch_batches or 0, batches_seen(trainer)),
-            BATCHES if in_between and at_most is None else at_most,
+            enough if at_most is None else at_most,
             with_hooks=averaging.batches.changed,
-            matters=not in_between,
+            matters=enough is None,
         )
     averaging.batchnorm = {"batches": batches, "step": trainer.global_step}
     return batches
+
+
+def fit_at_switch(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
+    """:func:`fit_buffers` for what is saved early in the phase, whose steps go on with them:
+    as many batches as a quarter of its steps, so that it does not cost half as much again.
+    """
+    choice = averaging.optimization.choice
+    steps = None if choice is None else choice.total_steps
+    enough = BATCHES if steps is None else min(BATCHES, max(8, steps // 4))
+    fit_buffers(averaging, trainer, module, enough=enough)
 
 
 def fit_before_validation(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
@@ -52,7 +62,7 @@ def fit_before_validation(averaging: Averaging, trainer: Trainer, module: Lightn
     between = batches_between_validations(trainer)
     least = averaging.settings.batchnorm_batches or BATCHES
     if epoch_is_ending(trainer) or between is None or between >= least:
-        fit_buffers(averaging, trainer, module, in_between=True)
+        fit_buffers(averaging, trainer, module, enough=BATCHES)
 
 
 def put_average_in(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:
@@ -62,7 +72,7 @@ def put_average_in(averaging: Averaging, trainer: Trainer, module: LightningModu
     averaging.temporary.put_in(
         module,
         averaging.store,
-        lambda: fit_buffers(averaging, trainer, module, in_between=True),
+        lambda: fit_buffers(averaging, trainer, module, enough=BATCHES),
         trainer,
         averaged_names(module, averaging.settings.collect),
     )

@@ -253,6 +253,26 @@ def test_a_save_right_after_the_switch_has_statistics_of_the_average(tmp_path) -
     assert seen[0] < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("batches", "steps", "expected"), [(None, 32, 8), (None, 80, 20), (3, 32, 3)]
+)
+def test_a_short_phase_takes_few_batches_at_the_switch(tmp_path, batches, steps, expected) -> None:
+    twa = TWACallback(phase_steps=steps, batchnorm_batches=batches)
+    counts: list[int] = []
+
+    class AtSwitch(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+            if twa.phase == "optimize" and not counts:
+                counts.append(int(pl_module.net[1].num_batches_tracked))
+
+    module = Regressor(batchnorm=True)
+    trainer(tmp_path, callbacks=[twa, AtSwitch()], max_epochs=6).fit(
+        module, loader(16 * 64), loader(32, seed=1)
+    )
+    assert counts == [expected]
+    assert int(module.net[1].num_batches_tracked) == (batches or 64)
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "all"])
 def test_a_number_of_batches_that_is_none_is_refused(value) -> None:
     with pytest.raises(ValueError, match=f"Invalid batchnorm_batches={value!r}. Must be an int"):
