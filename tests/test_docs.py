@@ -144,13 +144,6 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     assert {p.stem for p in (ROOT / "docs").glob("*.md")} - {"index"} <= listed
 
 
-def test_version_is_the_same_everywhere() -> None:
-    declared = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert declared is not None
-    assert declared.group(1) == lightning_twa.__version__
-    assert f"## [{lightning_twa.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
-
-
 def test_links_of_the_readme_work_on_a_package_index_page() -> None:
     text = (ROOT / "README.md").read_text()
     links = re.findall(r"\]\(([^)]+)\)", text)
