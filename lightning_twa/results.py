@@ -24,6 +24,8 @@ class Result:
             compared.
         reason: Why nothing was.
         losses: Mean loss on them of each average that could be taken without learning.
+        averages: The averaging weights of each of these, a number for each candidate, in the order
+            of :attr:`TWACallback.candidate_names`; empty in checkpoints of before there were any.
         path: The same of points of the phase's path, by its optimizer step.
         start: The one that was chosen, from which free coefficients start: the best, where it is
             better than ``power(0.13)`` (else the uniform one) by more than the standard error of
@@ -43,6 +45,7 @@ class Result:
     heldout: str | None
     reason: str = ""
     losses: Mapping[str, float] = field(default_factory=dict)
+    averages: Mapping[str, list[float]] = field(default_factory=dict)
     path: Mapping[int, float] = field(default_factory=dict)
     start: str | None = None
     accepted: int | None = None

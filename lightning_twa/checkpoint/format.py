@@ -66,7 +66,7 @@ def check_state(state: Mapping[str, Any]) -> None:
         path = {"points": _is_numbers(3), "stride": _is_count, "steps": _is_count}
         _check(state["path"], "path.", path)
     if "result" in state:
-        _check_result(state["result"])
+        _check_result(state["result"], len(state["candidate_names"]))
     if phase == "optimize":
         _check_compared(state.get("heldout", {"fixed": {}, "path": [], "best": {}}))
         _check(state, "", {"optimizer": _is_dict, "mixing": _is_numbers(3), "settings": _is_dict})
@@ -78,16 +78,18 @@ def check_state(state: Mapping[str, Any]) -> None:
         _check_optimizer(state["optimizer"], state["mixing"], n)
 
 
-def _check_result(result: Any) -> None:
-    """What :class:`~lightning_twa.results.Result` is made of."""
+def _check_result(result: Any, n: int) -> None:
+    """What :class:`~lightning_twa.results.Result` is made of, of ``n`` candidates."""
     if not _is_dict(result):
         raise damaged("result", result)
+    averages = _dict_of(result, "averages")
+    _check(averages, "result.averages.", dict.fromkeys(averages, _is_floats_of(n)))
     floats = dict.fromkeys(("gain", "gain_error", "phase_seconds", "measuring_seconds"), _is_float)
     counts = {"batches": _is_count, "steps": _is_count, "accepted": _optional(_is_count)}
     words = {"heldout": _optional(_is_str), "reason": _is_str, "start": _optional(_is_str)}
     checks = {**floats, **counts, **words, "losses": _is_floats, "path": _is_list}
     _check(result, "result.", checks)
-    if set(result) != set(checks):
+    if set(result) - {"averages"} != set(checks):
         raise damaged("result", sorted(result))
     for i, point in enumerate(result["path"]):
         is_pair = _is_list(point) and len(point) == 2 and _is_count(point[0])
@@ -274,6 +276,10 @@ def _is_floats(value: Any) -> bool:
     return (
         isinstance(value, dict) and all(map(_is_str, value)) and all(map(_is_float, value.values()))
     )
+
+
+def _is_floats_of(n: int) -> Check:
+    return lambda value: _is_list(value) and len(value) == n and all(map(_is_float, value))
 
 
 def _is_names(value: Any) -> bool:

@@ -49,7 +49,7 @@ def put_result(
         return weights
     free = selection.origin is not None and phase.groups is None
     if not verdict:  # the start
-        weights = selection.weights_of_start(store, weights.shape[1])
+        weights = selection.weights_of_start(weights.shape[1])
         verdict = {"raw": torch.zeros_like(optimizer.raw)} if free else {}
     else:
         weights = verdict["averaging_weights"]

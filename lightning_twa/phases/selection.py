@@ -40,6 +40,7 @@ class Selection:
         comparison: What was measured.
         origin: ``(n, B)`` the averaging weights of the best fixed average, from which the phase
             starts; ``None`` where it starts from the uniform average of all candidates.
+        averages: ``(n,)`` the averaging weights of each fixed average.
         news: What was measured last, for loggers, by name.
     """
 
@@ -49,6 +50,7 @@ class Selection:
         self.training_loss = TrainingLoss(settings, batches)
         self.comparison = Comparison()
         self.origin: Tensor | None = None
+        self.averages: dict[str, Tensor] = {}
         self.news: dict[str, float] = {}
         self._batches = batches
         self._points: list[int] = []
@@ -94,8 +96,7 @@ class Selection:
         """
         specs = list(specs)
         self.comparison, self.origin, self.news = Comparison(), None, {}
-        names, given = store.names, store.given_names
-        averages = self._averages(names, given)
+        self.averages = averages = self._averages(store.names, store.given_names)
         self._points = points_of_path(steps)[:-1]  # the end is compared in any case
         self.training_loss.begin(steps, resumed=kept is not None)
         if kept is not None and not kept["fixed"]:
@@ -211,11 +212,9 @@ class Selection:
             return None
         return {} if self.comparison.accepted is None else dict(self.comparison.best)
 
-    def weights_of_start(self, store: Store, num_blocks: int) -> Tensor:
+    def weights_of_start(self, num_blocks: int) -> Tensor:
         """``(n, B)`` the averaging weights of the best fixed average."""
-        names, given = store.names, store.given_names
-        averages = self._averages(names, given)
-        return averages[self.comparison.start][:, None].expand(-1, num_blocks).clone()
+        return self.averages[self.comparison.start][:, None].expand(-1, num_blocks).clone()
 
     def result(self, steps: int, seconds: float) -> Result:
         """What the phase was worth.
@@ -240,6 +239,7 @@ class Selection:
         return Result(
             heldout=held_out.data or "held-out data",
             losses={name: float(x.mean()) for name, x in comparison.fixed.items()},
+            averages={n: self.averages[n].tolist() for n in comparison.fixed},
             path={step: float(x.mean()) for step, x in comparison.path.items()},
             start=comparison.start,
             accepted=accepted,

@@ -71,6 +71,18 @@ def test_a_fixed_average_that_held_out_data_chose(tmp_path, capsys) -> None:
     text = printed(capsys, "inspect", tmp_path / "fixed.ckpt")
     assert "the finished average, fixed: 'power(0.13)', chosen by held-out data\n" in text
     assert "loss on the validation data" in text
+    result = state["callbacks"]["TWACallback"]["result"]
+    for change, entry in (({"uniform": [1.0]}, "averages.uniform"), (3, "averages")):
+        state["callbacks"]["TWACallback"]["result"] = {**result, "averages": change}
+        torch.save(state, tmp_path / "forged.ckpt")
+        assert f"{entry} is" in failure(capsys, "inspect", tmp_path / "forged.ckpt")
+    del result["averages"]  # of an earlier version
+    state["callbacks"]["TWACallback"]["result"] = result
+    torch.save(state, tmp_path / "earlier.ckpt")
+    assert (
+        text.splitlines()[1:]
+        == printed(capsys, "inspect", tmp_path / "earlier.ckpt").splitlines()[1:]
+    )
 
 
 @pytest.mark.parametrize("kind", ["ckpt", "pt", "safetensors"])

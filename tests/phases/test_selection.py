@@ -145,6 +145,8 @@ def test_the_phase_starts_from_the_best_fixed_average(tmp_path: Path) -> None:
     expected = mixed(twa, averages[twa.result.start][:, None])
     torch.testing.assert_close(starts[0].double(), expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(twa.averaging_path[0, :, 0], averages[twa.result.start].float())
+    assert twa.result.averages == {name: beta.tolist() for name, beta in averages.items()}
+    assert Result.from_state(twa.result.state_dict()) == twa.result
 
 
 def reference_loss(module: nn.Module, held_out: DataLoader) -> float:
