@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test test-long package claims lint docs format clean
+.PHONY: venv demo test test-long package release-check claims lint docs format clean
 
 venv: $(STAMP)
 
@@ -39,6 +39,14 @@ package: venv
 		"import lightning_twa; assert 'build/package/site' in lightning_twa.__file__"
 	cd build/package && PYTHONPATH=site $(abspath $(BIN))/python -m pytest -q --durations=1 \
 		$(WHEEL_TESTS:%=tests/%.py)
+
+# Wheel and sdist as they would be uploaded: version, metadata, contents, links. Uploads nothing.
+release-check: venv
+	rm -rf build/release
+	$(PYTHON) -m venv build/release/env
+	build/release/env/bin/python -m pip install --quiet twine
+	$(BIN)/python .ci/release_check.py build/release/dist
+	build/release/env/bin/python -m twine check --strict build/release/dist/*
 
 # The tables of docs/benchmarks.md about the paper's claims; at most about 40 minutes on 2 cores.
 # What the budgets, in minutes, left out the next call makes.
