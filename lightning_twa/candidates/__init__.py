@@ -39,7 +39,7 @@ from lightning_twa.candidates.reference import SUFFIX, Reference, resolve
 from lightning_twa.candidates.running_averages import average_name
 from lightning_twa.candidates.selected import averaged_names, check_selection
 from lightning_twa.candidates.spectral import fit_singular_vectors_
-from lightning_twa.candidates.store import Store, drop, misfit_of, take_anew
+from lightning_twa.candidates.store import Store, drop, misfit_of, name_files, take_anew
 
 __all__ = [
     "MEAN",
@@ -70,6 +70,7 @@ __all__ = [
     "load_checkpoint",
     "mean_buffers",
     "misfit_of",
+    "name_files",
     "persistent_buffers",
     "put_average",
     "put_back",

@@ -89,6 +89,7 @@ class Averages:
         if has_power:
             name = f"step={step}"
             keep_last(store, module, f"last({name})" if self._collect.dense else name)
+        store.settle()
         self.clear()
 
     def clear(self) -> None:

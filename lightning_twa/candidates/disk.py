@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from lightning_twa.candidates.candidate import Candidate
@@ -16,6 +18,7 @@ from lightning_twa.candidates.files import (
     read_candidate,
     write_candidate,
 )
+from lightning_twa.candidates.writing import Writing
 from lightning_twa.machine import gather_objects, rank, warn, world_size
 
 __all__ = ["Disk"]
@@ -62,10 +65,41 @@ class Disk:
         problem = None
         if self._writes:
             try:
-                self._part.mkdir(parents=True, exist_ok=True)
-                written = write_candidate(self.root, self._part, make())
+                written = _write(self.root, self._part, make())
             except Exception as error:  # of any kind: the other processes wait for an answer
                 problem = _said(error)
+        return self._map(written, problem)
+
+    def begin(self, make: Callable[[], Candidate]) -> tuple[Candidate, Writing]:
+        """Begin to write a candidate in a thread.
+
+        Args:
+            make: Gives the candidate; called on every process.
+
+        Returns:
+            The candidate in memory, and what :meth:`finish` is to get.
+
+        Raises:
+            OSError: On every process, when one of them could not make it, whatever it raised.
+        """
+        if self.directory is None:
+            self._open()
+        made, problem = None, None
+        try:
+            made = make()
+        except Exception as error:  # as in write()
+            problem = _said(error)
+        _raise_on_all(gather_objects(problem), OSError)
+        assert made is not None
+        write = partial(_write, self.root, self._part, made) if self._writes else None
+        return made, Writing(write)
+
+    def finish(self, writing: Writing) -> tuple[Candidate, Files]:
+        """Wait for a candidate's files, and map it. Returns and raises what :meth:`write` does."""
+        written, error = writing.wait()
+        return self._map(written, None if error is None else _said(error))
+
+    def _map(self, written: Reference | None, problem: str | None) -> tuple[Candidate, Files]:
         answers = gather_objects((written, problem))
         files = [reference for reference, _ in answers if reference is not None]
         files = files if self.shards else files[:1]
@@ -76,6 +110,13 @@ class Disk:
             if written is not None:
                 delete_candidate(self.root, written)
             raise OSError(str(error)) from error
+
+    def take_back(self, writing: Writing) -> None:
+        """Delete what this process has written of a candidate that nobody will finish."""
+        written, _ = writing.wait()
+        if written is not None:
+            with suppress(OSError):
+                delete_candidate(self.root, written)
 
     def begin_part(self) -> None:
         """Write further candidates to a folder of their own: their names may come again."""
@@ -150,6 +191,11 @@ class Disk:
                 problem = _said(error)
         _raise_on_all(gather_objects(problem), OSError)
         self.directory = directory
+
+
+def _write(root: Path, directory: Path, candidate: Candidate) -> Reference:
+    directory.mkdir(parents=True, exist_ok=True)
+    return write_candidate(root, directory, candidate)
 
 
 def _host() -> str:

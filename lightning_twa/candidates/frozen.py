@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_twa.candidates.candidate import Candidate, same, take, to_cpu
 
-__all__ = ["FROZEN", "frozen_part", "leave_out_frozen", "put_frozen_back"]
+__all__ = ["FROZEN", "changing_part", "frozen_part", "leave_out_frozen", "put_frozen_back"]
 
 FROZEN = "frozen"  # name of the candidate that holds what never changes
 
@@ -24,6 +25,30 @@ def frozen_part(module: nn.Module, weights: Mapping[str, Tensor]) -> Candidate:
     whole = take(module, FROZEN, {}, weights=weights)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     return Candidate(FROZEN, {k: v for k, v in whole.parameters.items() if k not in trained}, {})
+
+
+def changing_part(
+    module: nn.Module,
+    name: str,
+    buffers: dict[str, Tensor],
+    frozen: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    weights: Mapping[str, Tensor],
+) -> Candidate:
+    """The rest of a candidate: what is trained, and what is frozen and has changed; see
+    :func:`take`.
+
+    Args:
+        module: The model.
+        name: Of the candidate.
+        buffers: Of it.
+        frozen: Parameters of :func:`frozen_part`.
+        dtype: What trainable parameters are rounded to.
+        weights: Values that take the place of the module's, by name of the parameter.
+    """
+    whole = take(module, name, buffers, Candidate(FROZEN, frozen, {}), dtype, weights)
+    own = {k: v for k, v in whole.parameters.items() if v is not frozen.get(k)}
+    return Candidate(name, own, whole.buffers)
 
 
 def leave_out_frozen(state: Mapping[str, Any], module: nn.Module) -> None:

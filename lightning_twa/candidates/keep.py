@@ -32,6 +32,7 @@ def keep_in_files(store: Store, root: Path) -> Path:
     Raises:
         OSError: On every process, where it cannot be written; nothing is left behind then.
     """
+    store.settle()
     directory, problem = None, None
     if rank() == 0:
         try:

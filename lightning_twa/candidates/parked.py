@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_twa.candidates.candidate import Candidate, to_cpu
-from lightning_twa.candidates.store import Entry, Store, entry_state
+from lightning_twa.candidates.entry import Entry, entry_state, read_entry
+from lightning_twa.candidates.store import Store
 from lightning_twa.machine import warn
 
 __all__ = ["Parked"]
@@ -68,7 +69,10 @@ class Parked:
             CandidateFileError: Naming a file that is missing or damaged.
             ValueError: When the callback keeps no files.
         """
-        self._entries, self._updates = [store._read(state, {}) for state in states], updates
+        self._entries, self._updates = (
+            [read_entry(store.disk, state, {}) for state in states],
+            updates,
+        )
         return [entry.candidate.parameters for entry in self._entries]
 
 

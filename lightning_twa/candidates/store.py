@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,31 +23,17 @@ from lightning_twa.candidates.candidate import (
     to_cpu,
 )
 from lightning_twa.candidates.disk import Disk
-from lightning_twa.candidates.files import CandidateFileError, Reference
-from lightning_twa.candidates.frozen import (
-    FROZEN,
-    frozen_part,
-    put_frozen_back,
-)
+from lightning_twa.candidates.entry import Entry, entry_state, joined, keep_some, read_entry
+from lightning_twa.candidates.files import CandidateFileError
+from lightning_twa.candidates.frozen import changing_part, frozen_part, put_frozen_back
+from lightning_twa.candidates.pending import SMALL, Pending, files_for, warn_not_written
 from lightning_twa.config import StorageConfig
-from lightning_twa.machine import all_ranks, free_bytes, in_common, warn
+from lightning_twa.machine import all_ranks, free_bytes, in_common, warn, world_size
 from lightning_twa.subspace import local_part
 
-__all__ = ["Entry", "Store", "drop", "entry_state", "keep_last", "misfit_of", "take_anew"]
+__all__ = ["Store", "drop", "keep_last", "misfit_of", "name_files", "take_anew"]
 
 EMPTY: Mapping[str, Tensor] = MappingProxyType({})
-SMALL = 0.25  # of free memory that candidates may take there
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """A candidate and, where it is on disk, its files. A checkpoint may leave out parameters that
-    are as in the module that it holds. Compared by identity: tensors have no truth value.
-    """
-
-    candidate: Candidate
-    files: list[Reference] | None = None
-    as_in_module: tuple[str, ...] = ()
 
 
 class Store:
@@ -63,6 +49,10 @@ class Store:
         keep_named: Whether a run may go on from any checkpoint, not only from the newest: files
             that one names are then never deleted.
         device: Device whose backend carries messages.
+
+    Attributes:
+        disk: Their files; ``None`` in memory.
+        pending: Those that are on their way there.
     """
 
     def __init__(
@@ -86,12 +76,18 @@ class Store:
         self._device = device or torch.device("cpu")
         on_disk = None if self.config.kind == "memory" else root
         self.disk = None if on_disk is None else Disk(on_disk, shards=shards)
+        self.pending = Pending(self.disk, processes_on_host, self._device)
         self._dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else None
         self._given: list[Entry] = []  # not taken from this run's training: no window
         self._window: list[Entry] = []
         self._frozen: Entry | None = None
         self._dropped: list[Entry] = []  # out of the window, but a checkpoint may need them
         self._checkpoints: list[set[str]] = []  # files named by checkpoints, oldest first
+
+    def __getstate__(self) -> dict[str, Any]:
+        if world_size() == 1:
+            self.settle()
+        return {**vars(self), "_dropped": [e for e in self._dropped if e.writing is None]}
 
     @property
     def _entries(self) -> list[Entry]:
@@ -123,8 +119,8 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of main memory; shared tensors count once, mapped files not."""
-        return sum(_tensors(e.candidate for e in self._entries if e.files is None).values())
+        """Bytes of main memory; shared tensors count once, files not, nor what is on its way."""
+        return sum(_tensors(e.candidate for e in self._entries if e.in_memory).values())
 
     def add(self, module: nn.Module, name: str, weights: Mapping[str, Tensor] = EMPTY) -> None:
         """Keep the module's weights, or others by name, as the newest candidate of the window.
@@ -160,6 +156,7 @@ class Store:
 
     def clear(self) -> None:
         """Forget the window and what was given; files stay as for those out of the window."""
+        self.pending.settle()
         self._dropped += self._entries
         self._given, self._window = [], []
         if self.disk is not None:
@@ -196,7 +193,7 @@ class Store:
         named = set().union(*self._checkpoints)
         for entry in list(self._dropped):
             files = entry.files or []
-            if not named & {reference.file for reference in files}:
+            if entry.writing is None and not named & {reference.file for reference in files}:
                 self._dropped.remove(entry)
                 if files and self.disk is not None:
                     self.disk.delete(files)
@@ -205,7 +202,7 @@ class Store:
         if self.disk is None or self.config.kind == "disk" or self._shared:
             return self.disk is not None
         free = free_bytes(torch.device("cpu"))
-        new = sum(p.nbytes for p in module.parameters() if is_kept(p))
+        new = _bytes_of(module)
         small = free is None or self.nbytes + new <= SMALL * (free + self.nbytes)
         return not all_ranks(small, self._device)
 
@@ -222,24 +219,24 @@ class Store:
             if self._frozen is None and not all(p.requires_grad for p in module.parameters()):
                 self._frozen = Entry(*self.disk.write(lambda: frozen_part(module, weights)))
             frozen = {} if self._frozen is None else self._frozen.candidate.parameters
-            known = Candidate(FROZEN, frozen, {})
-
-            def changing() -> Candidate:
-                whole = take(module, name, buffers, known, self._dtype, weights)
-                own = {k: v for k, v in whole.parameters.items() if v is not frozen.get(k)}
-                return Candidate(name, own, whole.buffers)
-
-            own, files = self.disk.write(changing)
-            return Entry(_joined(own, frozen), files)
+            make = partial(changing_part, module, name, buffers, frozen, self._dtype, weights)
+            if self.pending.has_room(_bytes_of(module, trained=True)):
+                return self.pending.begin(make, frozen)
+            self.pending.settle()
+            own, files = self.disk.write(make)
+            return Entry(joined(own, frozen), files)
         except OSError as error:
-            warn(
-                f"Candidate {name!r} could not be written to {self.disk.root} ({error}). It is "
-                f"kept in memory instead. Make room there, or set StorageConfig.dirpath."
-            )
+            warn_not_written(name, self.disk, error)
             return None
+
+    def settle(self) -> None:
+        """Wait until what is being written is in files, or was found not to be writable."""
+        if self.pending.settle():
+            self._delete_dropped()
 
     def drop_damaged(self) -> None:
         """Before the candidates are used: drop those whose file has changed, with a warning."""
+        self.settle()
         for entry in list(self._entries):
             if entry.files is None or self.disk is None:
                 continue
@@ -251,9 +248,10 @@ class Store:
 
     def state_dict(self) -> dict[str, Any]:
         """The candidates, oldest first: names with tensors, or with the files that hold them."""
-        if self.shards and any(entry.files is None for entry in self._entries):
-            # This process's part of it is all that there is here.
-            missing = sum(entry.files is None for entry in self._entries)
+        if self.shards or world_size() == 1:  # else name_files() comes, where a checkpoint is made
+            self.settle()
+        missing = sum(entry.files is None for entry in self._entries) if self.shards else 0
+        if missing:  # this process's part of them is all that there is here
             warn(
                 f"The checkpoint leaves out {missing} candidate(s) that "
                 f"could not be written to files: sharded parameters fit into no other place."
@@ -281,44 +279,13 @@ class Store:
             CandidateFileError: Naming a file that is missing, damaged or outside of the directory.
             ValueError: When the state is not one of :meth:`state_dict`.
         """
+        self.pending.settle()
         frozen = state["frozen"]
-        self._frozen = None if frozen is None else self._read(frozen, {})
+        self._frozen = None if frozen is None else read_entry(self.disk, frozen, {})
         shared = {} if self._frozen is None else self._frozen.candidate.parameters
-        self._given = [self._read(entry, shared) for entry in state.get("given", [])]
-        self._window = [self._read(entry, shared) for entry in state["window"]]
+        self._given = [read_entry(self.disk, e, shared) for e in state.get("given", [])]
+        self._window = [read_entry(self.disk, e, shared) for e in state["window"]]
         self._thin_out()
-
-    def _read(self, state: dict[str, Any], frozen: dict[str, Tensor]) -> Entry:
-        if "files" not in state:
-            candidate = Candidate(state["name"], dict(state["parameters"]), state["buffers"])
-            return Entry(candidate, as_in_module=tuple(state.get("as_in_module", ())))
-        files = [Reference.from_state(reference) for reference in state["files"]]
-        if self.disk is None:
-            raise ValueError(
-                f"The checkpoint's candidates are in files ({files[0].file}), but this callback "
-                f"has StorageConfig(kind='memory'). Resume with kind='auto' or 'disk'."
-            )
-        return Entry(_joined(self.disk.read(files), frozen), files)
-
-
-def keep_some(window: Sequence[Entry], limit: int, *, evenly: bool) -> list[Entry]:
-    """What of a window to keep when its newest has come: the newest; or, evenly, the first, those
-    that are multiples of one distance from it, and the newest. The distance is doubled when there
-    are too many.
-
-    Args:
-        window: Oldest first, named by epoch or step.
-        limit: How many may be kept; two at least.
-        evenly: Which.
-    """
-    if not evenly:
-        return list(window[-limit:])
-    times = [int(entry.candidate.name.partition("=")[2]) for entry in window]
-    if len(window) < 3:
-        return list(window)
-    on_grid = (times[-2] - times[0]) % (times[1] - times[0]) == 0
-    kept = list(window) if on_grid else [*window[:-2], window[-1]]
-    return kept if len(kept) <= limit else [*kept[:-1:2], kept[-1]]
 
 
 def keep_last(store: Store, module: nn.Module, name: str) -> None:
@@ -334,6 +301,19 @@ def keep_last(store: Store, module: nn.Module, name: str) -> None:
         same_as_newest = newest is not None and same(newest, now.to(dtype or now.dtype))
     if not all_ranks(same_as_newest, store._device) and name not in store.names:
         store._window.append(store._keep(module, name, {}, agreed_buffers(module)))
+
+
+def name_files(store: Store, state: dict[str, Any]) -> None:
+    """Have what is still being written in files, before the checkpoint that has it is; every
+    process calls it.
+
+    Args:
+        store: The candidates.
+        state: Of :meth:`Store.state_dict`; changed in place.
+    """
+    store.settle()
+    for key, entries in (("given", store._given), ("window", store._window)):
+        store._checkpoints[-1] |= files_for(state[key], entries)
 
 
 def drop(store: Store, names: Collection[str]) -> None:
@@ -357,6 +337,7 @@ def take_anew(store: Store, module: nn.Module, load: Callable[[Candidate], None]
         module: The model.
         load: Puts a candidate into the module.
     """
+    store.settle()
     given, window = store._given, store._window
     store._given, store._window, store._frozen = [], [], None
     if store.disk is not None:
@@ -368,8 +349,10 @@ def take_anew(store: Store, module: nn.Module, load: Callable[[Candidate], None]
             kept.append(store._keep(module, entry.candidate.name, {}, buffers))
 
 
-def _joined(own: Candidate, frozen: dict[str, Tensor]) -> Candidate:
-    return Candidate(own.name, {**frozen, **own.parameters}, own.buffers)
+def _bytes_of(module: nn.Module, *, trained: bool = False) -> int:
+    """Of a candidate, or of what is trained of it."""
+    kept = (p for p in module.parameters() if is_kept(p))
+    return sum(p.nbytes for p in kept if p.requires_grad or not trained)
 
 
 def _tensors(candidates: Iterator[Candidate] | Any) -> dict[int, int]:
@@ -378,17 +361,4 @@ def _tensors(candidates: Iterator[Candidate] | Any) -> dict[int, int]:
         t.data_ptr(): t.nbytes
         for c in candidates
         for t in (*c.parameters.values(), *c.buffers.values())
-    }
-
-
-def entry_state(entry: Entry) -> dict[str, Any]:
-    """What a checkpoint has of a candidate."""
-    candidate = entry.candidate
-    if entry.files is not None:
-        files = [reference.state_dict() for reference in entry.files]
-        return {"name": candidate.name, "files": files}
-    return {
-        "name": candidate.name,
-        "parameters": dict(candidate.parameters),
-        "buffers": dict(candidate.buffers),
     }

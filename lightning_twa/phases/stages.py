@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_twa.candidates import name_files
 from lightning_twa.phases import fallback, saved
 from lightning_twa.phases.anew import begin_cycle
 from lightning_twa.phases.averaging import Averaging
@@ -171,6 +172,7 @@ class Collecting(Stage):
                     checkpoint["callbacks"][key] = state
             own = checkpoint["callbacks"].get(key, {})
             if "candidates" in own:
+                name_files(averaging.store, own["candidates"])
                 averaging.collector.add_sharded_averages(own["candidates"])
             saved.complete(self.averaging, module, own)
         put_validated(self.averaging, trainer, module, checkpoint)
@@ -180,6 +182,7 @@ class Collecting(Stage):
         """Average now where there is to be no phase; else say why there was none."""
         if self.averaging.settings.uniform:
             return self._complete(trainer, module)
+        self.averaging.store.settle()
         warn_of_no_average(self.averaging, trainer, self._had_too_few)
         return self.name
 
@@ -205,6 +208,7 @@ class Collecting(Stage):
         self._stop_watching()
         self.averaging.temporary.take_out(module)
         self.averaging.release()
+        self.averaging.store.pending.leave()
         self.averaging.collector.averages.free_device()
         return StageName.SUSPENDED
 

@@ -1,0 +1,104 @@
+"""Candidates and their files, and which of a window are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_twa.candidates.candidate import Candidate
+from lightning_twa.candidates.disk import Disk
+from lightning_twa.candidates.files import Reference
+from lightning_twa.candidates.writing import Writing
+
+__all__ = ["Entry", "entry_state", "joined", "keep_some", "read_entry"]
+
+
+@dataclass(eq=False)
+class Entry:
+    """A candidate and, where it is on disk, its files. A checkpoint may leave out parameters that
+    are as in the module that it holds. Compared by identity: tensors have no truth value.
+
+    Attributes:
+        candidate: Mapped where there are files, else in memory.
+        files: ``None`` in memory.
+        as_in_module: Names of what a checkpoint has left out.
+        writing: While a thread writes the files; the candidate is in memory until they are there.
+    """
+
+    candidate: Candidate
+    files: list[Reference] | None = None
+    as_in_module: tuple[str, ...] = ()
+    writing: Writing | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it is there to stay."""
+        return self.files is None and self.writing is None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "writing": None}  # a copy has it in memory
+
+
+def joined(own: Candidate, frozen: Mapping[str, Tensor]) -> Candidate:
+    """A candidate with what is frozen."""
+    return Candidate(own.name, {**frozen, **own.parameters}, own.buffers)
+
+
+def entry_state(entry: Entry) -> dict[str, Any]:
+    """What a checkpoint has of a candidate."""
+    candidate = entry.candidate
+    if entry.files is not None:
+        files = [reference.state_dict() for reference in entry.files]
+        return {"name": candidate.name, "files": files}
+    return {
+        "name": candidate.name,
+        "parameters": dict(candidate.parameters),
+        "buffers": dict(candidate.buffers),
+    }
+
+
+def read_entry(disk: Disk | None, state: dict[str, Any], frozen: Mapping[str, Tensor]) -> Entry:
+    """A candidate of a checkpoint, from :func:`entry_state`.
+
+    Args:
+        disk: Where files are; every process calls it where there are some.
+        state: Of the candidate.
+        frozen: What another file holds of it.
+
+    Raises:
+        CandidateFileError: Naming a file that is missing, damaged or outside of the directory.
+        ValueError: When the callback keeps no files.
+    """
+    if "files" not in state:
+        candidate = Candidate(state["name"], dict(state["parameters"]), state["buffers"])
+        return Entry(candidate, as_in_module=tuple(state.get("as_in_module", ())))
+    files = [Reference.from_state(reference) for reference in state["files"]]
+    if disk is None:
+        raise ValueError(
+            f"The checkpoint's candidates are in files ({files[0].file}), but this callback "
+            f"has StorageConfig(kind='memory'). Resume with kind='auto' or 'disk'."
+        )
+    return Entry(joined(disk.read(files), frozen), files)
+
+
+def keep_some(window: Sequence[Entry], limit: int, *, evenly: bool) -> list[Entry]:
+    """What of a window to keep when its newest has come: the newest; or, evenly, the first, those
+    that are multiples of one distance from it, and the newest. The distance is doubled when there
+    are too many.
+
+    Args:
+        window: Oldest first, named by epoch or step.
+        limit: How many may be kept; two at least.
+        evenly: Which.
+    """
+    if not evenly:
+        return list(window[-limit:])
+    times = [int(entry.candidate.name.partition("=")[2]) for entry in window]
+    if len(window) < 3:
+        return list(window)
+    on_grid = (times[-2] - times[0]) % (times[1] - times[0]) == 0
+    kept = list(window) if on_grid else [*window[:-2], window[-1]]
+    return kept if len(kept) <= limit else [*kept[:-1:2], kept[-1]]
