@@ -1,9 +1,11 @@
 """Products with packed directions: plain functions of tensors, run tile by tile or compiled.
 
 Shapes: ``N`` tiles of ``M`` groups of ``GROUP`` columns, ``k`` rows. A plane of codes of width
-``w`` is ``(N, k, M * w / 8, GROUP)`` uint8, scales are ``(N, k, M)``. An entry is ``scale * (code -
-z)`` with ``z = (2**bits - 1) / 2``; ``z`` leaves the sums over columns, so what is done per entry
-is shift, mask, convert, multiply, add.
+``w`` is ``(N, M * w / 8, k, GROUP)`` uint8, scales are ``(N, M, k)``: what both products need of
+all rows for some columns lies together, where rows apart would meet in few places of a cache. An
+entry is ``scale * (code - z)`` with ``z = (2**bits - 1) / 2``; ``z`` leaves the sums over columns,
+so what is done per entry is shift, mask, convert, multiply, add. On CPUs, which shift no bytes,
+bytes are widened to int32 before.
 
 The compiled functions read each byte once at memory speed. The others take one tile after the other
 through the cache; they need no compiler and no memory to speak of.
@@ -22,7 +24,6 @@ import torch
 from torch import Tensor
 
 from lightning_twa.subspace.directions.codec import GROUP, PLANES, plane_weights
-from lightning_twa.subspace.tensors import is_accelerator
 
 __all__ = [
     "Compiled",
@@ -43,11 +44,11 @@ Kernel = Callable[[Planes, Tensor, Tensor, int], Tensor]
 
 
 def project_tiles(planes: Planes, scales: Tensor, g: Tensor, bits: int) -> Tensor:
-    """Each tile's part of direction times vector, ``sum_c u[j, c] g[c]``; to be compiled.
+    """Each tile's part of direction times vector, ``sum_c u[j, c] g[c]``; to be compiled for CPUs.
 
     Args:
         planes: Packed codes.
-        scales: ``(N, k, M)``.
+        scales: ``(N, M, k)``.
         g: ``(N, M, GROUP)``, in the dtype to compute in.
         bits: 1 to 8.
 
@@ -55,35 +56,35 @@ def project_tiles(planes: Planes, scales: Tensor, g: Tensor, bits: int) -> Tenso
         ``(N, k)``.
     """
     s = scales.to(g.dtype)
-    total = _z(bits) * (s * g.sum(-1).unsqueeze(1)).sum(-1)
+    total = _z(bits) * (s * g.sum(-1, keepdim=True)).sum(1)
     for plane, width, weight in _parts(planes, bits):
-        for j, groups in _runs(plane.shape[2], width):
-            codes = _codes(plane, width, j).to(g.dtype)
-            sums = (codes * g[:, None, groups]).sum(-1)
-            total = total + weight * (sums * s[:, :, groups]).sum(-1)
+        wide = plane.to(torch.int32)
+        for j, groups in _runs(plane.shape[1], width):
+            sums = (_codes(wide, width, j).to(g.dtype) * g[:, groups, None]).sum(-1)
+            total = total + weight * (sums * s[:, groups]).sum(1)
     return total
 
 
-def expand_tiles(planes: Planes, scales: Tensor, x: Tensor, bits: int) -> Tensor:
-    """Each tile's columns of coefficients times directions, ``sum_j x[j] u[j, c]``; to be compiled.
+def expand_tiles(planes: Planes, y: Tensor, bits: int) -> Tensor:
+    """Each tile's columns of coefficients times directions, ``sum_j x[j] u[j, c]``; to be compiled
+    for CPUs.
 
     Args:
         planes: Packed codes.
-        scales: ``(N, k, M)``.
-        x: ``(N, k)``, the coefficients of each tile's block, in the dtype to compute in.
+        y: ``(N, M, k)``, scales times the coefficients of each tile's block, in the dtype to
+            compute in. Within the kernel they would be multiplied for every few columns.
         bits: 1 to 8.
 
     Returns:
         ``(N, M, GROUP)``.
     """
-    y = scales.to(x.dtype) * x.unsqueeze(-1)
-    offset = _z(bits) * y.sum(1)
+    offset = _z(bits) * y.sum(2)
     result = None
     for plane, width, weight in _parts(planes, bits):
-        runs = []
-        for j, groups in _runs(plane.shape[2], width):
-            codes = _codes(plane, width, j).to(x.dtype)
-            run = weight * (codes * y[:, :, groups, None]).sum(1)
+        wide, runs = plane.to(torch.int32), []
+        for j, groups in _runs(plane.shape[1], width):
+            codes = _codes(wide, width, j).to(y.dtype)
+            run = weight * (codes * y[:, groups, :, None]).sum(2)
             runs.append(run + offset[:, groups, None] if result is None else run)
         part = torch.cat(runs, dim=1)
         result = part if result is None else result + part
@@ -91,26 +92,37 @@ def expand_tiles(planes: Planes, scales: Tensor, x: Tensor, bits: int) -> Tensor
     return result
 
 
+def expand_scaled_tiles(
+    planes: Planes,
+    scales: Tensor,
+    x: Tensor,
+    bits: int,
+    expand: Callable[[Planes, Tensor, int], Tensor] = expand_tiles,
+) -> Tensor:
+    """Of scales ``(N, M, k)`` and coefficients ``(N, k)`` what ``expand`` gives."""
+    return expand(planes, scales.to(x.dtype) * x.unsqueeze(1), bits)
+
+
 def project_at_once(planes: Planes, scales: Tensor, g: Tensor, bits: int) -> Tensor:
     """:func:`project_tiles` as one sum, which compiles to one kernel whatever the bits; a byte is
     read again, from a cache, for each code in it. For accelerators.
     """
-    return (_entries(planes, scales, bits, g.dtype) * g.unsqueeze(1)).flatten(2).sum(-1)
+    return (_entries(planes, scales, bits, g.dtype) * g.unsqueeze(2)).sum((1, 3))
 
 
 def expand_at_once(planes: Planes, scales: Tensor, x: Tensor, bits: int) -> Tensor:
-    """:func:`expand_tiles` in the same way."""
-    return (_entries(planes, scales, bits, x.dtype) * x[:, :, None, None]).sum(1)
+    """Of coefficients ``(N, k)`` what :func:`expand_tiles` gives, in the same way."""
+    return (_entries(planes, scales, bits, x.dtype) * x[:, None, :, None]).sum(2)
 
 
 def _entries(planes: Planes, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """``(N, k, M, GROUP)`` all entries, which only exist inside of a kernel."""
-    group = torch.arange(scales.shape[2], device=scales.device)
+    """``(N, M, k, GROUP)`` all entries, which only exist inside of a kernel."""
+    group = torch.arange(scales.shape[1], device=scales.device)
     total: Tensor | float = _z(bits)
     for plane, width, weight in _parts(planes, bits):
-        stored = plane.shape[2]
-        shift = (group // stored * width).to(torch.uint8).unsqueeze(-1)
-        codes = plane[:, :, group % stored].bitwise_right_shift(shift)
+        stored = plane.shape[1]
+        shift = (group // stored * width).to(torch.uint8)[:, None, None]
+        codes = plane[:, group % stored].bitwise_right_shift(shift)
         total = codes.bitwise_and((1 << width) - 1).to(dtype) * weight + total
     assert isinstance(total, Tensor)
     return total * scales.to(dtype).unsqueeze(-1)
@@ -118,30 +130,30 @@ def _entries(planes: Planes, scales: Tensor, bits: int, dtype: torch.dtype) -> T
 
 def project_by_tile(planes: Planes, scales: Tensor, g: Tensor, bits: int) -> Tensor:
     """:func:`project_tiles`, as matrix-vector products of one tile after the other."""
-    n, k, _ = scales.shape
+    n, _, k = scales.shape
     out = g.new_empty(n, k)
     with _one_thread():
         for i in range(n):
             s = scales[i].to(g.dtype)
-            torch.mv(s, g[i].sum(-1), out=out[i]).mul_(_z(bits))
+            torch.mv(s.T, g[i].sum(-1), out=out[i]).mul_(_z(bits))
             for plane, width, weight in _parts(planes, bits):
-                for j, groups in _runs(plane.shape[2], width):
-                    rows = _scaled(plane[i], width, j, s[:, groups])
+                for j, groups in _runs(plane.shape[1], width):
+                    rows = _scaled(plane[i], width, j, s[groups])
                     out[i].addmv_(rows, g[i, groups].reshape(-1), alpha=weight)
     return out
 
 
 def expand_by_tile(planes: Planes, scales: Tensor, x: Tensor, bits: int) -> Tensor:
-    """:func:`expand_tiles`, as matrix-vector products of one tile after the other."""
-    n, _, m = scales.shape
+    """:func:`expand_at_once`, as matrix-vector products of one tile after the other."""
+    n, m, _ = scales.shape
     out = x.new_empty(n, m, GROUP)
     with _one_thread():
         for i in range(n):
             s = scales[i].to(x.dtype)
-            out[i] = (torch.mv(s.T, x[i]) * _z(bits)).unsqueeze(-1)
+            out[i] = (torch.mv(s, x[i]) * _z(bits)).unsqueeze(-1)
             for plane, width, weight in _parts(planes, bits):
-                for j, groups in _runs(plane.shape[2], width):
-                    rows = _scaled(plane[i], width, j, s[:, groups])
+                for j, groups in _runs(plane.shape[1], width):
+                    rows = _scaled(plane[i], width, j, s[groups])
                     out[i, groups].view(-1).addmv_(rows.T, x[i], alpha=weight)
     return out
 
@@ -156,18 +168,13 @@ class Compiled:
 
     Args:
         function: Of tensors, or tuples of tensors, and then integers, which are compiled in.
-        symbols: Of each tensor, how many of its first dimensions differ from call to call.
-        elsewhere: What to compile for other devices than the CPU.
+        symbols: Of each tensor, the dimensions that differ from call to call.
     """
 
     def __init__(
-        self,
-        function: Callable[..., Tensor],
-        symbols: tuple[int, ...],
-        elsewhere: Callable[..., Tensor] | None = None,
+        self, function: Callable[..., Tensor], symbols: tuple[tuple[int, ...], ...]
     ) -> None:
         self.function = function
-        self.elsewhere = elsewhere or function
         self.symbols = symbols
         self._kinds: dict[Any, Callable[..., Tensor]] = {}
 
@@ -175,13 +182,12 @@ class Compiled:
         """Call it, compiled for calls of this kind."""
         tensors = [arg if isinstance(arg, tuple) else (arg,) for arg in args[: len(self.symbols)]]
         (last,) = tensors[-1]
-        for held, count in zip(tensors, self.symbols, strict=True):
+        for held, dimensions in zip(tensors, self.symbols, strict=True):
             for tensor in held:
-                torch._dynamo.maybe_mark_dynamic(tensor, list(range(count)))
+                torch._dynamo.maybe_mark_dynamic(tensor, list(dimensions))
         kind: Any = (*args[len(tensors) :], *(held[0].dtype for held in tensors), last.device.type)
         if kind not in self._kinds:
-            function = self.elsewhere if is_accelerator(last.device) else self.function
-            own = _own_code(function, len(self._kinds))
+            own = _own_code(self.function, len(self._kinds))
             self._kinds[kind] = torch.compile(own, fullgraph=True, dynamic=False)
         return self._kinds[kind](*args)
 
@@ -194,13 +200,21 @@ def _own_code(function: Callable[..., Tensor], number: int) -> Callable[..., Ten
 
 
 @functools.cache
-def compiled_kernels() -> tuple[Kernel, Kernel]:
-    """:func:`project_tiles` and :func:`expand_tiles`, compiled; on accelerators what is one kernel
-    there.
+def compiled_kernels(accelerator: bool) -> tuple[Kernel, Kernel]:
+    """Both products as :func:`project_by_tile` and :func:`expand_by_tile` give them, compiled.
+
+    Args:
+        accelerator: Whether for one, where each is one kernel.
     """
+    if accelerator:
+        return (
+            Compiled(project_at_once, ((0, 2), (0, 2), (0,))),
+            Compiled(expand_at_once, ((0, 2), (0, 2), (0, 1))),
+        )
+    expand = Compiled(expand_tiles, ((0, 2), (0, 2)))
     return (
-        Compiled(project_tiles, (2, 2, 1), project_at_once),
-        Compiled(expand_tiles, (2, 2, 2), expand_at_once),
+        Compiled(project_tiles, ((0, 2), (0, 2), (0,))),
+        functools.partial(expand_scaled_tiles, expand=expand),
     )
 
 
@@ -265,11 +279,12 @@ def _runs(groups: int, width: int) -> Iterator[tuple[int, slice]]:
 
 
 def _codes(plane: Tensor, width: int, j: int) -> Tensor:
-    """The codes at one position of the bytes."""
+    """The codes at one position of bytes, or of integers that hold one."""
     shifted = plane.bitwise_right_shift(width * j) if j > 0 else plane
     return shifted.bitwise_and((1 << width) - 1) if width * (j + 1) < 8 else shifted
 
 
 def _scaled(plane: Tensor, width: int, j: int, scales: Tensor) -> Tensor:
     """A run of one tile, ``(k, groups * GROUP)``: scale times code."""
-    return _codes(plane, width, j).to(scales.dtype).mul_(scales.unsqueeze(-1)).flatten(1)
+    codes = _codes(plane, width, j).transpose(0, 1).contiguous()
+    return codes.to(scales.dtype).mul_(scales.T.unsqueeze(-1)).flatten(1)

@@ -15,6 +15,7 @@ from lightning_twa.subspace.directions import kernels
 from lightning_twa.subspace.directions.chunks import Scatter, gather
 from lightning_twa.subspace.directions.codec import (
     GROUP,
+    PLANES,
     SCALE_DTYPE,
     dequantize,
     pack,
@@ -70,12 +71,11 @@ class PackedDirections:
         # of each tile
         self._block = torch.tensor(self._padded.block_of_tile, dtype=torch.int64, device=device)
         k = num_directions
-        codes = torch.zeros(1, k, TILE_GROUPS, GROUP, dtype=torch.uint8, device="cpu")
         self.planes = tuple(
-            torch.zeros(tiles, *plane.shape[1:], dtype=torch.uint8, device=device)
-            for plane in pack(codes, bits)
+            torch.zeros(tiles, TILE_GROUPS * width // 8, k, GROUP, dtype=torch.uint8, device=device)
+            for width in PLANES[bits]
         )
-        self.scales = torch.zeros(tiles, k, TILE_GROUPS, dtype=SCALE_DTYPE, device=device)
+        self.scales = torch.zeros(tiles, TILE_GROUPS, k, dtype=SCALE_DTYPE, device=device)
         if path == "auto":
             large = tiles * TILE * k >= COMPILE_ENTRIES
             path = "compiled" if large or device.type in kernels.COMPILES else "tiled"
@@ -135,8 +135,8 @@ class PackedDirections:
         values = self._buffer.view(-1, TILE_GROUPS, GROUP)
         codes, scales = quantize(values, self.bits)
         for plane, packed in zip(self.planes, pack(codes, self.bits), strict=True):
-            plane[self._tile] = packed.to(plane.device)
-        self.scales[self._tile] = scales.to(self.scales.device)
+            plane[self._tile] = packed.transpose(0, 1).to(plane.device)
+        self.scales[self._tile] = scales.T.to(self.scales.device)
         stored = dequantize(codes, scales, self.bits, torch.float64).flatten(1)
         still = (self._buffer == 0).all(dim=0)
         if bool((still & self._real).any()):
@@ -176,7 +176,7 @@ class PackedDirections:
         planes = tuple(plane[first:last] for plane in self.planes)
         if self._path == "compiled":
             try:
-                kernel = kernels.compiled_kernels()[which]
+                kernel = kernels.compiled_kernels(self.at_once)[which]
                 found = kernel(planes, self.scales[first:last], vector, self.bits)
                 self._worked[which] = True
                 return found
@@ -220,8 +220,9 @@ class PackedDirections:
         dtype = self.layout.dtype
         result = self.scales.new_zeros(self.num_directions, self.layout.numel, dtype=dtype)
         for tile in range(self.scales.shape[0]):
-            codes = unpack(tuple(plane[tile] for plane in self.planes), self.bits)
-            values = dequantize(codes, self.scales[tile], self.bits, dtype).flatten(1)
+            planes = tuple(plane[tile].transpose(0, 1) for plane in self.planes)
+            codes, scales = unpack(planes, self.bits), self.scales[tile].T
+            values = dequantize(codes, scales, self.bits, dtype).flatten(1)
             if self._still is not None:
                 values.masked_fill_(self._still[tile], 0.0)
             for span in self._padded.spans(tile * TILE, (tile + 1) * TILE, tile * TILE):

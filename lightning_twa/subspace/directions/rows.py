@@ -60,7 +60,10 @@ def expand_rows(rows: Tensor, center: Tensor, ends: Tensor, x: Tensor) -> Tensor
 @functools.cache
 def compiled_rows() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """:func:`project_rows` and :func:`expand_rows`, compiled."""
-    return Compiled(project_rows, (2, 1, 1, 1)), Compiled(expand_rows, (2, 1, 1, 2))
+    return (
+        Compiled(project_rows, ((0, 1), (0,), (0,), (0,))),
+        Compiled(expand_rows, ((0, 1), (0,), (0,), (0, 1))),
+    )
 
 
 class RowProducts:

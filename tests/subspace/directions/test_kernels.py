@@ -22,7 +22,9 @@ def stored(bits: int, tiles: int = 3, k: int = 5, groups: int = 16) -> tuple[Any
     """Planes and scales of random codes, and the float64 entries that they mean."""
     codes = torch.randint(0, 2**bits, (tiles, k, groups, GROUP), dtype=torch.uint8)
     scales = torch.rand(tiles, k, groups).bfloat16()
-    return pack(codes, bits), scales, scales.double()[..., None] * (codes - (2**bits - 1) / 2)
+    planes = tuple(plane.transpose(1, 2).contiguous() for plane in pack(codes, bits))
+    entries = scales.double()[..., None] * (codes - (2**bits - 1) / 2)
+    return planes, scales.transpose(1, 2).contiguous(), entries
 
 
 def close(found: Tensor, exact: Tensor, rtol: float) -> None:
@@ -46,7 +48,7 @@ def test_projecting_is_the_product_with_the_entries(kernel, bits, dtype, rtol) -
 @BITS
 @DTYPES
 @pytest.mark.parametrize(
-    "kernel", [kernels.expand_tiles, kernels.expand_at_once, kernels.expand_by_tile]
+    "kernel", [kernels.expand_scaled_tiles, kernels.expand_at_once, kernels.expand_by_tile]
 )
 def test_expanding_is_the_product_with_the_entries(kernel, bits, dtype, rtol) -> None:
     planes, scales, u = stored(bits)
@@ -67,8 +69,8 @@ def test_what_cannot_be_compiled_whole_is_an_error(monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", compile)
     kernels.compiled_kernels.cache_clear()
     try:
-        both = kernels.compiled_kernels()
-        assert kernels.compiled_kernels() is both, "compiled once"
+        both = kernels.compiled_kernels(False)
+        assert kernels.compiled_kernels(False) is both, "compiled once"
         planes, scales, u = stored(4)
         g, x = torch.randn(3, 16, GROUP), torch.randn(3, 5)
         for _ in range(2):
@@ -95,10 +97,13 @@ def compilations(monkeypatch) -> Any:
     kernels.compiled_kernels.cache_clear()
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
 @pytest.mark.parametrize("bits", [4, *(pytest.param(b, marks=pytest.mark.long) for b in (1, 3))])
-def test_any_number_of_directions_is_compiled_in_one_process(compilations, bits) -> None:
+def test_any_number_of_directions_is_compiled_in_one_process(
+    compilations, bits, accelerator
+) -> None:
     """Torch gives a function up at its eighth compilation."""
-    project, expand = kernels.compiled_kernels()
+    project, expand = kernels.compiled_kernels(accelerator)
     for k in (2, 3, 5, 7, 8, 9, 11, 12, 13, 20, 59):
         for tiles in (2, 3):
             planes, scales, u = stored(bits, tiles, k, groups=8)

@@ -28,7 +28,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Any:
     def begin(compiled: Any = plain) -> None:
         monkeypatch.setattr(tensors, "HOSTS", set())
         monkeypatch.setattr(kernels, "COMPILES", {"cpu"})
-        monkeypatch.setattr(kernels, "compiled_kernels", lambda: compiled)
+        monkeypatch.setattr(kernels, "compiled_kernels", lambda accelerator: compiled)
         monkeypatch.setattr(rows, "compiled_rows", lambda: (rows.project_rows, rows.expand_rows))
 
     return begin

@@ -198,7 +198,7 @@ def broken_compiler(folder: Path) -> None:
         raise RuntimeError("no C++ compiler")
 
     works: Callable[..., Tensor] = kernels.project_by_tile
-    kernels.compiled_kernels = lambda: (  # type: ignore[assignment]
+    kernels.compiled_kernels = lambda accelerator: (  # type: ignore[assignment]
         (works, kernels.expand_by_tile) if rank == 0 else (broken, broken)
     )
     whole = ParameterLayout.from_tensors(seeded(0))

@@ -43,10 +43,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         return run
 
     both = (
-        product(lambda planes, scales, g, bits: scales.shape[:2]),
-        product(lambda planes, scales, x, bits: (scales.shape[0], scales.shape[2], 128)),
+        product(lambda planes, scales, g, bits: scales.shape[::2]),
+        product(lambda planes, scales, x, bits: (*scales.shape[:2], 128)),
     )
-    monkeypatch.setattr(kernels, "compiled_kernels", lambda: both)
+    monkeypatch.setattr(kernels, "compiled_kernels", lambda accelerator: both)
     of_rows = (
         product(lambda rows, starts, stops, g: (starts.shape[0], rows.shape[0])),
         product(lambda rows, center, ends, x: center.shape),
