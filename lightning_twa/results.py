@@ -15,6 +15,25 @@ from lightning_twa.config import Settings
 __all__ = ["Result", "RunRecord", "RunResults", "effective_candidates"]
 
 
+@dataclass(frozen=True)
+class Row:
+    """An average in the table of losses on held-out data.
+
+    Args:
+        name: What a reader calls it.
+        loss: Its mean loss.
+        learned: Whether it is a point of the phase's path.
+        chosen: Whether it was chosen as the start.
+        result: Whether it is the result of the run.
+    """
+
+    name: str
+    loss: float
+    learned: bool = False
+    chosen: bool = False
+    result: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """What a run's last phase was measured to be worth.
@@ -60,18 +79,36 @@ class Result:
         """A table, best first, and the verdict."""
         if self.heldout is None:
             return self.verdict
-        shown = {s: x for s, x in self.path.items() if s in (self.accepted, max(self.path))}
-        learned = {f"learned, step {step}": loss for step, loss in shown.items()}
-        best = self.start if self.accepted is None else f"learned, step {self.accepted}"
-        rows = sorted({**self.losses, **learned}.items(), key=lambda row: row[1])
-        width = max(len(name) for name, _ in rows)
-        batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
-        lines = [f"loss on {self.heldout}, {batches}:"]
-        for name, loss in rows:
-            marks = {"chosen": name == self.start, "result": name == best}
+        rows = self.rows()
+        width = max(len(row.name) for row in rows)
+        lines = [f"loss on {self.heldout}, {self.extent}:"]
+        for row in rows:
+            marks = {"chosen": row.chosen, "result": row.result}
             note = ", ".join(mark for mark, is_so in marks.items() if is_so)
-            lines.append(f"  {name:<{width}}  {loss:<9.5g} {note}".rstrip())
+            lines.append(f"  {row.name:<{width}}  {row.loss:<9.5g} {note}".rstrip())
         return "\n".join([*lines, self.verdict])
+
+    @property
+    def extent(self) -> str:
+        """How much was compared on, in words."""
+        return "1 batch" if self.batches == 1 else f"{self.batches} batches"
+
+    def rows(self) -> list[Row]:
+        """The table: fixed averages, and of the path its end and the result; best first."""
+        end = max(self.path, default=None)
+        rows = [
+            Row(name, loss, chosen=name == self.start, result=self._is_result(name))
+            for name, loss in self.losses.items()
+        ]
+        for step, loss in self.path.items():
+            if step in (self.accepted, end):
+                name = f"learned, step {step}"
+                rows.append(Row(name, loss, learned=True, result=step == self.accepted))
+        return sorted(rows, key=lambda row: row.loss if math.isfinite(row.loss) else math.inf)
+
+    def _is_result(self, name: str) -> bool:
+        """Whether a fixed average is the result."""
+        return self.accepted is None and name == self.start
 
     @property
     def verdict(self) -> str:

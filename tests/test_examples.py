@@ -293,7 +293,9 @@ def test_running_averages_are_measured_beside_steps() -> None:
 @pytest.mark.long
 def test_plots_are_drawn(tmp_path) -> None:
     quick = ("--epochs", "7", "--start-epoch", "6", "--points", "3")
-    written = run_example("plots.py", str(tmp_path), *quick).splitlines()[-2:]
+    written = run_example("plots.py", str(tmp_path), *quick).splitlines()[:10]
     for path in written:
         assert Path(path).read_bytes().startswith(b"\x89PNG")
-    assert [Path(path).name for path in written] == ["averaging-weights.png", "subspace.png"]
+    names = ["averaging-weights", "heldout", "loss-path", "path", "subspace"]
+    both = [f"{name}{suffix}.png" for suffix in ("", "-dark") for name in names]
+    assert [Path(path).name for path in written] == both

@@ -28,7 +28,7 @@ from lightning_twa.candidates.into_model import (
     weights_and_buffers,
 )
 from lightning_twa.candidates.keep import keep_in_files
-from lightning_twa.candidates.profiles import MEAN, decay_curve, fitted_factors
+from lightning_twa.candidates.profiles import MEAN, decay_curve, fitted_factors, is_running
 from lightning_twa.candidates.readers import (
     load_checkpoint,
     read_candidate_from,
@@ -65,6 +65,7 @@ __all__ = [
     "further_names",
     "is_dense",
     "is_kept",
+    "is_running",
     "keep_in_files",
     "leave_out_frozen",
     "load_checkpoint",

@@ -11,7 +11,16 @@ import torch
 from lightning_twa.config import WIDEST
 from lightning_twa.machine import say
 
-__all__ = ["MEAN", "decay_curve", "fitted_factors", "gamma_of", "power_name", "profile", "width_of"]
+__all__ = [
+    "MEAN",
+    "decay_curve",
+    "fitted_factors",
+    "gamma_of",
+    "is_running",
+    "power_name",
+    "profile",
+    "width_of",
+]
 
 MEAN = "mean"  # name of the uniform average of all steps
 PARTS = 2000  # of a run, in which weights over its steps are compared
@@ -20,6 +29,11 @@ PARTS = 2000  # of a run, in which weights over its steps are compared
 def power_name(width: float) -> str:
     """Name of the candidate, ``"power(0.02)"``."""
     return f"power({width:g})"
+
+
+def is_running(name: str) -> bool:
+    """Whether candidates of that name are averages over the steps of a run."""
+    return name == MEAN or name.startswith(("power(", "ema("))
 
 
 def width_of(gamma: float) -> float:

@@ -114,7 +114,9 @@ def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     drawing = commands.add_parser(
         "plot",
         help="draw the figures of a run",
-        description="Write the figures of a run, of its checkpoint, as files.",
+        description="Write the figures of a run, of its checkpoint, as files: averaging weights, "
+        "the table of losses on held-out data, and the loss along the path of the phase. Those "
+        "that cannot be drawn are named, with the reason.",
     )
     drawing.add_argument("path", type=Path, help="a checkpoint of the phase or after it")
     drawing.add_argument(

@@ -7,16 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from lightning_twa.checkpoint import read_state
-from lightning_twa.figures import plot_averaging_weights
+from lightning_twa.figures import plot_averaging_weights, plot_held_out, plot_loss_path
 
 __all__ = ["plot"]
 
 # What can be drawn of a checkpoint alone, by the end of the file's name
-FIGURES: Mapping[str, Callable[[Path], Any]] = {"weights": plot_averaging_weights}
+FIGURES: Mapping[str, Callable[[Path], Any]] = {
+    "weights": plot_averaging_weights,
+    "heldout": plot_held_out,
+    "loss-path": plot_loss_path,
+}
+OTHERS = (
+    "not drawn: the path over the plane of the candidates, and the loss there. They need the "
+    "candidates themselves: plot_path(twa) and plot_subspace(twa, ...) in the program that trains"
+)
 
 
 def plot(path: Path, directory: Path | None, kind: str) -> Iterator[str]:
-    """Write the figures of a checkpoint; a line of text for each.
+    """Write the figures of a checkpoint; a line of text for each, also for those that cannot be
+    drawn.
 
     Args:
         path: A checkpoint of the phase or after it.
@@ -37,5 +46,11 @@ def plot(path: Path, directory: Path | None, kind: str) -> Iterator[str]:
         raise ValueError(f"{target} is no directory. Make it first, or write elsewhere.")
     for name, draw in FIGURES.items():
         file = target / f"{path.stem}-{name}.{kind}"
-        draw(path).savefig(file)
+        try:
+            figure = draw(path)
+        except ValueError as error:
+            yield f"not drawn: {file.name}. {error}"
+            continue
+        figure.savefig(file)
         yield f"wrote {file}"
+    yield OTHERS

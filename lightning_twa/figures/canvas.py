@@ -1,4 +1,6 @@
-"""Axes to draw on, and names along them; matplotlib is imported where they are drawn."""
+"""Axes to draw on, their colours, and names along them; matplotlib is imported where they are
+drawn. What is not coloured is as the style in use has it, so that figures can be dark.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["ACCENT", "COLOR", "PATH", "canvas", "name_ticks", "shortened"]
+__all__ = [
+    "CHOSEN",
+    "FIXED",
+    "LEARNED",
+    "NEUTRAL",
+    "WIDTH",
+    "canvas",
+    "ink",
+    "legend_above",
+    "name_ticks",
+]
 
 MAX_TICKS = 30
-MAX_NAME = 44  # characters of a block's name
 TICK = 0.2  # inches between labels, at least
-COLOR, ACCENT, PATH = "#4c78a8", "#d1495b", "#f2b134"
+WIDTH = 6.4  # inches: letters are readable where a figure is shown 640 pixels wide
+NARROW = 4.0  # inches of axes, below which a legend has two columns
+# Okabe and Ito's colours, which everybody can tell apart, and which are seen on white and on black
+LEARNED, CHOSEN, FIXED, NEUTRAL = "#0072b2", "#d55e00", ("#009e73", "#cc79a7"), "0.5"
 
 
 def canvas(ax: Axes | None, width: float, height: float) -> tuple[Figure, Any]:
@@ -31,10 +45,31 @@ def canvas(ax: Axes | None, width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.add_subplot()
 
 
-def shortened(name: str) -> str:
-    """Beginning and end of a long name."""
-    half = MAX_NAME // 2
-    return name if len(name) <= MAX_NAME else f"{name[:half]}…{name[-half:]}"
+def ink(axes: Any) -> Any:
+    """The colour that axes are drawn with."""
+    return axes.spines["bottom"].get_edgecolor()
+
+
+def legend_above(axes: Any, handles: Sequence[Any] | None = None, *, side: str = "left") -> None:
+    """A legend above the axes, of as many columns as there is room for.
+
+    Args:
+        axes: The axes.
+        handles: What it is of; ``None``: of what is drawn and has a label.
+        side: Of the axes, which it begins at.
+    """
+    width = axes.get_window_extent().width / axes.figure.dpi
+    axes.legend(
+        handles=handles,
+        loc=f"lower {side}",
+        bbox_to_anchor=(0.0 if side == "left" else 1.0, 1.0),
+        ncols=2 if width < NARROW else 4,
+        frameon=False,
+        fontsize="small",
+        columnspacing=1.2,
+        handletextpad=0.5,
+        borderaxespad=0.2,
+    )
 
 
 def name_ticks(axis: Any, names: Sequence[str], most: int = MAX_TICKS) -> Sequence[str]:

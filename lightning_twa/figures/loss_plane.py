@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_twa.candidates import Candidate
 from lightning_twa.config import is_int, is_real
-from lightning_twa.figures.canvas import ACCENT, COLOR, PATH, canvas
-from lightning_twa.figures.plane import Plane, check_module, losses
+from lightning_twa.figures.canvas import FIXED, LEARNED, WIDTH, canvas, legend_above
+from lightning_twa.figures.plane import (
+    Plane,
+    candidates_of,
+    check_module,
+    losses,
+    name_ends,
+    name_plane,
+)
 from lightning_twa.results import RunResults
 
 if TYPE_CHECKING:
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["plot_subspace"]
 
 LEVELS = 20  # of the loss
+PATH = "#f0e442"  # seen on all of the colours below it but the last, where the loss is high
 
 
 def plot_subspace(
@@ -64,15 +71,9 @@ def plot_subspace(
         raise ValueError(f"Invalid {points=}. Must be an int >= 2.")
     if not (is_real(margin) and margin >= 0):
         raise ValueError(f"Invalid {margin=}. Must be a number >= 0.")
-    candidates, weights = callback.candidates, callback.averaging_weights
-    if weights is None or len(candidates) < 3 or len(candidates) != weights.shape[0]:
-        raise ValueError(
-            f"plot_subspace() needs a callback after its phase, with three candidates or more; "
-            f"this one has {len(candidates)} and is in phase {callback.phase!r}. A finished run "
-            f"that was restored from a checkpoint, or copied, has none."
-        )
+    candidates, weights = candidates_of(callback, "plot_subspace")
     check_module(module, candidates[0])
-    figure, axes = canvas(ax, 6.8, 5.2)  # before the loss is evaluated: it may be slow
+    figure, axes = canvas(ax, WIDTH, 5.0)  # before the loss is evaluated: it may be slow
     plane = Plane.of(candidates, callback.block_names)
     n = len(candidates)
     path = callback.averaging_path
@@ -95,19 +96,15 @@ def plot_subspace(
     axes.scatter(x, y, s=22, color="white", edgecolors="black", label="candidates", zorder=3)
     axes.plot(u, v, color=PATH, linewidth=1.8, label="phase", zorder=4)
     for place, label, marker, size, color in (
-        (average, "uniform average", "s", 60, COLOR),
-        (learned, "learned average", "*", 170, ACCENT),
+        (average, "uniform average", "s", 60, FIXED[0]),
+        (learned, "the run's average", "*", 190, LEARNED),
     ):
         axes.scatter(
             *place.T.numpy(), s=size, marker=marker, color=color, ec="white", label=label, zorder=5
         )
-    _name_ends(axes, candidates, places)
-    for name, axis, share in zip(("first", "second"), "xy", plane.shares, strict=True):
-        text = f"{name} principal direction ({100 * share:.0f} % of variance),\nstandard deviations"
-        getattr(axes, f"set_{axis}label")(text)
-    axes.legend(
-        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize="small"
-    )
+    name_ends(axes, candidates, places, color="white", around="black")
+    name_plane(axes, plane)
+    legend_above(axes)
     return figure
 
 
@@ -138,22 +135,3 @@ def _colors(count: int) -> Any:
     from matplotlib import colormaps
 
     return colormaps["viridis"](torch.linspace(0, 1, count, device="cpu").numpy())
-
-
-def _name_ends(axes: Any, candidates: Sequence[Candidate], places: Tensor) -> None:
-    """The names of the oldest and the newest candidate."""
-    from matplotlib.patheffects import withStroke
-
-    for i, next_one in ((0, 1), (len(candidates) - 1, len(candidates) - 2)):
-        above = bool(places[i, 1] >= places[next_one, 1])  # off the others
-        axes.annotate(
-            candidates[i].name,
-            places[i].tolist(),
-            color="white",
-            fontsize="small",
-            xytext=(5, 5 if above else -5),
-            va="bottom" if above else "top",
-            textcoords="offset points",
-            path_effects=[withStroke(linewidth=2, foreground="black")],
-            zorder=6,
-        )

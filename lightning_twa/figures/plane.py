@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_twa.candidates import Candidate
+from lightning_twa.candidates import Candidate, is_running
+from lightning_twa.figures.canvas import ink
+from lightning_twa.results import RunResults
 
-__all__ = ["Plane", "check_module", "losses"]
+__all__ = ["Plane", "candidates_of", "check_module", "losses", "name_ends", "name_plane"]
 
 COLUMNS = 1 << 16  # of the candidates held in float64 at a time
 
@@ -86,6 +89,69 @@ def _blocks_of(candidates: Sequence[Candidate], block_names: Sequence[str]) -> d
         if any(not torch.equal(c.parameters[name], tensor) for c in others):
             result[name] = block
     return result
+
+
+def candidates_of(callback: RunResults, function: str) -> tuple[list[Candidate], Tensor]:
+    """The candidates of a run, and its averaging weights, ``(n, B)``.
+
+    Raises:
+        ValueError: When there are fewer than three, or none of the one or the other, naming the
+            function that needs them.
+    """
+    candidates, weights = callback.candidates, callback.averaging_weights
+    if weights is None or len(candidates) < 3 or len(candidates) != weights.shape[0]:
+        raise ValueError(
+            f"{function}() needs a callback after its phase, with three candidates or more; "
+            f"this one has {len(candidates)} and is in phase {callback.phase!r}. A finished run "
+            f"that was restored from a checkpoint, or copied, has none."
+        )
+    return candidates, weights
+
+
+def name_plane(axes: Any, plane: Plane) -> None:
+    """Say what the axes are."""
+    for name, axis, share in zip(("first", "second"), "xy", plane.shares, strict=True):
+        text = f"{name} principal direction ({100 * share:.0f} % of variance),\nstandard deviations"
+        getattr(axes, f"set_{axis}label")(text)
+
+
+def name_ends(
+    axes: Any,
+    candidates: Sequence[Candidate],
+    places: Tensor,
+    color: Any = None,
+    around: Any = None,
+) -> None:
+    """The names of the oldest and the newest candidate that are no running averages.
+
+    Args:
+        axes: The axes.
+        candidates: Oldest first.
+        places: ``(n, 2)``.
+        color: Of the letters; ``None``: of the axes.
+        around: Of their edges; ``None``: what is behind the axes.
+    """
+    from matplotlib.patheffects import withStroke
+
+    edge = axes.get_facecolor() if around is None else around
+    own = [i for i, c in enumerate(candidates) if not is_running(c.name)]
+    if len(own) < 2:
+        own = list(range(len(candidates)))
+    for i, next_one in ((own[0], own[1]), (own[-1], own[-2])):
+        above = bool(places[i, 1] >= places[next_one, 1])  # off the others
+        left = bool(places[i, 0] > places[:, 0].mean())  # and within the axes
+        axes.annotate(
+            candidates[i].name,
+            places[i].tolist(),
+            color=ink(axes) if color is None else color,
+            fontsize="small",
+            xytext=(-5 if left else 5, 5 if above else -5),
+            ha="right" if left else "left",
+            va="bottom" if above else "top",
+            textcoords="offset points",
+            path_effects=[withStroke(linewidth=2, foreground=edge)],
+            zorder=7,
+        )
 
 
 def check_module(module: nn.Module, candidate: Candidate) -> None:

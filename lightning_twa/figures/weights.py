@@ -5,14 +5,25 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_twa.checkpoint import read_state
-from lightning_twa.figures.canvas import ACCENT, COLOR, canvas, name_ticks, shortened
+from lightning_twa.figures.canvas import (
+    CHOSEN,
+    FIXED,
+    LEARNED,
+    WIDTH,
+    canvas,
+    ink,
+    legend_above,
+    name_ticks,
+)
+from lightning_twa.figures.names import shortened
+from lightning_twa.figures.source import source_of
 from lightning_twa.machine import warn
 from lightning_twa.results import RunResults
 
@@ -23,16 +34,22 @@ if TYPE_CHECKING:
 __all__ = ["log_figure", "plot_averaging_weights"]
 
 ROOM = 26  # characters below the narrowest axes
+LETTER = 0.085  # inches
+TURNED = 20  # characters of a candidate's name, which may be a file's
+BESIDE = 3  # fixed averages that are shown
 
 
 def plot_averaging_weights(
     source: RunResults | str | os.PathLike[str], *, ax: Axes | None = None
 ) -> Figure:
-    """Draw how much each candidate counts.
+    """Draw how much each candidate counts, and in fixed averages.
 
-    With one coefficient block a bar for each candidate, the uniform average marked by a line; with
-    several, a map of candidates and blocks whose colours are centered at the uniform average. In
-    its colour bar a line marks 0, below which weights are negative.
+    With one coefficient block a bar for each candidate; with several, a map of candidates and
+    blocks whose colours are centered at the uniform average of the candidates. In its colour bar a
+    line marks 0, below which weights are negative. Where averages were compared on held-out data,
+    three of them are shown with their weights, as points, or as rows above the map: the chosen one,
+    the uniform one, and the best others. Otherwise a line marks the uniform average of the
+    candidates. Long names of blocks are shortened.
 
     Args:
         source: A callback in its phase or after it, or a checkpoint of such a run, of which no
@@ -46,31 +63,25 @@ def plot_averaging_weights(
         ValueError: When there are no averaging weights yet, or the file is not such a checkpoint.
         ImportError: Without matplotlib.
     """
-    if isinstance(source, RunResults):
-        weights, names, blocks = (
-            source.averaging_weights,
-            source.candidate_names,
-            source.block_names,
-        )
-    else:
-        state = read_state(source)
-        weights, names = state.get("averaging_weights"), state["candidate_names"]
-        blocks = state.get("block_names", [])
+    run = source_of(source)
+    weights, names = run.weights, run.names
     if weights is None:
         raise ValueError(
             "There are no averaging weights before the phase begins. Draw them after start_epoch."
         )
     n, count = weights.shape
+    fixed = {run.label(name): beta for name, beta in run.averages(BESIDE).items()}
     if count == 1:
-        figure, axes = canvas(ax, max(5.0, min(14.0, 2.5 + 0.3 * n)), 3.6)
-        _draw_bars(axes, weights[:, 0], names)
+        figure, axes = canvas(ax, max(5.0, min(WIDTH, 2.5 + 0.3 * n)), 3.6)
+        learned = "the run's average" if run.phase == "done" else "the average so far"
+        _draw_bars(axes, weights[:, 0], fixed, learned)
     else:
-        blocks = [shortened(name) for name in blocks]
-        text = 0.085 * max(map(len, blocks))  # inches; a third of a figure is not for names alone
-        cells = max(3.0, min(10.0, 0.2 * n))
-        figure, axes = canvas(ax, 1.8 + text + cells, max(3.6, min(16.0, 1.5 + 0.22 * count)))
-        _draw_map(axes, weights, blocks)
-    shown = name_ticks(axes.xaxis, names)
+        rows = [*fixed, *shortened(run.blocks)]
+        cells = max(2.0, min(0.2 * n, WIDTH - 1.8 - LETTER * max(map(len, rows))))
+        width = 1.8 + LETTER * max(map(len, rows)) + cells
+        figure, axes = canvas(ax, width, max(3.6, min(16.0, 1.5 + 0.22 * len(rows))))
+        _draw_map(axes, weights, fixed, rows)
+    shown = name_ticks(axes.xaxis, shortened(names, TURNED))
     if sum(map(len, shown)) > ROOM:
         for label in axes.get_xticklabels():
             label.set(rotation=60, ha="right", rotation_mode="anchor")
@@ -78,30 +89,48 @@ def plot_averaging_weights(
     return figure
 
 
-def _draw_bars(axes: Any, weights: Tensor, names: Sequence[str]) -> None:
-    n = len(names)
-    axes.bar(range(n), weights.tolist(), color=COLOR, width=0.8)
-    label = f"uniform average, 1/{n}"
-    axes.axhline(1 / n, color=ACCENT, linestyle="--", linewidth=1.2, label=label)
-    axes.axhline(0, color="black", linewidth=0.8)
+def _draw_bars(axes: Any, weights: Tensor, fixed: Mapping[str, Tensor], learned: str) -> None:
+    n = len(weights)
+    axes.bar(range(n), weights.tolist(), color=LEARNED, width=0.8, label=learned)
+    axes.axhline(0, color=ink(axes), linewidth=0.8)
+    if not fixed:
+        label = f"uniform average, 1/{n}"
+        axes.axhline(1 / n, color=CHOSEN, linestyle="--", linewidth=1.2, label=label)
+    kinds = zip((CHOSEN, *FIXED), ("D", "o", "^"), (42, 34, 40), strict=True)
+    for (name, beta), (color, marker, size) in zip(fixed.items(), kinds, strict=False):
+        at = beta.nonzero().flatten()  # the others count for nothing in it
+        axes.scatter(
+            at.tolist(),
+            beta[at].tolist(),
+            s=size * min(1.0, 30 / n),
+            marker=marker,
+            color=color,
+            edgecolors=axes.get_facecolor(),
+            linewidths=0.7,
+            label=name,
+            zorder=3,
+        )
     axes.set_xlim(-0.8, n - 0.2)
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
+    legend_above(axes)
     axes.set_ylabel("averaging weight")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_map(axes: Any, weights: Tensor, blocks: Sequence[str]) -> None:
+def _draw_map(axes: Any, weights: Tensor, fixed: Mapping[str, Tensor], rows: Sequence[str]) -> None:
     uniform = 1 / weights.shape[0]
-    reach = max(float((weights - uniform).abs().max()), 1e-9)
+    shown = torch.stack([*fixed.values(), *weights.T.double()])
+    reach = max(float((shown - uniform).abs().max()), 1e-9)
     image = axes.imshow(
-        weights.T.numpy(),
+        shown.numpy(),
         aspect="auto",
         cmap="RdBu_r",
         vmin=uniform - reach,
         vmax=uniform + reach,
         interpolation="nearest",
     )
-    name_ticks(axes.yaxis, blocks, most=60)
+    if fixed:
+        axes.axhline(len(fixed) - 0.5, color="black", linewidth=2)
+    name_ticks(axes.yaxis, rows, most=60)
     axes.set_ylabel("coefficient block")
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.1, aspect=30)
     zero = ""

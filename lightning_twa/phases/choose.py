@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_twa.candidates import decay_curve
+from lightning_twa.candidates import decay_curve, is_running
 
 __all__ = ["LAST", "POINTS", "Comparison", "fixed_averages", "points_of_path"]
 
@@ -39,7 +39,7 @@ def fixed_averages(
     """
     n = len(names)
     own = [i for i, name in enumerate(names) if name not in given]
-    averages = [i for i, name in enumerate(names) if name in given and _is_average(name)]
+    averages = [i for i, name in enumerate(names) if name in given and is_running(name)]
     files = [i for i in range(n) if i not in own and i not in averages]
     if soup:
         result = {"uniform": _uniform(range(n), n)}
@@ -61,10 +61,6 @@ def fixed_averages(
         result["1-sqrt curve"] = curve
     result.update({names[i]: _uniform([i], n) for i in averages})
     return result
-
-
-def _is_average(name: str) -> bool:
-    return name == "mean" or name.startswith(("power(", "ema("))
 
 
 def _is_extra(names: Sequence[str], own: Sequence[int]) -> bool:

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_twa
 from helpers.commands import checkpoints, failure, printed
 from helpers.common import Regressor, loader, trainer
+from helpers.figures import compared
 from helpers.plain import CollectConfig, TWACallback
 from lightning_twa import SolverConfig
 from lightning_twa.candidates import read_file
@@ -140,8 +141,13 @@ def test_plot_writes_the_figures(tmp_path, capsys) -> None:
     checkpoints(tmp_path)
     text = printed(capsys, "plot", tmp_path / "epoch=5.ckpt")
     out = tmp_path / "epoch=5-weights.png"
-    assert f"wrote {out}\n" in text
+    wrote, table, path, others = text.splitlines()[-4:]
+    assert wrote == f"wrote {out}"
     assert out.read_bytes()[:4] == b"\x89PNG"
+    why = "There are no losses on held-out data to draw (the run had no such data, or no phase)."
+    assert table.startswith(f"not drawn: epoch=5-heldout.png. {why}")
+    assert path.startswith(f"not drawn: epoch=5-loss-path.png. {why}")
+    assert others.startswith("not drawn: the path over the plane of the candidates, and the loss")
     (tmp_path / "figures").mkdir()
     printed(capsys, "plot", tmp_path / "epoch=5.ckpt", "-o", tmp_path / "figures", "--format=svg")
     assert "<svg" in (tmp_path / "figures" / "epoch=5-weights.svg").read_text()
@@ -149,6 +155,17 @@ def test_plot_writes_the_figures(tmp_path, capsys) -> None:
     assert "was written before the phase began: there are no averaging weights to draw" in text
     text = failure(capsys, "plot", tmp_path / "epoch=5.ckpt", "-o", tmp_path / "none")
     assert "none is no directory. Make it first" in text
+
+
+def test_plot_writes_what_held_out_data_have_shown(tmp_path, capsys) -> None:
+    compared(tmp_path)
+    lines = printed(capsys, "plot", tmp_path / "epoch=5.ckpt").splitlines()
+    files = [tmp_path / f"epoch=5-{name}.png" for name in ("weights", "heldout", "loss-path")]
+    assert lines[-4:-1] == [f"wrote {file}" for file in files]
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in files)
+    lines = printed(capsys, "plot", tmp_path / "epoch=4.ckpt").splitlines()  # in the phase
+    assert lines[-4] == f"wrote {tmp_path / 'epoch=4-weights.png'}"
+    assert "(the phase has not ended yet)" in lines[-3]
 
 
 FOREIGN = {

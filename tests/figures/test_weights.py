@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from helpers.common import Regressor, loader, trainer
-from helpers.figures import trained
+from helpers.figures import compared, trained
 from helpers.plain import CollectConfig, TWACallback
-from lightning_twa import plot_averaging_weights, plot_subspace
+from lightning_twa import SubspaceConfig, plot_averaging_weights, plot_subspace
+from lightning_twa.candidates import decay_curve
 
 
 def test_bars_are_the_averaging_weights(tmp_path) -> None:
@@ -58,7 +59,8 @@ def test_many_candidates_have_few_labels() -> None:
     (axes,) = plot_averaging_weights(twa).axes
     assert len(axes.patches) == 90
     labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert labels == [f"epoch={i}" for i in range(0, 90, 3)]
+    assert labels == [f"epoch={i}" for i in range(0, 90, 4)]
+    assert axes.figure.get_figwidth() <= 6.4  # readable at 640 pixels
 
 
 def test_no_weights_is_a_clear_error(tmp_path) -> None:
@@ -70,6 +72,57 @@ def test_no_weights_is_a_clear_error(tmp_path) -> None:
     module = Regressor()
     with pytest.raises(ValueError, match=r"^plot_subspace\(\) needs a callback after its phase"):
         plot_subspace(TWACallback(), module, lambda: 0.0)
+
+
+def test_fixed_averages_are_points_beside_the_bars(tmp_path) -> None:
+    twa = compared(tmp_path)
+    result = twa.result
+    for source in (twa, tmp_path / "epoch=5.ckpt"):
+        (axes,) = plot_averaging_weights(source).axes
+        assert [bar.get_height() for bar in axes.patches] == pytest.approx(
+            twa.averaging_weights[:, 0].tolist()
+        )
+        shown = [points.get_label() for points in axes.collections]
+        names = [label.removesuffix(", chosen") for label in shown]
+        others = sorted(result.losses.keys() - {result.start, "uniform"}, key=result.losses.get)
+        assert names == list(dict.fromkeys([result.start, "uniform", *others]))[:3]
+        assert [label for label in shown if label.endswith(", chosen")] == [shown[0]]
+        for name, points in zip(names, axes.collections, strict=True):
+            found = torch.zeros(len(twa.candidate_names), dtype=torch.float64)
+            for x, y in points.get_offsets().data.tolist():
+                found[int(x)] = y
+            assert found.tolist() == pytest.approx(reference(twa.candidate_names)[name])
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert {*shown, "the run's average"} == set(labels)
+    (axes,) = plot_averaging_weights(tmp_path / "epoch=4.ckpt").axes
+    labels = {text.get_text() for text in axes.get_legend().get_texts()}
+    assert labels == {"the average so far", f"uniform average, 1/{len(twa.candidate_names)}"}
+
+
+def reference(names: list[str]) -> dict[str, list[float]]:
+    """The weights that some fixed averages have by their definition."""
+    n, own = len(names), [i for i, name in enumerate(names) if name.startswith("epoch=")]
+    alone = {name: [float(i == k) for i in range(n)] for k, name in enumerate(names)}
+    uniform = [(i in own) / len(own) for i in range(n)]
+    last_2 = [(i in own[-2:]) / 2 for i in range(n)]
+    curve = [0.0] * n
+    for i, share in zip(own, decay_curve(len(own)), strict=True):
+        curve[i] = share
+    last = {"last weights": [float(i == n - 1) for i in range(n)]}
+    return {**alone, **last, "uniform": uniform, "last 2": last_2, "1-sqrt curve": curve}
+
+
+def test_fixed_averages_are_rows_above_the_map(tmp_path) -> None:
+    twa = compared(tmp_path, subspace=SubspaceConfig(blocks="tensor"))
+    axes, _ = plot_averaging_weights(twa).axes
+    (image,) = axes.images
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    assert rows[3:] == twa.block_names
+    assert rows[0] == f"{twa.result.start}, chosen"
+    expected = reference(twa.candidate_names)
+    for row, values in zip(rows[:3], image.get_array()[:3], strict=True):
+        assert values.tolist() == pytest.approx(expected[row.removesuffix(", chosen")])
+    torch.testing.assert_close(torch.tensor(image.get_array()[3:]), twa.averaging_weights.T)
 
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, .tensorboardX.")

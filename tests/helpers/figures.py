@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.common import Regressor, loader, trainer
 from helpers.plain import CollectConfig, TWACallback
+from helpers.selection import make
 from lightning_twa import SolverConfig, SubspaceConfig
 
 
@@ -29,3 +30,17 @@ def trained(
         module, loader(), loader(32, seed=1)
     )
     return twa, module
+
+
+def compared(tmp_path: Path, **kwargs: Any) -> TWACallback:
+    """After a run that compared averages on held-out data; ``epoch=5.ckpt`` is its last file, and
+    ``epoch=4.ckpt`` one of the phase.
+    """
+    torch.manual_seed(0)
+    twa = make(**kwargs)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(tmp_path, callbacks=[twa, saver], enable_checkpointing=True).fit(
+        Regressor(), loader(), loader(32, seed=1)
+    )
+    assert twa.result.heldout is not None
+    return twa
