@@ -13,6 +13,7 @@ from lightning_twa.config import (
     StorageConfig,
     SubspaceConfig,
     as_config,
+    known_arguments,
 )
 from lightning_twa.figures import log_figure
 from lightning_twa.phases import Event, Run, check_package
@@ -92,11 +93,12 @@ class TWAHooks(RunResults, Hooks):
 
     Raises:
         ValueError: When an argument is outside its range or two contradict each other.
-        TypeError: When a configuration is neither of its class nor a mapping of its arguments.
+        TypeError: When a configuration is no mapping of its arguments, or naming an unknown one.
     """
 
     _run: Run
 
+    @known_arguments("TWACallback")
     def __init__(
         self,
         start_epoch: int | float | None = None,

@@ -1,5 +1,6 @@
 """What a user can set: frozen keyword-only dataclasses, checked when they are made."""
 
+from lightning_twa.config.arguments import known_arguments
 from lightning_twa.config.collect import WIDEST, CollectConfig
 from lightning_twa.config.patterns import check_patterns, is_selected, matches
 from lightning_twa.config.reading import as_config, as_names
@@ -25,5 +26,6 @@ __all__ = [
     "is_int",
     "is_real",
     "is_selected",
+    "known_arguments",
     "matches",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -173,3 +174,27 @@ def test_omegaconf_and_hydra() -> None:
     del config["lr"]
     config["solver"]["lr"] = 0.1
     assert hydra.instantiate(config).settings == expected
+
+
+@pytest.mark.parametrize(
+    ("argument", "instead"),
+    [
+        ("start_epochs", "Did you mean 'start_epoch'?"),
+        ("held_out", "Did you mean 'heldout'?"),
+        ("lr", "It is one of SolverConfig: pass solver=SolverConfig(lr=...)."),
+        ("bits", "It is one of SubspaceConfig: pass subspace=SubspaceConfig(bits=...)."),
+        ("zzz", "It has start_epoch, data, collect, subspace, solver, storage, distribute, "),
+    ],
+)
+def test_an_argument_that_there_is_not_names_what_there_is(argument: str, instead: str) -> None:
+    message = f"TWACallback has no argument {argument!r}. {instead}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        TWACallback(**{argument: 1})
+
+
+def test_errors_of_python_name_the_callback_too() -> None:
+    with pytest.raises(
+        TypeError, match=r"^TWACallback\.__init__\(\) takes from 1 to 16 positional"
+    ):
+        TWACallback(*range(20))  # type: ignore[arg-type]
+    assert next(iter(inspect.signature(TWACallback).parameters)) == "start_epoch"
