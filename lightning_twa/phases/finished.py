@@ -84,6 +84,11 @@ class FinishedAverage:
         """
         target = _target(trainer, where, self._base)
         if target is None:
+            why = "save_average=False" if where is False else "checkpointing is off"
+            say(
+                f"TWA: the average is in the model, and in average_state_dict() of the callback; "
+                f"no file has it ({why})."
+            )
             return
         own = None if self.path is None else Path(self.path)  # of an earlier cycle
         try:

@@ -95,6 +95,19 @@ def test_a_file_holds_the_average_when_the_best_checkpoint_does_not(tmp_path, ki
     assert result == again
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")
+@pytest.mark.parametrize("save", [True, False])
+def test_without_a_file_the_last_line_says_where_the_average_is(tmp_path, caplog, save) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        run(tmp_path, twa(save_average=save), enable_checkpointing=not save)
+    lines = [line for line in caplog.messages if line.startswith("TWA:")]
+    why = "checkpointing is off" if save else "save_average=False"
+    assert lines[-1] == (
+        f"TWA: the average is in the model, and in average_state_dict() of the callback; no file "
+        f"has it ({why})."
+    )
+
+
 def test_what_the_model_holds_is_compared_at_the_end(tmp_path) -> None:
     class Ema(L.Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
