@@ -87,6 +87,7 @@ def tell_what_was_done(
         batchnorm_batches,
         "" if phase.selection.chose else str(phase.selection.training_loss),
         seconds,
+        phase.selection.chose and phase.selection.verdict(phase.steps) is None,
     )
     for line in lines:
         say(line)

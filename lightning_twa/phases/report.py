@@ -146,6 +146,7 @@ def finish_report(
     batchnorm_batches: int | None,
     losses: str,
     seconds: float,
+    ends_best: bool,
 ) -> list[str]:
     """What the phase did, in one line, and further lines where the user may want to act.
 
@@ -159,6 +160,7 @@ def finish_report(
             there were none to re-estimate.
         losses: What is known of them, in a sentence, or nothing.
         seconds: The phase took, re-estimation included; since it was resumed if it was.
+        ends_best: Whether held-out data favour the last point of the path.
     """
     unit = " standard deviations" if optimizer.subspace.config.basis == "pca" else ""
     origin = "the uniform average" if optimizer.subspace.starts_at_mean else "their start"
@@ -183,14 +185,14 @@ def finish_report(
         lines.append(
             f"TWA: {count(skipped, 'step')} {were} skipped because the gradient was not finite."
         )
-    if optimizer.config.lr is None:
+    if ends_best and optimizer.config.lr is None:
         reach = float(optimizer.coefficients.norm(dim=0).max())
         if reach > PRESSED * optimizer.radius:
             lines.append(
                 f"TWA: the coefficients pressed against their budget: they ended {reach:.2f} from "
-                f"{origin}, of SolverConfig.radius={optimizer.radius:g}. A "
-                f"better "
-                f"average may lie further out: try a larger radius, or later candidates."
+                f"{origin}, of SolverConfig.radius={optimizer.radius:g}, and held-out data favour "
+                f"the end of the path. A better average may lie further out: try a larger radius, "
+                f"or later candidates."
             )
     return lines
 

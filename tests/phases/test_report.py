@@ -27,14 +27,19 @@ def test_effective_candidates_is_at_least_one_with_negative_weights() -> None:
         assert 1 <= effective_candidates(block.unsqueeze(1)) <= 20
 
 
-def test_report_says_when_coefficients_press_against_the_budget(tmp_path, caplog) -> None:
+@pytest.mark.parametrize("heldout", ["auto", None])
+def test_report_says_when_coefficients_press_against_the_budget(tmp_path, caplog, heldout) -> None:
     full_batch = loader(batch_size=64)
     for radius in (50.0, 0.05):
         caplog.clear()
         L.seed_everything(1, verbose=False)
-        twa = TWACallback(start_epoch=4, solver=SolverConfig(radius=radius))
-        fit(tmp_path, twa, train=full_batch, max_epochs=14)
+        twa = TWACallback(start_epoch=4, solver=SolverConfig(radius=radius), heldout=heldout)
+        # held-out data that favour what training does
+        fit(tmp_path, twa, train=full_batch, val=full_batch, max_epochs=14)
         assert "phase finished after 10 optimizer steps in " in caplog.text
-        assert (
-            "they ended 0.05 from the uniform average, of SolverConfig.radius=0.05" in caplog.text
-        ) is (radius == 0.05)
+        pressed = ", of SolverConfig.radius=0.05, and held-out data favour the end of the path."
+        # training alone would always go further: without held-out data there is no advice
+        assert (pressed in caplog.text) is (radius == 0.05 and heldout == "auto")
+        if radius == 0.05 and heldout == "auto":
+            assert twa.result.accepted == twa.result.steps
+            assert "they ended 0.05 from the" in caplog.text
