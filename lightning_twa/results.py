@@ -56,6 +56,7 @@ class Result:
         gain_error: Standard error of that mean, of the differences batch by batch; not a number
             with one batch.
         batches: How many were compared on.
+        of_batches: How many such batches there are; ``None`` where that is not known.
         steps: Optimizer steps of the phase.
         phase_seconds: That it took, measuring included.
         measuring_seconds: That measuring took.
@@ -71,6 +72,7 @@ class Result:
     gain: float = 0.0
     gain_error: float = math.nan
     batches: int = 0
+    of_batches: int | None = None
     steps: int = 0
     phase_seconds: float = 0.0
     measuring_seconds: float = 0.0
@@ -91,6 +93,8 @@ class Result:
     @property
     def extent(self) -> str:
         """How much was compared on, in words."""
+        if self.of_batches is not None and self.of_batches > self.batches:
+            return f"{self.batches} of {self.of_batches} batches"
         return "1 batch" if self.batches == 1 else f"{self.batches} batches"
 
     def rows(self) -> list[Row]:

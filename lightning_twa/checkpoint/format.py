@@ -89,7 +89,8 @@ def _check_result(result: Any, n: int) -> None:
     words = {"heldout": _optional(_is_str), "reason": _is_str, "start": _optional(_is_str)}
     checks = {**floats, **counts, **words, "losses": _is_floats, "path": _is_list}
     _check(result, "result.", checks)
-    if set(result) - {"averages"} != set(checks):
+    _check({"of_batches": None, **result}, "result.", {"of_batches": _optional(_is_count)})
+    if set(result) - {"averages", "of_batches"} != set(checks):
         raise damaged("result", sorted(result))
     for i, point in enumerate(result["path"]):
         is_pair = _is_list(point) and len(point) == 2 and _is_count(point[0])

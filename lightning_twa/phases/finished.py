@@ -84,11 +84,7 @@ class FinishedAverage:
         """
         target = _target(trainer, where, self._base)
         if target is None:
-            why = "save_average=False" if where is False else "checkpointing is off"
-            say(
-                f"TWA: the average is in the model, and in average_state_dict() of the callback; "
-                f"no file has it ({why})."
-            )
+            _tell_of_no_file(where)
             return
         own = None if self.path is None else Path(self.path)  # of an earlier cycle
         try:
@@ -300,6 +296,14 @@ def _target(trainer: Trainer, where: str | os.PathLike[str] | bool, base: Path) 
         directory = gather_objects(directory)[0]  # its name may have a time in it
         return None if directory is None else Path(directory).absolute() / f"{NAME}.ckpt"
     return None if where is False else base / where
+
+
+def _tell_of_no_file(where: str | os.PathLike[str] | bool) -> None:
+    why = "save_average=False" if where is False else "checkpointing is off"
+    say(
+        f"TWA: the average is in the model, and in average_state_dict() of the callback; no file "
+        f"has it ({why})."
+    )
 
 
 def _temporary(target: Path) -> Path:

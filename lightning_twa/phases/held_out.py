@@ -20,6 +20,7 @@ from lightning_twa.trainer import (
     batch_hooks,
     batch_losses,
     batch_size_of,
+    batches_there,
     draw_batches,
     modules_in_training,
     show_progress,
@@ -49,6 +50,7 @@ class HeldOut:
         reason: Why there are none.
         seconds: That measuring took.
         batches: How many, over all processes.
+        there: How many there would be; ``None`` where that is not known.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -57,6 +59,7 @@ class HeldOut:
         self.reason = "heldout=None"
         self.seconds = 0.0
         self.batches = 0
+        self.there: int | None = None
         self._drawn: list[Any] = []
         self._loader: Any = None
         self._refused = False
@@ -150,12 +153,14 @@ class HeldOut:
         try:
             with in_common():
                 drawn = draw_batches(loader, at_most, rank(), world_size())
+                there = batches_there(loader, at_most, world_size())
         except Exception as error:  # of whatever reads the data
             self.reason = f"they could not be read ({error})"
             return False
         everywhere = gather_objects(len(drawn))
         self._drawn = drawn[: min(everywhere)]
         self.batches = min(everywhere) * world_size()
+        self.there = None if there is None else there * world_size()
         if not self._drawn:
             self.reason = "they have no batch"
         self.seconds += time.perf_counter() - began

@@ -144,6 +144,7 @@ class Selection:
                 f"are {self.held_out.batches} now (other data, batch size, or length of the run): "
                 f"nothing more is compared, and the best of what was is the result."
             )
+            self.held_out.there = None
         self.held_out.batches = compared
 
     def _measure(
@@ -246,6 +247,7 @@ class Selection:
             gain=gain,
             gain_error=error,
             batches=held_out.batches,
+            of_batches=held_out.there,
             steps=steps,
             phase_seconds=seconds,
             measuring_seconds=held_out.seconds,

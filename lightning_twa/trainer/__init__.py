@@ -39,6 +39,7 @@ from lightning_twa.trainer.features import (
 from lightning_twa.trainer.held_out import (
     batch_losses,
     batch_size_of,
+    batches_there,
     draw_batches,
     hold_back,
     samples_of_training,
@@ -82,6 +83,7 @@ __all__ = [
     "batches_between_validations",
     "batches_in_all",
     "batches_seen",
+    "batches_there",
     "begin_stopping_anew",
     "best_paths",
     "callback_names",

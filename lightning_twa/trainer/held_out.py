@@ -25,13 +25,14 @@ from torch.utils.data import (
     Subset,
 )
 
-from lightning_twa.trainer.data import own_copy, validation_loader
+from lightning_twa.trainer.data import has_length, own_copy, validation_loader
 from lightning_twa.trainer.features import has_validation_data, is_a
 from lightning_twa.trainer.replay import random_states, random_states_kept, without_traces
 
 __all__ = [
     "batch_losses",
     "batch_size_of",
+    "batches_there",
     "draw_batches",
     "hold_back",
     "samples_of_training",
@@ -188,6 +189,23 @@ def draw_batches(loader: Any, at_most: int, rank: int, processes: int) -> list[A
             if len(batches) >= at_most or room <= 0:
                 break
         return batches
+
+
+def batches_there(loader: Any, at_most: int, processes: int) -> int | None:
+    """How many batches a loader has for this process, of the size that :func:`draw_batches` makes
+    them; ``None`` where it does not know.
+
+    Args:
+        loader: A dataloader.
+        at_most: As given there.
+        processes: That share the samples, where they can be chosen.
+    """
+    if _is_sized(loader):
+        samples = len(loader.dataset) // processes
+        even = _even(min(at_most * loader.batch_size, samples), loader.batch_size) if samples else 1
+        alone = even > 1 and samples > even and samples % even == 1  # of one sample none is made
+        return math.ceil((samples - alone) / even)
+    return len(loader) if isinstance(loader, DataLoader) and has_length(loader) else None
 
 
 def _even(samples: int, most: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from helpers.selection import POWER, fitted, make, mixed
 from lightning_twa import CollectConfig, TWACallback
 from lightning_twa.candidates import fitted_factors
 from lightning_twa.phases.choose import fixed_averages
-from lightning_twa.trainer import draw_batches
+from lightning_twa.results import Result
+from lightning_twa.trainer import batches_there, draw_batches
 from lightning_twa.trainer.held_out import _order
 from lightning_twa.trainer.replay import _frozen_kept
 
@@ -263,6 +265,34 @@ def test_batches_count_alike_and_none_is_of_one_sample(
 ) -> None:
     drawn = draw_batches(DataLoader(regression_data(n), batch), 10, 0, 1)
     assert [len(x) for x, _ in drawn] == sizes
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "at_most", "drawn", "there"),
+    [(64, 8, 2, 2, 8), (64, 64, 1, 2, 2), (1000, 50, 1, 2, 40), (17, 4, 9, 4, 4), (3, 4, 1, 1, 1)],
+)
+def test_how_many_such_batches_there_are(
+    n: int, batch: int, at_most: int, drawn: int, there: int
+) -> None:
+    data = DataLoader(regression_data(n), batch)
+    assert len(draw_batches(data, at_most, 0, 1)) == drawn
+    assert batches_there(data, at_most, 1) == there
+
+
+def test_a_loader_of_the_users_own_sampler_says_so_itself_or_not() -> None:
+    data = regression_data(64)
+    own = DataLoader(data, 4, sampler=torch.utils.data.SubsetRandomSampler(range(16)))
+    assert batches_there(own, 2, 1) == 4
+    assert batches_there(iter([]), 2, 1) is None
+
+
+@pytest.mark.parametrize(("size", "extent"), [(640, r"\d+ of \d+ batches"), (16, "1 batch")])
+def test_the_table_says_of_how_many(tmp_path: Path, size: int, extent: str) -> None:
+    twa = make()
+    fitted(tmp_path, twa, held_out=loader(size, 16, seed=1))
+    first = str(twa.result).splitlines()[0]
+    assert re.fullmatch(f"loss on the validation data, {extent}:", first), first
+    assert Result.from_state(twa.result.state_dict()).extent == twa.result.extent
 
 
 def test_a_generator_that_is_shared_with_training_is_as_before() -> None:
