@@ -17,6 +17,15 @@ from lightning_twa.trainer.stopping import put_to_sleep
 __all__ = ["TrainerSwitch"]
 
 
+class PhaseEnd(int):
+    """A limit of the Trainer that the phase has set: the Trainer's message that it is reached says
+    so, where the user has set none or another.
+    """
+
+    def __repr__(self) -> str:
+        return f"{int(self)} (the end of TWACallback's phase)"
+
+
 class TrainerSwitch:
     """Lets a Trainer step the phase's optimizer, on the phase's data, and undoes it.
 
@@ -76,13 +85,13 @@ class TrainerSwitch:
         """Let the run end before epoch ``end``."""
         loop = self.trainer.fit_loop
         self._undo.callback(setattr, loop, "max_epochs", loop.max_epochs)
-        loop.max_epochs = end
+        loop.max_epochs = end if end == loop.max_epochs else PhaseEnd(end)
 
     def limit_steps_to(self, end: int) -> None:
         """Let the run end after optimizer step ``end``."""
         loop = self.trainer.fit_loop.epoch_loop
         self._undo.callback(setattr, loop, "max_steps", loop.max_steps)
-        loop.max_steps = end
+        loop.max_steps = end if end == loop.max_steps else PhaseEnd(end)
 
     def stop_gradient_sync(self) -> None:
         """Let DDP exchange neither gradients nor buffers from the next forward pass on."""
