@@ -104,25 +104,6 @@ def test_where_the_phase_begins_and_ends(tmp_path, case, caplog) -> None:
     assert the_trainer.max_steps == how.get("max_steps", -1), "the Trainer's own limit is back"
 
 
-@pytest.mark.parametrize(
-    ("case", "limit"),
-    [
-        ("the last five", "max_epochs=6"),
-        ("of max_steps", "max_steps=22"),
-        ("both", "max_steps=18 (the end of TWACallback's phase)"),
-        ("both, no other limit", "max_steps=18 (the end of TWACallback's phase)"),
-        ("both, of max_steps", "max_steps=26 (the end of TWACallback's phase)"),
-        ("never longer", "max_epochs=6"),
-    ],
-)
-def test_the_trainer_names_the_limit_that_ends_the_run(tmp_path, case, limit, caplog) -> None:
-    options, how, *_ = CASES[case]
-    with caplog.at_level("INFO", logger="lightning.pytorch"):
-        fit(tmp_path, options, **how)
-    stopped = [message for message in caplog.messages if "`Trainer.fit` stopped" in message]
-    assert stopped == [f"`Trainer.fit` stopped: `{limit}` reached."]
-
-
 @pytest.mark.parametrize("case", ["the last five", "within an epoch", "one epoch"])
 def test_training_before_the_phase_is_as_ever(tmp_path, case) -> None:
     options, how, first, _ = CASES[case]

@@ -15,6 +15,8 @@ from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal
 from helpers.runs import DATA
 
+OWN = "(the end of TWACallback's phase)"
+
 
 def snapshot(the_trainer: L.Trainer) -> dict[str, Any]:
     """What the phase changes, as the user had it."""
@@ -129,3 +131,25 @@ def test_what_fetched_the_data_of_the_phase_is_torn_down_when_it_is_left(tmp_pat
         Regressor(), loader(), loader(32, seed=1)
     )
     assert ends[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "how", "limit"),
+    [
+        ({"phase_steps": 5}, {"max_epochs": 6}, "max_epochs=6"),
+        ({"phase_steps": 3}, {"max_epochs": -1, "max_steps": 22}, "max_steps=22"),
+        ({"start_epoch": 3, "phase_steps": 6}, {"max_epochs": 50}, f"max_steps=18 {OWN}"),
+        ({"start_epoch": 3, "phase_steps": 6}, {"max_epochs": -1}, f"max_steps=18 {OWN}"),
+        ({"start_epoch": 0.5, "phase_steps": 6}, {"max_steps": 24}, f"max_steps=18 {OWN}"),
+        ({"start_epoch": 4, "phase_steps": 600}, {"max_epochs": 6}, "max_epochs=6"),
+    ],
+)
+def test_the_trainer_names_the_limit_that_ends_the_run(
+    tmp_path, options, how, limit, caplog
+) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        trainer(tmp_path, callbacks=[TWACallback(**options)], **how).fit(
+            Regressor(), loader(), loader(32, seed=1)
+        )
+    stopped = [message for message in caplog.messages if "`Trainer.fit` stopped" in message]
+    assert stopped == [f"`Trainer.fit` stopped: `{limit}` reached."]
