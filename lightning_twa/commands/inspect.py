@@ -242,7 +242,15 @@ def _table(names: Sequence[str], weights: Tensor, blocks: Sequence[str]) -> list
         title = f"averaging weights over {len(blocks)} blocks"
     else:
         columns, values, title = list(blocks), weights, "averaging weights"
-    return [title, *_aligned(["candidate", *columns], names, values.tolist())]
+    counts = weights.ne(0).any(dim=1).tolist()  # in any block
+    none = [name for name, counted in zip(names, counts, strict=True) if not counted]
+    if len(none) > 1:
+        values = values[torch.tensor(counts)]
+        names = [name for name, counted in zip(names, counts, strict=True) if counted]
+    lines = [title, *_aligned(["candidate", *columns], names, values.tolist())]
+    if len(none) > 1:
+        lines.append(f"weight 0: the other {len(none)}, {printable(f'{none[0]} .. {none[-1]}')}")
+    return lines
 
 
 def _aligned(

@@ -86,6 +86,21 @@ def test_a_fixed_average_that_held_out_data_chose(tmp_path, capsys) -> None:
     )
 
 
+def test_candidates_that_do_not_count_are_one_line(tmp_path, capsys) -> None:
+    checkpoints(tmp_path)
+    state = torch.load(tmp_path / "epoch=5.ckpt", weights_only=True)
+    entry = state["callbacks"]["TWACallback"]
+    for weights, expected in (
+        ([0.0, 1.0, 0.0], ["epoch=2 +1.0000", "weight 0: the other 2, epoch=1 .. epoch=3"]),
+        ([0.0, 0.4, 0.6], ["epoch=1 +0.0000", "epoch=2 +0.4000", "epoch=3 +0.6000"]),
+    ):
+        entry["averaging_weights"] = torch.tensor(weights, dtype=torch.float64)[:, None]
+        torch.save(state, tmp_path / "other.ckpt")
+        lines = printed(capsys, "inspect", tmp_path / "other.ckpt").splitlines()
+        at = lines.index("averaging weights")
+        assert [" ".join(line.split()) for line in lines[at + 2 :]] == expected
+
+
 @pytest.mark.parametrize("kind", ["ckpt", "pt", "safetensors"])
 def test_an_average_of_files_says_of_what(tmp_path, capsys, kind) -> None:
     checkpoints(tmp_path)
