@@ -28,6 +28,7 @@ from lightning_twa.candidates.into_model import (
     weights_and_buffers,
 )
 from lightning_twa.candidates.keep import keep_in_files
+from lightning_twa.candidates.power_averages import PowerAverages
 from lightning_twa.candidates.profiles import MEAN, decay_curve, fitted_factors, is_running
 from lightning_twa.candidates.readers import (
     load_checkpoint,
@@ -47,6 +48,7 @@ __all__ = [
     "Averages",
     "Candidate",
     "CandidateFileError",
+    "PowerAverages",
     "Reference",
     "Store",
     "average_buffers_",

@@ -2,6 +2,7 @@
 
 from lightning_twa.checkpoint.format import FORMAT_VERSION, RAW_WEIGHTS, check_state
 from lightning_twa.checkpoint.read import candidate_entries, file_references, read_state
+from lightning_twa.checkpoint.running import power_averages_of
 
 __all__ = [
     "FORMAT_VERSION",
@@ -9,5 +10,6 @@ __all__ = [
     "candidate_entries",
     "check_state",
     "file_references",
+    "power_averages_of",
     "read_state",
 ]

@@ -20,6 +20,7 @@ from lightning_twa.average import average, factors, mode_of
 from lightning_twa.candidates import decay_curve, find_files, load_checkpoint
 from lightning_twa.checkpoint import RAW_WEIGHTS
 from lightning_twa.commands.model import load_setting, with_statistics
+from lightning_twa.commands.power import power_members
 from lightning_twa.commands.provenance import (
     KEY,
     KINDS,
@@ -84,8 +85,15 @@ def average_files(args: argparse.Namespace, weights: list[float] | None) -> Iter
             "trainer": setting.trainer(),
             "dataloaders": setting.data,
         }
-    paths = [str(file) for file in used]
-    state = average(paths, args.method, weights=weights, **options, **scored)
+    if args.method == "power":
+        if len(used) > 1:
+            args.parser.error(f"--method power is of one checkpoint of a run, not {len(used)}")
+        members, shares_of_them = power_members(used[0], args.sigma_rel)
+        state = average(members, "weights", weights=shares_of_them, **options)
+        options["sigma_rel"] = args.sigma_rel
+    else:
+        paths = [str(file) for file in used]
+        state = average(paths, args.method, weights=weights, **options, **scored)
     statistics: dict[str, Any] | None = None
     if has_statistics(state):
         statistics = {"batches": None}
@@ -97,8 +105,8 @@ def average_files(args: argparse.Namespace, weights: list[float] | None) -> Iter
     names = origin["files"]
     which = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} .. {names[-1]}"
     yield f"wrote {output}: the {KINDS.get(args.method, args.method)} average of {which}"
-    if statistics is not None and len(used) > 1:
-        yield f"BatchNorm: {statistics_in_words(statistics, len(used))}"
+    if statistics is not None and (len(used) > 1 or args.method == "power"):
+        yield f"BatchNorm: {statistics_in_words(statistics, len(used), args.method)}"
         if statistics["batches"] is None:
             yield (
                 "  pass --config config.yaml of LightningCLI, or --module and --data, to "

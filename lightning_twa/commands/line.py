@@ -148,11 +148,16 @@ def _add_average(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="checkpoints, state dicts, safetensors, directories, or quoted patterns",
     )
     mean.add_argument("-o", "--output", type=_output, required=True, metavar="FILE")
-    mean.add_argument(
-        "--method", choices=[method for method in METHODS if method != "power"], default="uniform"
-    )
+    mean.add_argument("--method", choices=METHODS, default="uniform")
     mean.add_argument("--anchor", metavar="FILE", help="of --method model_stock: what was tuned")
     mean.add_argument("--last", type=_count, metavar="N", help="only the last N files")
+    mean.add_argument(
+        "--sigma-rel",
+        type=_decay,
+        metavar="WIDTH",
+        help="of --method power, of one checkpoint of a run from before or within the phase: the "
+        "average over all steps of which it is the width, as a share of the run",
+    )
     mean.add_argument("--decay", type=_decay, help="of --method ema, from file to file; in (0, 1)")
     mean.add_argument(
         "--weights",
@@ -202,10 +207,11 @@ def _average(args: argparse.Namespace) -> None:
         ("weights", "weights"),
         ("model_stock", "anchor"),
         ("greedy", "monitor"),
+        ("power", "sigma_rel"),
     )
     for method, option in options:
         if (args.method == method) != (getattr(args, option) is not None):
-            args.parser.error(f"--method {method} and --{option} go together")
+            args.parser.error(f"--method {method} and --{option.replace('_', '-')} go together")
     if args.mode is not None and args.monitor is None:
         args.parser.error("--mode is of --monitor")
     if args.config is None and args.module is None:

@@ -120,7 +120,7 @@ def describe(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[st
         f"tensors: {len(tensors)}, {numbers:,} numbers",
     ]
     lines += [f"{name}: {str(value)[:80]}" for name, value in found["options"].items()]
-    lines.append(f"BatchNorm: {statistics_in_words(found['batchnorm'], len(files))}")
+    lines.append(f"BatchNorm: {statistics_in_words(found['batchnorm'], len(files), method)}")
     width = max(map(len, files))
     for i, name in enumerate(files):
         weight = "" if weights is None else f"  {weights[i]:+.4f}"
@@ -128,10 +128,12 @@ def describe(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[st
     return lines
 
 
-def statistics_in_words(found: Mapping[str, Any] | None, files: int) -> str:
+def statistics_in_words(found: Mapping[str, Any] | None, files: int, method: str) -> str:
     """Of the entry ``batchnorm``, of an average of so many files."""
     if found is None:
         return "none"
+    if found.get("batches") is None and method == "power":
+        return "statistics of the checkpoint's own weights, which do not fit the average (stale)"
     if found.get("batches") is None and files == 1:
         return "statistics of the file, which fit it"
     if found.get("batches") is None:

@@ -29,7 +29,8 @@ from lightning_twa.__main__ import main
         ("must be a finite number", ["-o", "a.pt", "--method", "weights", "--weights", "1,x"]),
         ("2 numbers, but 1 file", ["-o", "a.pt", "--method", "weights", "--weights", "1,2"]),
         ("must be an integer, 1 or more", ["-o", "a.pt", "--last", "0"]),
-        ("invalid choice: 'power'", ["-o", "a.pt", "--method", "power"]),
+        ("--method power and --sigma-rel go together", ["-o", "a.pt", "--method", "power"]),
+        ("must be between 0 and 1", ["-o", "a.pt", "--method", "power", "--sigma-rel", "2"]),
     ],
 )
 def test_wrong_usage(tmp_path, capsys, monkeypatch, message, options) -> None:
