@@ -7,9 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from lightning_twa.machine import from_rank_zero_, gather_objects, in_common, mean_over_ranks_
+from lightning_twa.candidates.copying import to_cpu, to_host
+from lightning_twa.machine import (
+    from_rank_zero_,
+    gather_objects,
+    in_common,
+    mean_over_ranks_,
+    world_size,
+)
 from lightning_twa.subspace import check_finite, local_part, to_shards
 
 __all__ = [
@@ -28,7 +35,6 @@ __all__ = [
     "put_buffer",
     "same",
     "take",
-    "to_cpu",
     "varying",
 ]
 
@@ -41,11 +47,13 @@ class Candidate:
         name: ``"epoch=3"`` or ``"step=120"``.
         parameters: Name to tensor, tied parameters once.
         buffers: Name to tensor, the buffers that a state dict holds.
+        finite: Whether what is trained is known to be finite.
     """
 
     name: str
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    finite: bool = False
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -137,7 +145,13 @@ def agreed_buffers(module: nn.Module) -> dict[str, Tensor]:
     floating-point ones (running statistics differ), rank 0's values of the others. Those that have
     another shape on another process are left out.
     """
-    return {key: to_cpu(buffer) for key, buffer in _agreed(_common_buffers(module)).items()}
+    own = _common_buffers(module)
+    if world_size() > 1:
+        own = _agreed(own)
+    if all(buffer.is_cpu for buffer in own.values()):
+        return own if world_size() > 1 else {k: to_cpu(local_part(b)) for k, b in own.items()}
+    copies, _ = to_host([*own.values()], [buffer.dtype for buffer in own.values()])
+    return dict(zip(own, copies, strict=True))
 
 
 @torch.no_grad()
@@ -188,6 +202,8 @@ def put_buffer(module: nn.Module, name: str, value: Tensor) -> None:
 def _common_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The persistent buffers whose shape and dtype are the same on all processes."""
     own = persistent_buffers(module)
+    if world_size() == 1:
+        return own
     forms = gather_objects({n: (tuple(b.shape), b.dtype) for n, b in own.items()})
     return {n: b for n, b in own.items() if all(n in f and f[n] == forms[0][n] for f in forms)}
 
@@ -200,8 +216,11 @@ def take(
     previous: Candidate | None = None,
     dtype: torch.dtype | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    *,
+    stay: bool = True,
 ) -> Candidate:
-    """Copy a module's weights, of a sharded one this process's part, to the CPU.
+    """Copy a module's weights, of a sharded one this process's part, to the CPU. Parameters of lazy
+    layers that have no values are left out, and it is not finite then.
 
     A frozen parameter that is as in ``previous`` shares its memory, so that fine-tuning a few
     adapters keeps one copy of the backbone.
@@ -213,27 +232,33 @@ def take(
         previous: The candidate taken before.
         dtype: What trainable parameters are rounded to; ``None`` keeps their own dtype.
         weights: Values that take the place of the module's, by name of the parameter.
+        stay: Whether it stays in memory.
     """
-    to_shards(module)
+    _to_shards(module)
     parameters: dict[str, Tensor] = {}
+    trained: dict[str, Tensor] = {}
+    complete = True
     for key, parameter in module.named_parameters():
-        if not is_kept(parameter):
-            continue
-        own = local_part((weights or {}).get(key, parameter))
-        old = None if previous is None else previous.parameters.get(key)
-        if old is not None and not parameter.requires_grad and same(old, own):
-            parameters[key] = old
-        else:
-            rounded = dtype if dtype is not None and parameter.requires_grad else parameter.dtype
-            parameters[key] = to_cpu(own, rounded)
-    return Candidate(name, parameters, buffers)
+        if is_lazy(parameter):
+            complete = False
+        elif is_kept(parameter):
+            own = local_part(weights.get(key, parameter) if weights else parameter)
+            parameters[key] = own
+            if parameter.requires_grad:
+                trained[key] = own
+                continue
+            old = None if previous is None else previous.parameters.get(key)
+            parameters[key] = old if old is not None and same(old, own) else to_cpu(own)
+    dtypes = [dtype or tensor.dtype for tensor in trained.values()]
+    copies, finite = to_host([*trained.values()], dtypes, look=True, stay=stay)
+    parameters.update(zip(trained, copies, strict=True))
+    return Candidate(name, parameters, buffers, finite and complete)
 
 
-def to_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous copy on the CPU, in another dtype if one is given."""
-    return tensor.detach().to(
-        device="cpu", dtype=dtype, copy=True, memory_format=torch.contiguous_format
-    )
+def _to_shards(module: nn.Module) -> None:
+    """Which takes a while, and is needed where there are processes only."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        to_shards(module)
 
 
 def same(old: Tensor, new: Tensor) -> bool:

@@ -70,29 +70,22 @@ class Disk:
                 problem = _said(error)
         return self._map(written, problem)
 
-    def begin(self, make: Callable[[], Candidate]) -> tuple[Candidate, Writing]:
+    def begin(self, candidate: Candidate) -> Writing:
         """Begin to write a candidate in a thread.
 
         Args:
-            make: Gives the candidate; called on every process.
+            candidate: In memory; does not change.
 
         Returns:
-            The candidate in memory, and what :meth:`finish` is to get.
+            What :meth:`finish` is to get.
 
         Raises:
-            OSError: On every process, when one of them could not make it, whatever it raised.
+            OSError: On every process, when there is no directory.
         """
         if self.directory is None:
             self._open()
-        made, problem = None, None
-        try:
-            made = make()
-        except Exception as error:  # as in write()
-            problem = _said(error)
-        _raise_on_all(gather_objects(problem), OSError)
-        assert made is not None
-        write = partial(_write, self.root, self._part, made) if self._writes else None
-        return made, Writing(write)
+        write = partial(_write, self.root, self._part, candidate) if self._writes else None
+        return Writing(write)
 
     def finish(self, writing: Writing) -> tuple[Candidate, Files]:
         """Wait for a candidate's files, and map it. Returns and raises what :meth:`write` does."""

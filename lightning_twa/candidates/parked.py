@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_twa.candidates.candidate import Candidate, to_cpu
+from lightning_twa.candidates.candidate import Candidate
+from lightning_twa.candidates.copying import to_cpu
 from lightning_twa.candidates.entry import Entry, entry_state, read_entry
 from lightning_twa.candidates.store import Store
 from lightning_twa.machine import warn

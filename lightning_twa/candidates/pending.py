@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,20 +44,22 @@ class Pending:
         room = free is None or size * MOST * self._processes <= SMALL * free
         return all_ranks(room, self._device)
 
-    def begin(self, make: Callable[[], Candidate], frozen: Mapping[str, Tensor]) -> Entry:
-        """Take a candidate, and begin to write it. Of those before it one may still be on its way.
+    def begin(self, candidate: Candidate, frozen: Mapping[str, Tensor]) -> Entry:
+        """Begin to write a candidate. Of those before it one may still be on its way.
 
         Args:
-            make: Gives what a file holds of it; called on every process.
-            frozen: What another file holds.
-
-        Raises:
-            OSError: On every process, when one of them could not make it, whatever it raised.
+            candidate: In memory.
+            frozen: What another file holds of it.
         """
         assert self._disk is not None
         self.settle(MOST - 1)
-        own, writing = self._disk.begin(make)
-        entry = Entry(joined(own, frozen), writing=writing)
+        changing = {k: t for k, t in candidate.parameters.items() if t is not frozen.get(k)}
+        own = Candidate(candidate.name, changing, candidate.buffers)
+        try:
+            entry = Entry(joined(own, frozen), writing=self._disk.begin(own))
+        except OSError as error:
+            warn_not_written(candidate.name, self._disk, error)
+            return Entry(candidate)
         self._entries.append(entry)
         return entry
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,12 @@ from lightning_twa.candidates.candidate import (
     persistent_buffers,
     same,
     take,
-    to_cpu,
 )
+from lightning_twa.candidates.copying import to_cpu
 from lightning_twa.candidates.disk import Disk
 from lightning_twa.candidates.entry import Entry, entry_state, joined, keep_some, read_entry
 from lightning_twa.candidates.files import CandidateFileError
-from lightning_twa.candidates.frozen import changing_part, frozen_part, put_frozen_back
+from lightning_twa.candidates.frozen import FROZEN, changing_part, frozen_part, put_frozen_back
 from lightning_twa.candidates.pending import SMALL, Pending, files_for, warn_not_written
 from lightning_twa.config import StorageConfig
 from lightning_twa.machine import all_ranks, free_bytes, in_common, warn, world_size
@@ -81,6 +82,7 @@ class Store:
         self._given: list[Entry] = []  # not taken from this run's training: no window
         self._window: list[Entry] = []
         self._frozen: Entry | None = None
+        self._spare = 0.0  # bytes of memory that are there for candidates in any case
         self._dropped: list[Entry] = []  # out of the window, but a checkpoint may need them
         self._checkpoints: list[set[str]] = []  # files named by checkpoints, oldest first
 
@@ -131,7 +133,7 @@ class Store:
             ValueError: Naming the tensor, when a trainable weight is not finite.
         """
         self._window.append(self._keep(module, name, weights, agreed_buffers(module)))
-        self._thin_out()
+        _thin_out(self)
 
     def give(
         self,
@@ -170,21 +172,24 @@ class Store:
         weights: Mapping[str, Tensor],
         buffers: dict[str, Tensor],
     ) -> Entry:
-        check_weights(module, name, weights)
-        to_disk = self._goes_to_disk(module)
-        entry = self._write(module, name, weights, buffers) if to_disk else None
-        if entry is not None:
-            return entry
+        frozen = self._frozen_in_file(module, name, weights) if self._goes_to_disk(module) else None
+        if frozen is not None and not self.pending.has_room(_bytes_of(module, trained=True)):
+            check_weights(module, name, weights)
+            self.pending.settle()
+            make = partial(changing_part, module, name, buffers, frozen, self._dtype, weights)
+            entry = _write_at_once(self.disk, name, make, frozen)
+            if entry is not None:
+                return entry
+            frozen = None
         previous = self._entries[-1].candidate if len(self) else None
+        if frozen is not None:
+            previous = Candidate(FROZEN, frozen, {})
+        stay = frozen is None
         with in_common():
-            return Entry(take(module, name, buffers, previous, self._dtype, weights))
-
-    def _thin_out(self) -> None:
-        if self.max_candidates is not None:
-            kept = keep_some(self._window, self.max_candidates, evenly=self.evenly)
-            self._dropped += [entry for entry in self._window if entry not in kept]
-            self._window = kept
-        self._delete_dropped()
+            new = take(module, name, buffers, previous, self._dtype, weights, stay=stay)
+        if not all_ranks(new.finite, self._device):
+            check_weights(module, name, weights)
+        return Entry(new) if frozen is None else self.pending.begin(new, frozen)
 
     def _delete_dropped(self) -> None:
         """Delete files out of the window that no checkpoint to go on from names. Of the two newest
@@ -201,33 +206,27 @@ class Store:
     def _goes_to_disk(self, module: nn.Module) -> bool:
         if self.disk is None or self.config.kind == "disk" or self._shared:
             return self.disk is not None
-        free = free_bytes(torch.device("cpu"))
         new = _bytes_of(module)
-        small = free is None or self.nbytes + new <= SMALL * (free + self.nbytes)
-        return not all_ranks(small, self._device)
+        self._spare -= new
+        if self._spare >= 0 and world_size() == 1:
+            return False
+        free = free_bytes(torch.device("cpu"))
+        room = math.inf if free is None else SMALL * (free + self.nbytes) - self.nbytes
+        self._spare = room / 4 - new  # in this it need not be looked at, which takes a while
+        return not all_ranks(new <= room, self._device)
 
-    def _write(
-        self,
-        module: nn.Module,
-        name: str,
-        weights: Mapping[str, Tensor],
-        buffers: dict[str, Tensor],
-    ) -> Entry | None:
-        """Write a candidate to a file, and what is frozen to one of its own, once."""
+    def _frozen_in_file(
+        self, module: nn.Module, name: str, weights: Mapping[str, Tensor]
+    ) -> dict[str, Tensor] | None:
+        """What is frozen, from a file of its own, written once; ``None`` where that fails."""
         assert self.disk is not None
-        try:
-            if self._frozen is None and not all(p.requires_grad for p in module.parameters()):
+        if self._frozen is None and not all(p.requires_grad for p in module.parameters()):
+            try:
                 self._frozen = Entry(*self.disk.write(lambda: frozen_part(module, weights)))
-            frozen = {} if self._frozen is None else self._frozen.candidate.parameters
-            make = partial(changing_part, module, name, buffers, frozen, self._dtype, weights)
-            if self.pending.has_room(_bytes_of(module, trained=True)):
-                return self.pending.begin(make, frozen)
-            self.pending.settle()
-            own, files = self.disk.write(make)
-            return Entry(joined(own, frozen), files)
-        except OSError as error:
-            warn_not_written(name, self.disk, error)
-            return None
+            except OSError as error:
+                warn_not_written(name, self.disk, error)
+                return None
+        return {} if self._frozen is None else self._frozen.candidate.parameters
 
     def settle(self) -> None:
         """Wait until what is being written is in files, or was found not to be writable."""
@@ -285,7 +284,15 @@ class Store:
         shared = {} if self._frozen is None else self._frozen.candidate.parameters
         self._given = [read_entry(self.disk, e, shared) for e in state.get("given", [])]
         self._window = [read_entry(self.disk, e, shared) for e in state["window"]]
-        self._thin_out()
+        _thin_out(self)
+
+
+def _thin_out(store: Store) -> None:
+    if store.max_candidates is not None:
+        kept = keep_some(store._window, store.max_candidates, evenly=store.evenly)
+        store._dropped += [entry for entry in store._window if entry not in kept]
+        store._window = kept
+    store._delete_dropped()
 
 
 def keep_last(store: Store, module: nn.Module, name: str) -> None:
@@ -347,6 +354,19 @@ def take_anew(store: Store, module: nn.Module, load: Callable[[Candidate], None]
             load(entry.candidate)
             buffers = {n: to_cpu(b) for n, b in persistent_buffers(module).items()}
             kept.append(store._keep(module, entry.candidate.name, {}, buffers))
+
+
+def _write_at_once(
+    disk: Disk | None, name: str, make: Callable[[], Candidate], frozen: dict[str, Tensor]
+) -> Entry | None:
+    """Write a candidate while training waits; ``None``, with a warning, where that fails."""
+    assert disk is not None
+    try:
+        own, files = disk.write(make)
+    except OSError as error:
+        warn_not_written(name, disk, error)
+        return None
+    return Entry(joined(own, frozen), files)
 
 
 def _bytes_of(module: nn.Module, *, trained: bool = False) -> int:

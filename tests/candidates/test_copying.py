@@ -1,0 +1,128 @@
+"""Copies of many tensors at once."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from helpers.counting import count, pretended
+from lightning_twa.candidates import Store, copying
+from lightning_twa.candidates.candidate import take
+from lightning_twa.candidates.copying import to_host
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def tensors() -> list[Tensor]:
+    """Of many forms and dtypes."""
+    plain = [torch.randn(3, 5), torch.randn(()), torch.randn(0, 2), torch.randn(7)]
+    odd = [torch.randn(4, 6).t(), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)]
+    odd += [torch.randn(1, 3).expand(4, 3), torch.randn(9)[::2]]
+    return [t.to(dtype) for t in plain + odd for dtype in DTYPES] + [torch.arange(5)]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_copies_equal_what_is_copied(dtype: torch.dtype | None) -> None:
+    held = tensors()
+    dtypes = [dtype or t.dtype for t in held]
+    copies, _ = to_host(held, dtypes)
+    expected = [t.to(wanted, copy=True) for t, wanted in zip(held, dtypes, strict=True)]
+    for tensor in held:
+        tensor.copy_(torch.zeros_like(tensor)) if 0 not in tensor.stride() else None
+    for copy, tensor in zip(copies, expected, strict=True):
+        assert copy.dtype == tensor.dtype
+        assert copy.is_contiguous()
+        assert torch.equal(copy, tensor)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_seen(bad: float, dtype: torch.dtype) -> None:
+    held = [torch.randn(50).to(dtype) for _ in range(4)]
+    assert to_host(held, [dtype] * 4, look=True)[1]
+    held[2][17] = bad
+    assert not to_host(held, [dtype] * 4, look=True)[1]
+
+
+def test_opposite_infinities_do_not_cancel() -> None:
+    held = [torch.tensor([torch.inf]), torch.tensor([-torch.inf])]
+    assert not to_host(held, [torch.float32] * 2, look=True)[1]
+
+
+def test_a_sum_that_overflows_is_no_error() -> None:
+    net = nn.Linear(64, 64)
+    with torch.no_grad():
+        net.weight.fill_(torch.finfo(torch.float32).max)
+    assert not take(net, "epoch=0", {}).finite
+    store = Store()
+    store.add(net, "epoch=0")
+    (candidate,) = store
+    assert torch.equal(candidate.parameters["weight"], net.weight)
+
+
+def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_kept() -> None:
+    net, store = nn.Linear(4, 4), Store()
+    with torch.no_grad():
+        net.bias[1] = torch.nan
+    with pytest.raises(ValueError, match="'epoch=0', tensor 'bias', holds 1 NaN"):
+        store.add(net, "epoch=0")
+    assert len(store) == 0
+
+
+class Subclass(Tensor):
+    pass
+
+
+def test_tensors_of_other_kinds_are_copied_as_they_are() -> None:
+    odd = torch.randn(3).as_subclass(Subclass)
+    copies, finite = to_host([odd, torch.randn(2)], [torch.float32] * 2, look=True)
+    assert type(copies[0]) is Subclass
+    assert copies[0].data_ptr() != odd.data_ptr()
+    assert finite
+
+
+@pytest.mark.parametrize("stay", [True, False])
+def test_a_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch, stay: bool) -> None:
+    """A pretended one: a copy for every tensor, none of which the host waits for."""
+    waits: list[Any] = []
+    copied: list[bool] = []
+    plain = torch._foreach_copy_
+
+    class Stream:
+        def synchronize(self) -> None:
+            waits.append(len(copied))
+
+    def counted(into: Any, what: Any, non_blocking: bool = False) -> None:
+        copied.append(non_blocking)
+        plain(into, what, non_blocking=non_blocking)
+
+    empty = torch.empty
+    monkeypatch.setattr(copying, "PLAIN", (FakeTensor,))
+    monkeypatch.setattr(torch, "_foreach_copy_", counted)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    with ExitStack() as stack:
+        pretended(stack)
+        held = [torch.empty(3, 4, device="cuda") for _ in range(5)]
+        counted_ops = count(lambda: to_host(held, [torch.float32] * 5, stay=stay))
+    assert copied == [True]
+    assert waits == [1]
+    assert len([t for t in counted_ops.transfers if "the host asks" in t]) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stay", [True, False])
+def test_copies_of_a_gpu_are_those_of_before_the_next_step(stay: bool) -> None:
+    held = [torch.randn(1000, 1000, device="cuda") for _ in range(8)]
+    expected = [t.cpu() for t in held]
+    copies, finite = to_host(held, [torch.float32] * 8, look=True, stay=stay)
+    for tensor in held:
+        tensor.zero_()
+    assert all(torch.equal(c, e) for c, e in zip(copies, expected, strict=True))
+    assert finite
+    assert all(copy.is_pinned() != stay for copy in copies)
