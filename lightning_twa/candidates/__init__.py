@@ -38,6 +38,7 @@ from lightning_twa.candidates.readers import (
 )
 from lightning_twa.candidates.reference import SUFFIX, Reference, resolve
 from lightning_twa.candidates.running_averages import average_name
+from lightning_twa.candidates.running_mean import RunningMean
 from lightning_twa.candidates.selected import averaged_names, check_selection
 from lightning_twa.candidates.spectral import fit_singular_vectors_
 from lightning_twa.candidates.store import Store, drop, misfit_of, name_files, take_anew
@@ -50,6 +51,7 @@ __all__ = [
     "CandidateFileError",
     "PowerAverages",
     "Reference",
+    "RunningMean",
     "Store",
     "average_buffers_",
     "average_name",

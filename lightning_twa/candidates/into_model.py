@@ -106,7 +106,10 @@ def total_weight(weights: Sequence[float], divisor: int = 1) -> float:
 
 
 def put_average(
-    module: nn.Module, candidates: Iterable[Candidate], only: Collection[str] | None = None
+    module: nn.Module,
+    candidates: Iterable[Candidate],
+    only: Collection[str] | None = None,
+    means: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Write the uniform average of candidates into a module, one tensor after another; singular
     vectors of spectral normalisation that fit it.
@@ -115,10 +118,11 @@ def put_average(
         module: The model.
         candidates: One at least.
         only: Names of the parameters and buffers that are averaged, where others stay as they are.
+        means: Of these parameters, where they are known.
     """
     members = list(candidates)
     changed: list[str] = []
-    for name, value in mean_parameters(members, only):
+    for name, value in mean_parameters(members, only) if means is None else means:
         copy_into(module, {name: value})
         newest = members[-1].parameters[name]
         if not torch.equal(value.to(newest.dtype), newest):

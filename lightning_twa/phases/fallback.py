@@ -35,6 +35,7 @@ def begin_phase(
         module: The module.
         within_epoch: Between two batches, and not at the start of an epoch.
     """
+    averaging.temporary.free()
     try:
         keep_raw(averaging, module)
         enter_phase(averaging, trainer, module, within_epoch=within_epoch)

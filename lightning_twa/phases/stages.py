@@ -209,6 +209,7 @@ class Collecting(Stage):
         self.averaging.temporary.take_out(module)
         self.averaging.release()
         self.averaging.store.pending.leave()
+        self.averaging.temporary.free()
         self.averaging.collector.averages.free_device()
         return StageName.SUSPENDED
 

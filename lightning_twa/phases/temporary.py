@@ -11,7 +11,14 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from lightning_twa.candidates import Store, is_dense, put_average, put_back, weights_and_buffers
+from lightning_twa.candidates import (
+    RunningMean,
+    Store,
+    is_dense,
+    put_average,
+    put_back,
+    weights_and_buffers,
+)
 from lightning_twa.machine import warn
 from lightning_twa.trainer import HeldModes
 
@@ -35,6 +42,7 @@ class TemporaryAverage:
         self._sample: dict[str, Tensor] | None = None
         self._warned = False
         self._modes = HeldModes()
+        self._mean = RunningMean()
 
     @property
     def in_place(self) -> bool:
@@ -66,7 +74,7 @@ class TemporaryAverage:
             return
         self._raw = _copies(module)
         self._modes = HeldModes(trainer, postpone=True)
-        put_average(module, store, only)
+        put_average(module, store, only, self._mean.parameters(store, only))
         reestimate()
         trained = [name for name, p in module.named_parameters() if p.requires_grad]
         self._sample = few_of(module, trained)
@@ -105,6 +113,10 @@ class TemporaryAverage:
         put_back(module, self._raw)
         self._raw = self._sample = None
         self._modes.release()
+
+    def free(self) -> None:
+        """Keep nothing that only another average to come would need."""
+        self._mean.clear()
 
     @contextmanager
     def weights_in_place(self, module: nn.Module) -> Iterator[None]:
