@@ -10,7 +10,6 @@ from lightning_twa.candidates.candidate import (
     is_dense,
     is_kept,
     persistent_buffers,
-    same,
     varying,
 )
 from lightning_twa.candidates.encoding import decode
@@ -42,6 +41,7 @@ from lightning_twa.candidates.running_mean import RunningMean
 from lightning_twa.candidates.selected import averaged_names, check_selection
 from lightning_twa.candidates.spectral import fit_singular_vectors_
 from lightning_twa.candidates.store import Store, drop, misfit_of, name_files, take_anew
+from lightning_twa.candidates.unchanged import same
 
 __all__ = [
     "MEAN",

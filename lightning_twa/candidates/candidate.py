@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from lightning_twa.candidates.copying import to_cpu, to_host
+from lightning_twa.candidates.unchanged import equal, same
 from lightning_twa.machine import (
     from_rank_zero_,
     gather_objects,
@@ -33,7 +34,6 @@ __all__ = [
     "misfit",
     "persistent_buffers",
     "put_buffer",
-    "same",
     "take",
     "varying",
 ]
@@ -261,11 +261,6 @@ def _to_shards(module: nn.Module) -> None:
         to_shards(module)
 
 
-def same(old: Tensor, new: Tensor) -> bool:
-    """Whether a tensor on the CPU equals another on any device."""
-    return _equal(old, new.detach().cpu())
-
-
 def misfit(candidate: Candidate, module: nn.Module, left_out: Collection[str] = ()) -> str | None:
     """What a candidate lacks of the parameters of a module, in a sentence.
 
@@ -287,14 +282,6 @@ def misfit(candidate: Candidate, module: nn.Module, left_out: Collection[str] = 
                 f"but the model's has {tuple(shape)}."
             )
     return None
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, or the same bits: a NaN in a frozen one does not vary."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    plain = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
-    return torch.equal(a, b) or torch.equal(*plain)
 
 
 def check_form(module: nn.Module, previous: Candidate, moment: str) -> None:
@@ -353,7 +340,7 @@ def varying(candidates: Iterable[Candidate], also: Collection[str] = ()) -> set[
         for name, tensor in first.parameters.items()
         if name in also
         or any(
-            c.parameters[name] is not tensor and not _equal(c.parameters[name], tensor)
+            c.parameters[name] is not tensor and not equal(c.parameters[name], tensor)
             for c in others
         )
     }

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_twa.candidates.candidate import Candidate, same, take
+from lightning_twa.candidates.candidate import Candidate, take
 from lightning_twa.candidates.copying import to_cpu
+from lightning_twa.candidates.unchanged import same
 
 __all__ = ["FROZEN", "changing_part", "frozen_part", "leave_out_frozen", "put_frozen_back"]
 

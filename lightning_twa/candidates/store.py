@@ -19,7 +19,6 @@ from lightning_twa.candidates.candidate import (
     is_kept,
     misfit,
     persistent_buffers,
-    same,
     take,
 )
 from lightning_twa.candidates.copying import to_cpu
@@ -28,6 +27,7 @@ from lightning_twa.candidates.entry import Entry, entry_state, joined, keep_some
 from lightning_twa.candidates.files import CandidateFileError
 from lightning_twa.candidates.frozen import FROZEN, changing_part, frozen_part, put_frozen_back
 from lightning_twa.candidates.pending import SMALL, Pending, files_for, warn_not_written
+from lightning_twa.candidates.unchanged import same
 from lightning_twa.config import StorageConfig
 from lightning_twa.machine import all_ranks, free_bytes, in_common, warn, world_size
 from lightning_twa.subspace import local_part
