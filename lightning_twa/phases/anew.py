@@ -59,8 +59,8 @@ def keep_raw(averaging: Averaging, module: LightningModule) -> None:
 
 def _collect_anew(averaging: Averaging, trainer: Trainer) -> None:
     averaging.modes.release()
+    averaging.optimization.forget()  # before the state of the user's optimizer comes back
     averaging.optimization.switch.leave(trainer)
-    averaging.optimization.forget()
     averaging.collector.begin_anew(trainer)
     # what was learned and validated belongs to other candidates
     averaging.learned, averaging.block_names, averaging.restored_names = None, [], []

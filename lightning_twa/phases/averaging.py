@@ -275,5 +275,5 @@ class Averaging:
     def release(self) -> None:
         """Undo every change to the Trainer and free the basis. May be called again."""
         self.modes.release()
+        self.optimization.forget()  # before the state of the user's optimizer comes back
         self.optimization.switch.give_back()
-        self.optimization.forget()

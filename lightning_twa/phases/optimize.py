@@ -86,6 +86,7 @@ class Optimization:
             kept: From :meth:`state_dict`, to go on from.
         """
         self.began = time.perf_counter()
+        self.switch.let_optimizer_rest()
         choice = span.choose(self.settings, trainer, module, store, self.started, self.end)
         self.choice, self.groups = choice, choice.groups
         self.block_names = list(choice.share.columns.whole.block_names)

@@ -144,6 +144,12 @@ class Switch:
         if "stops_at_step" in started:
             self._changes.limit_steps_to(started["stops_at_step"])
 
+    def let_optimizer_rest(self) -> None:
+        """Free the device of what the phase does not need, where that was asked for."""
+        assert self._changes is not None
+        if self.settings.storage.offload_optimizer:
+            self._changes.rest_optimizer()
+
     def step_with(
         self, optimizer: Optimizer, outputs: Iterable[Tensor], *, gradients_stay: bool
     ) -> None:

@@ -10,8 +10,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_twa.machine import warn
 from lightning_twa.trainer.borrowed_optimizer import BorrowedOptimizer
 from lightning_twa.trainer.data import set_epoch, tear_down_fetcher
+from lightning_twa.trainer.resting import RestingState
 from lightning_twa.trainer.stopping import put_to_sleep
 
 __all__ = ["TrainerSwitch"]
@@ -42,6 +44,7 @@ class TrainerSwitch:
         self.validates_each_epoch = False
         self._user_source: Any = None
         self._user_combined_loader: Any = None
+        self._resting: RestingState | None = None
         self._undo = ExitStack()
 
     def install_optimizer(self, optimizer: Optimizer | None, outputs: Iterable[Tensor]) -> None:
@@ -58,6 +61,25 @@ class TrainerSwitch:
             self._undo.callback(self._give_optimizer_back)
         self._outputs = list(outputs)
         self._borrow_optimizer(optimizer)
+
+    def rest_optimizer(self) -> None:
+        """Keep the state of the user's optimizer in main memory until :meth:`restore`, behind which
+        the phase has nothing on the device. May be called again, where it has been loaded since.
+        """
+        if self._resting is None:
+            self._resting = RestingState()
+            self._undo.callback(self._resting.bring_back)
+            stays = self._resting.put_away(self.trainer.strategy.optimizers)
+            if stays:
+                warn(
+                    f"StorageConfig(offload_optimizer=True) leaves {stays / 2**20:.1f} MiB of the "
+                    f"optimizer's state on the device: they are of a class of their own (parts of "
+                    f"sharded tensors, or quantized ones), which nothing but the strategy can "
+                    f"move. Let it keep them in main memory (FSDP's CPU offload), or leave the "
+                    f"option out."
+                )
+        else:
+            self._resting.put_away(self.trainer.strategy.optimizers)
 
     def _borrow_optimizer(self, optimizer: Optimizer | None) -> None:
         self._give_optimizer_back()

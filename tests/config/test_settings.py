@@ -152,6 +152,9 @@ STORAGE = {
         "dirpath": "x",
         "kind": "memory",
     },
+    "Invalid StorageConfig.offload_optimizer='gpu'. Must be True or False.": {
+        "offload_optimizer": "gpu"
+    },
 }
 
 
