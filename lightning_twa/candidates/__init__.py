@@ -12,10 +12,11 @@ from lightning_twa.candidates.candidate import (
     persistent_buffers,
     varying,
 )
+from lightning_twa.candidates.copying import copies_on_host
 from lightning_twa.candidates.encoding import decode
 from lightning_twa.candidates.files import CandidateFileError
 from lightning_twa.candidates.find import find_files, unique_names
-from lightning_twa.candidates.frozen import leave_out_frozen
+from lightning_twa.candidates.frozen import leave_out_frozen, unchanged_names
 from lightning_twa.candidates.into_model import (
     copy_into,
     mean_buffers,
@@ -59,6 +60,7 @@ __all__ = [
     "check_complete",
     "check_form",
     "check_selection",
+    "copies_on_host",
     "copy_into",
     "decay_curve",
     "decode",
@@ -86,6 +88,7 @@ __all__ = [
     "same",
     "take_anew",
     "total_weight",
+    "unchanged_names",
     "unique_names",
     "varying",
     "weighted",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
-__all__ = ["to_cpu", "to_host"]
+__all__ = ["copies_on_host", "to_cpu", "to_host"]
 
 unflatten: Any = _unflatten_dense_tensors  # views of a piece, as DDP makes them
 PLAIN = (Tensor, nn.Parameter)
@@ -70,6 +70,12 @@ def to_host(
             copies[i] = part
         sums += [_sum(piece)] if look else []
     return copies, look and all(math.isfinite(value.item()) for value in sums)
+
+
+def copies_on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in main memory for a short time, by name: nothing more is on the device for them."""
+    copies, _ = to_host([*tensors.values()], [t.dtype for t in tensors.values()], stay=False)
+    return dict(zip(tensors, copies, strict=True))
 
 
 def _sum(piece: Tensor) -> Tensor:

@@ -11,8 +11,16 @@ from torch import Tensor, nn
 from lightning_twa.candidates.candidate import Candidate, take
 from lightning_twa.candidates.copying import to_cpu
 from lightning_twa.candidates.unchanged import same
+from lightning_twa.subspace import local_part
 
-__all__ = ["FROZEN", "changing_part", "frozen_part", "leave_out_frozen", "put_frozen_back"]
+__all__ = [
+    "FROZEN",
+    "changing_part",
+    "frozen_part",
+    "leave_out_frozen",
+    "put_frozen_back",
+    "unchanged_names",
+]
 
 FROZEN = "frozen"  # name of the candidate that holds what never changes
 
@@ -72,6 +80,22 @@ def leave_out_frozen(state: Mapping[str, Any], module: nn.Module) -> None:
             if compared[key]:
                 del held[name]
                 entry.setdefault("as_in_module", []).append(name)
+
+
+def unchanged_names(candidates: Iterable[Candidate], module: nn.Module) -> set[str]:
+    """Names of the frozen parameters of which all candidates share one copy, which is as in the
+    module: an average has nothing to write there.
+
+    Args:
+        candidates: One at least.
+        module: The model.
+    """
+    first, *others = candidates
+    shared = dict(first.parameters)
+    for candidate in others:
+        shared = {n: t for n, t in shared.items() if candidate.parameters.get(n) is t}
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    return {n for n in shared.keys() & frozen.keys() if same(shared[n], local_part(frozen[n]))}
 
 
 def put_frozen_back(entries: Iterable[tuple[Candidate, Iterable[str]]], module: nn.Module) -> None:

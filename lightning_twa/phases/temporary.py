@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from lightning_twa.candidates import (
     RunningMean,
     Store,
+    copies_on_host,
     is_dense,
     put_average,
     put_back,
+    unchanged_names,
     weights_and_buffers,
 )
 from lightning_twa.machine import warn
@@ -72,9 +74,12 @@ class TemporaryAverage:
         """
         if len(store) == 0:
             return
-        self._raw = _copies(module)
+        stay = unchanged_names(store, module)
+        held = weights_and_buffers(module)
+        self._raw = copies_on_host({n: t for n, t in held.items() if n not in stay})
         self._modes = HeldModes(trainer, postpone=True)
-        put_average(module, store, only, self._mean.parameters(store, only))
+        averaged = {n for n in self._raw if only is None or n in only}
+        put_average(module, store, averaged, self._mean.parameters(store, averaged))
         reestimate()
         trained = [name for name, p in module.named_parameters() if p.requires_grad]
         self._sample = few_of(module, trained)
@@ -124,7 +129,8 @@ class TemporaryAverage:
         if self._raw is None:
             yield
             return
-        now = _copies(module)
+        held = weights_and_buffers(module)
+        now = copies_on_host({n: held[n] for n in self._raw if n in held})
         put_back(module, self._raw)
         try:
             yield
@@ -145,10 +151,6 @@ class TemporaryAverage:
             with self.weights_in_place(module):
                 return copies_of(state())
         return None if self.validated is None else state()
-
-
-def _copies(module: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in weights_and_buffers(module).items()}
 
 
 def copies_of(state: Mapping[str, Any]) -> dict[str, Any]:

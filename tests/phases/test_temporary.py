@@ -5,10 +5,13 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from torch import nn
 
 from helpers.common import Recorder, Regressor, loader, trainer, weights
 from helpers.modules import Fails
 from helpers.plain import CollectConfig, TWACallback
+from lightning_twa.candidates import Store
+from lightning_twa.phases.temporary import TemporaryAverage
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -105,3 +108,39 @@ def test_the_average_has_averaged_buffers_and_those_of_training_come_back(tmp_pa
     assert torch.equal(one, ends[0][0])
     assert torch.allclose(both, (ends[0][0] + ends[1][0]) / 2)
     assert (seen_one, seen_both) == (ends[0][1], ends[1][1])
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.momentum, self.head = (nn.Linear(3, 3) for _ in range(3))
+        self.backbone.requires_grad_(False)
+        self.momentum.requires_grad_(False)
+        self.register_buffer("count", torch.zeros(2))
+
+
+def test_what_is_frozen_is_neither_copied_nor_written() -> None:
+    """Unless it changes all the same, as a momentum encoder does."""
+    net, store, temporary = Encoder(), Store(), TemporaryAverage()
+    for step in range(3):
+        for parameter in (*net.momentum.parameters(), *net.head.parameters()):
+            parameter.data.normal_()
+        net.count.fill_(step)
+        store.add(net, f"step={step}")
+    for parameter in net.momentum.parameters():
+        parameter.data.normal_()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    versions = {name: p._version for name, p in net.named_parameters()}
+    temporary.put_in(net, store, lambda: None)
+    assert set(temporary._raw) == {
+        *(f"{part}.{what}" for part in ("momentum", "head") for what in ("weight", "bias")),
+        "count",
+    }
+    members = [candidate.tensors for candidate in store]
+    for name, tensor in net.state_dict().items():
+        expected = torch.stack([member[name].double() for member in members]).mean(0)
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
+    temporary.take_out(net)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    now = {name: p._version for name, p in net.named_parameters()}
+    assert {n.partition(".")[0] for n in now if now[n] == versions[n]} == {"backbone"}
