@@ -149,7 +149,10 @@ def agreed_buffers(module: nn.Module) -> dict[str, Tensor]:
     if world_size() > 1:
         own = _agreed(own)
     if all(buffer.is_cpu for buffer in own.values()):
-        return own if world_size() > 1 else {k: to_cpu(local_part(b)) for k, b in own.items()}
+        if world_size() == 1:
+            whole = torch.contiguous_format
+            own = {k: local_part(b).clone(memory_format=whole) for k, b in own.items()}
+        return own
     copies, _ = to_host([*own.values()], [buffer.dtype for buffer in own.values()])
     return dict(zip(own, copies, strict=True))
 
@@ -237,19 +240,23 @@ def take(
     _to_shards(module)
     parameters: dict[str, Tensor] = {}
     trained: dict[str, Tensor] = {}
+    dtypes: list[torch.dtype] = []
     complete = True
     for key, parameter in module.named_parameters():
         if is_lazy(parameter):
             complete = False
         elif is_kept(parameter):
-            own = local_part(weights.get(key, parameter) if weights else parameter)
+            own = weights.get(key, parameter) if weights else parameter
+            own = own if type(own) is nn.Parameter else local_part(own)
             parameters[key] = own
             if parameter.requires_grad:
                 trained[key] = own
+                dtypes.append(dtype or parameter.dtype)
                 continue
             old = None if previous is None else previous.parameters.get(key)
-            parameters[key] = old if old is not None and same(old, own) else to_cpu(own)
-    dtypes = [dtype or tensor.dtype for tensor in trained.values()]
+            if old is None or not same(old, own):
+                old = to_cpu(own, parameter.dtype)
+            parameters[key] = old
     copies, finite = to_host([*trained.values()], dtypes, look=True, stay=stay)
     parameters.update(zip(trained, copies, strict=True))
     return Candidate(name, parameters, buffers, finite and complete)

@@ -46,17 +46,18 @@ def to_host(
         that was not asked for.
     """
     copies: list[Tensor] = list(tensors)
-    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    groups: dict[tuple[torch.dtype, torch.device | None], list[int]] = {}
     sums: list[Tensor] = []
     for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
         if type(tensor) in PLAIN:
-            groups.setdefault((dtype, tensor.device), []).append(i)
+            # a device is slow to hash
+            groups.setdefault((dtype, None if tensor.is_cpu else tensor.device), []).append(i)
         else:
             copies[i] = to_cpu(tensor, dtype)
             sums += [_sum(copies[i])] if look else []
     for (dtype, device), members in groups.items():
-        held = [tensors[i].detach() for i in members]
-        pinned = device.type in PINNING
+        held = [tensors[i] for i in members]
+        pinned = device is not None and device.type in PINNING
         size = sum(tensor.numel() for tensor in held)
         piece = torch.empty(size, dtype=dtype, device="cpu", pin_memory=pinned)
         parts: list[Tensor] = unflatten(piece, held)

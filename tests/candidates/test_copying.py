@@ -65,6 +65,17 @@ def test_a_sum_that_overflows_is_no_error() -> None:
     assert torch.equal(candidate.parameters["weight"], net.weight)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_other_weights_are_rounded_to_the_dtype_of_the_parameter(dtype: Any) -> None:
+    net = nn.Linear(3, 2)
+    net.bias.requires_grad_(False)
+    weights = {name: torch.randn(p.shape).double() for name, p in net.named_parameters()}
+    taken = take(net, "ema(0.9)", {}, dtype=dtype, weights=weights).parameters
+    assert torch.equal(taken["weight"], weights["weight"].to(dtype or torch.float32))
+    assert torch.equal(taken["bias"], weights["bias"].float())
+    assert taken["weight"].dtype == (dtype or torch.float32)
+
+
 def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_kept() -> None:
     net, store = nn.Linear(4, 4), Store()
     with torch.no_grad():
