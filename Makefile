@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test test-long package release-check claims lint docs format clean
+.PHONY: venv demo test test-long package release-check versions claims lint docs format clean
 
 venv: $(STAMP)
 
@@ -47,6 +47,13 @@ release-check: venv
 	build/release/env/bin/python -m pip install --quiet twine
 	$(BIN)/python .ci/release_check.py build/release/dist
 	build/release/env/bin/python -m twine check --strict build/release/dist/*
+
+# The quick tests with the lowest and the newest torch and Lightning that pyproject.toml allows, each in
+# an environment of its own; with CUDA builds of torch some 10 GB. ENVIRONMENTS puts them elsewhere.
+ENVIRONMENTS ?= build/versions
+versions: venv
+	$(BIN)/python .ci/versions.py lowest $(ENVIRONMENTS)/lowest
+	$(BIN)/python .ci/versions.py highest $(ENVIRONMENTS)/highest
 
 # The tables of docs/benchmarks.md about the paper's claims; at most about 40 minutes on 2 cores.
 # What the budgets, in minutes, left out the next call makes.
