@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: venv demo test test-long package release-check versions claims lint docs format clean
+.PHONY: venv demo test test-long package release-check versions neighbours claims lint docs format clean
 
 venv: $(STAMP)
 
@@ -54,6 +54,11 @@ ENVIRONMENTS ?= build/versions
 versions: venv
 	$(BIN)/python .ci/versions.py lowest $(ENVIRONMENTS)/lowest
 	$(BIN)/python .ci/versions.py highest $(ENVIRONMENTS)/highest
+
+# Short runs with the callback in other projects that train with Lightning, each with its newest
+# release in an environment of its own; some 10 GB.
+neighbours: venv
+	$(BIN)/python examples/neighbours/run.py build/neighbours
 
 # The tables of docs/benchmarks.md about the paper's claims; at most about 40 minutes on 2 cores.
 # What the budgets, in minutes, left out the next call makes.
