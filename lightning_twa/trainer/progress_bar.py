@@ -18,6 +18,7 @@ __all__ = ["show_progress"]
 
 PATIENCE = 1.0  # seconds before a bar appears
 REDRAWN = 0.1  # seconds between two drawings
+OURS = "lightning_twa"  # a field of lines that are not the Trainer's
 
 Tick = Callable[[int], object]
 
@@ -50,7 +51,9 @@ def show_progress(trainer: Trainer, what: str, unit: str, total: int | None) -> 
 
 @contextmanager
 def _rich_task(own: Any, what: str, total: int | None) -> Iterator[Tick]:
-    """A line among those of the Trainer's bar."""
+    """A line among those of the Trainer's bar. It is hidden afterwards and used again, not removed:
+    Lightning takes the number of a line for its place among all.
+    """
     began = drawn = time.monotonic()
     done, task = 0, None
 
@@ -61,7 +64,7 @@ def _rich_task(own: Any, what: str, total: int | None) -> Iterator[Tick]:
         if now - began < PATIENCE or bars is None:
             return
         if task is None:
-            task = bars.add_task(what, total=math.inf if total is None else total)
+            task = _line_of(bars, what, math.inf if total is None else total)
         elif now - drawn < REDRAWN:
             return
         bars.update(task, completed=done)
@@ -72,11 +75,18 @@ def _rich_task(own: Any, what: str, total: int | None) -> Iterator[Tick]:
         yield tick
     finally:
         bars = own.progress
-        if (
-            task is not None and bars is not None and task in bars.task_ids
-        ):  # they may be others now
-            bars.remove_task(task)
+        if task is not None and bars is not None and task in bars.task_ids:  # they may be others
+            bars.update(task, visible=False)
             bars.refresh()
+
+
+def _line_of(bars: Any, what: str, total: float) -> Any:
+    """A new line, or one that is hidden."""
+    for task in bars.tasks:
+        if task.fields.get(OURS) and not task.visible:
+            bars.reset(task.id, description=what, total=total, visible=True)
+            return task.id
+    return bars.add_task(what, total=total, **{OURS: True})
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from helpers.beside import beside, plain, twa
 from helpers.common import Regressor, loader, trainer, weights
 from helpers.screen import terminal
 from lightning_twa.machine import warn
+from lightning_twa.trainer import progress_bar
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -96,6 +97,32 @@ def test_lines_stand_once_whole_and_above_the_bars(tmp_path, monkeypatch, kind) 
     assert any("5/5" in row or "Epoch 5" in row for row in screen.rows) == (kind is not None)
     assert not any(what in row for row in screen.rows for what in LONG)  # they are over
     assert all((what in screen.text) == (kind is not None) for what in LONG)
+
+
+def test_lines_of_the_rich_bar_keep_their_numbers(tmp_path, monkeypatch) -> None:
+    """By which Lightning looks them up: in 2.5 at each batch, later in its properties."""
+    monkeypatch.setattr("lightning_twa.trainer.progress_bar.PATIENCE", 0.0)
+    bar, seen, said = RichProgressBar(console_kwargs={"file": io.StringIO()}), [], []
+    ours: list[list[int]] = []
+    line_of = progress_bar._line_of
+
+    def told(bars: Any, what: str, total: float) -> Any:
+        said.append(what)
+        return line_of(bars, what, total)
+
+    class Numbers(L.Callback):
+        def on_validation_batch_end(self, *args: Any) -> None:
+            seen.append([task.id for task in bar.progress.tasks])
+            ours.append([t.id for t in bar.progress.tasks if t.fields.get(progress_bar.OURS)])
+
+    monkeypatch.setattr(progress_bar, "_line_of", told)
+    callback = lightning_twa.TWACallback(4)
+    trainer(tmp_path, callbacks=[callback, bar, Numbers()], enable_progress_bar=True).fit(
+        Regressor(batchnorm=True), loader(), loader(64, batch_size=8, seed=1)
+    )
+    assert set(said) == set(LONG)
+    assert all(ids == list(range(len(ids))) for ids in seen)
+    assert max(map(len, ours)) == 1, "one line is used for all"
 
 
 @pytest.mark.parametrize("kind", BARS)
