@@ -17,7 +17,7 @@ from helpers.common import Regressor, loader, trainer, weights
 from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, equal, run
 from helpers.runs import fit_fails
-from helpers.sharded import Sharded
+from helpers.sharded import NEEDS_FSDP2, Sharded
 from helpers.sharded import fit as fit_shards
 from lightning_twa import SolverConfig, StorageConfig
 from lightning_twa.candidates.running_averages import RunningAverages
@@ -212,6 +212,7 @@ def test_means_of_a_cycle_are_of_its_own_steps(tmp_path, cycles) -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
+@NEEDS_FSDP2
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.long), 5])
 def test_means_of_sharded_parameters_travel_in_files(tmp_path, every) -> None:
     collect = CollectConfig(start=0, dense=True, every_n_train_steps=None if every == 1 else every)

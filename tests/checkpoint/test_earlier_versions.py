@@ -206,8 +206,9 @@ def test_a_state_is_given_out_as_it_was_written(resume, name, moment) -> None:
 @pytest.mark.parametrize(("name", "moment"), STILL)
 def test_the_model_and_the_user_s_optimizer_are_as_they_were(resume, name, moment) -> None:
     written, given = resume(name, moment).written, resume(name, moment).given
-    for key in ("optimizer_states", "lr_schedulers"):
-        assert differences(written[key], given[key]) == []
+    assert differences(written["optimizer_states"], given["optimizer_states"]) == []
+    without = [{k: v for k, v in s.items() if k != "verbose"} for s in given["lr_schedulers"]]
+    assert differences(written["lr_schedulers"], without) == []  # torch 2.4's have "verbose" too
     # In the phase weights are computed from the coefficients again
     weights = written.get(RAW_WEIGHTS, written["state_dict"])
     assert differences(weights, given["state_dict"], computed) == []

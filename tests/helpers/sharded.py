@@ -18,12 +18,13 @@ from helpers.plain import CollectConfig, TWACallback
 from helpers.processes import run
 from lightning_twa import StorageConfig
 
+NEEDS_FSDP2 = pytest.mark.skipif(
+    torch.__version__ < "2.6", reason="torch's FSDP2 on the CPU needs torch 2.6"
+)
 MARKS = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed"),
-    pytest.mark.skipif(
-        torch.__version__ < "2.6", reason="torch's FSDP2 on the CPU needs torch 2.6"
-    ),
+    NEEDS_FSDP2,
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss"),
     pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be"),

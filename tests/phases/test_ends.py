@@ -177,7 +177,8 @@ class InThread(AsyncCheckpointIO):
         self.inner = inner
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._ensure_setup()
+        if hasattr(self, "_ensure_setup"):  # Lightning 2.5 makes the thread at once
+            self._ensure_setup()
         assert self._executor is not None
         self._executor.submit(time.sleep, 0.02)
         super().save_checkpoint(*args, **kwargs)

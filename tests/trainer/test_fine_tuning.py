@@ -4,12 +4,14 @@ schedule-free optimizers.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelCheckpoint
+from packaging.version import Version
 from torch import Tensor, nn
 
 from helpers.common import Regressor, loader, trainer, weights
@@ -198,6 +200,8 @@ def test_finetuning_scheduler(tmp_path, best, transition, before) -> None:
     twa, whole, the_trainer = fit("whole")
     holds_its_average(twa, whole)
     assert [len(g["params"]) for g in the_trainer.optimizers[0].param_groups] == [2, 2]
+    if Version(version("finetuning-scheduler")) < Version("2.9"):
+        return  # which by itself adds a group twice where it resumes
     _, resumed, again = fit("again", tmp_path / "whole" / "epoch=4.ckpt")
     assert len(again.optimizers[0].param_groups) == 2
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-5, atol=1e-6)
