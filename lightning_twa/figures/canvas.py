@@ -72,12 +72,29 @@ def legend_above(axes: Any, handles: Sequence[Any] | None = None, *, side: str =
     )
 
 
-def name_ticks(axis: Any, names: Sequence[str], most: int = MAX_TICKS) -> Sequence[str]:
-    """Names every tick, or every second, ...; returns the names that are shown."""
-    box = axis.axes.get_window_extent()
-    length = box.width if axis.axis_name == "x" else box.height
-    fit = int(length / axis.axes.figure.dpi / TICK)
-    step = -(-len(names) // max(2, min(most, fit)))
-    shown = names[::step]
-    axis.set_ticks(range(0, len(names), step), shown)
+def name_ticks(
+    axis: Any,
+    names: Sequence[str],
+    most: int = MAX_TICKS,
+    *,
+    length: float | None = None,
+    always: int = 0,
+) -> Sequence[str]:
+    """Names every tick, or every second, ...; returns the names that are shown.
+
+    Args:
+        axis: Of the axes, from 0 on.
+        names: Of the ticks.
+        most: How many.
+        length: Of the axis in inches, once everything has its place; ``None``: as it is.
+        always: How many of the first ones are named in any case.
+    """
+    if length is None:
+        box = axis.axes.get_window_extent()
+        length = (box.width if axis.axis_name == "x" else box.height) / axis.axes.figure.dpi
+    rest = len(names) - always
+    step = -(-rest // max(2, min(most, int(length / TICK)) - always))
+    ticks = [*range(always), *range(always, len(names), step)]
+    shown = [names[i] for i in ticks]
+    axis.set_ticks(ticks, shown)
     return shown

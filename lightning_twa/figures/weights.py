@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,16 +72,21 @@ def plot_averaging_weights(
     n, count = weights.shape
     fixed = {run.label(name): beta for name, beta in run.averages(BESIDE).items()}
     if count == 1:
-        figure, axes = canvas(ax, max(5.0, min(WIDTH, 2.5 + 0.3 * n)), 3.6)
+        cells = max(2.5, min(WIDTH - 1.0, 1.5 + 0.3 * n))
+        figure, axes = canvas(ax, max(5.0, cells + 1.0), 3.6)
         learned = "the run's average" if run.phase == "done" else "the average so far"
         _draw_bars(axes, weights[:, 0], fixed, learned)
     else:
         rows = [*fixed, *shortened(run.blocks)]
         cells = max(2.0, min(0.2 * n, WIDTH - 1.8 - LETTER * max(map(len, rows))))
         width = 1.8 + LETTER * max(map(len, rows)) + cells
-        figure, axes = canvas(ax, width, max(3.6, min(16.0, 1.5 + 0.22 * len(rows))))
-        _draw_map(axes, weights, fixed, rows)
-    shown = name_ticks(axes.xaxis, shortened(names, TURNED))
+        height = max(2.1, min(14.5, 0.22 * len(rows)))
+        figure, axes = canvas(ax, width, 1.5 + height)
+        _draw_map(axes, weights, fixed)
+        length = height if ax is None else None
+        name_ticks(axes.yaxis, rows, most=70, length=length, always=len(fixed))
+    length = cells if ax is None else None
+    shown = name_ticks(axes.xaxis, shortened(names, TURNED), length=length)
     if sum(map(len, shown)) > ROOM:
         for label in axes.get_xticklabels():
             label.set(rotation=60, ha="right", rotation_mode="anchor")
@@ -116,7 +121,7 @@ def _draw_bars(axes: Any, weights: Tensor, fixed: Mapping[str, Tensor], learned:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_map(axes: Any, weights: Tensor, fixed: Mapping[str, Tensor], rows: Sequence[str]) -> None:
+def _draw_map(axes: Any, weights: Tensor, fixed: Mapping[str, Tensor]) -> None:
     uniform = 1 / weights.shape[0]
     shown = torch.stack([*fixed.values(), *weights.T.double()])
     reach = max(float((shown - uniform).abs().max()), 1e-9)
@@ -130,7 +135,6 @@ def _draw_map(axes: Any, weights: Tensor, fixed: Mapping[str, Tensor], rows: Seq
     )
     if fixed:
         axes.axhline(len(fixed) - 0.5, color="black", linewidth=2)
-    name_ticks(axes.yaxis, rows, most=60)
     axes.set_ylabel("coefficient block")
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.1, aspect=30)
     zero = ""

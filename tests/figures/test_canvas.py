@@ -11,15 +11,25 @@ import torch
 
 from helpers.figures import trained
 from helpers.plain import TWACallback
-from lightning_twa import plot_averaging_weights, plot_subspace
+from lightning_twa import Result, plot_averaging_weights, plot_subspace
 
 
 @pytest.mark.matrix(3)
-@pytest.mark.parametrize(("n", "count"), [(2, 1), (6, 1), (60, 1), (3, 2), (6, 14), (60, 100)])
-def test_no_label_covers_another(n, count) -> None:
+@pytest.mark.parametrize("compared", [False, True])
+@pytest.mark.parametrize(
+    ("n", "count"), [(2, 1), (6, 1), (60, 1), (3, 2), (6, 14), (60, 48), (60, 100)]
+)
+def test_no_label_covers_another(n, count, compared) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     twa = TWACallback()
+    names = ["uniform", "last 2", "power(0.13)"]
+    if compared:
+        averages = {name: [1 / n] * n for name in names}
+        losses = dict.fromkeys(names, 1.0)
+        twa._run.averaging.result = Result(
+            heldout="data", losses=losses, averages=averages, start="last 2"
+        )
     twa._run.averaging.learned = torch.randn(n, count).double()
     twa._run.averaging.restored_names = [f"epoch={i}" for i in range(n)]
     blocks = [f"encoder.layers.{i}.self_attention.out_proj" for i in range(count)]
@@ -37,6 +47,9 @@ def test_no_label_covers_another(n, count) -> None:
         for a, b in pairwise(boxes):
             # boxes of turned labels overlap where their texts do not: compare where they end
             assert getattr(a, high) <= getattr(b, high if turned else low) + 1
+    if count > 1 and compared:
+        rows = [label.get_text() for label in axes.get_yticklabels()]
+        assert rows[:3] == ["last 2, chosen", "uniform", "power(0.13)"]
     if count > 1:
         box = figure.axes[1].yaxis.label.get_window_extent()
         assert page.y0 <= box.y0
