@@ -164,6 +164,7 @@ def candidates(width: int, rounds: int, root: Path) -> list[str]:
 
             def take(store: Store = store, names: Any = names) -> None:
                 store.add(model, f"step={next(names)}")
+                store.settle()
 
             seconds = median_seconds(take, rounds)
             files = store.files

@@ -14,6 +14,7 @@ __all__ = ["copies_on_host", "to_cpu", "to_host"]
 
 unflatten: Any = _unflatten_dense_tensors  # views of a piece, as DDP makes them
 PLAIN = (Tensor, nn.Parameter)
+LARGE = 2**16  # elements of a tensor that has memory of its own
 PINNING = {"cuda"}  # devices that copy into pinned memory without the host
 
 
@@ -32,8 +33,8 @@ def to_host(
     look: bool = False,
     stay: bool = True,
 ) -> tuple[list[Tensor], bool]:
-    """Contiguous copies on the CPU, those of one dtype in one piece of memory. A device is waited
-    for once, and not for every tensor.
+    """Contiguous copies on the CPU, small ones of one dtype in one piece of memory. A device is
+    waited for once, and not for every tensor.
 
     Args:
         tensors: Dense ones.
@@ -46,30 +47,40 @@ def to_host(
         that was not asked for.
     """
     copies: list[Tensor] = list(tensors)
-    groups: dict[tuple[torch.dtype, torch.device | None], list[int]] = {}
+    small: dict[tuple[torch.dtype, torch.device | None], list[int]] = {}
+    pieces: list[list[int]] = []
     sums: list[Tensor] = []
     for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
-        if type(tensor) in PLAIN:
-            # a device is slow to hash
-            groups.setdefault((dtype, None if tensor.is_cpu else tensor.device), []).append(i)
-        else:
+        if type(tensor) not in PLAIN:
             copies[i] = to_cpu(tensor, dtype)
             sums += [_sum(copies[i])] if look else []
-    for (dtype, device), members in groups.items():
+        elif tensor.numel() >= LARGE:
+            pieces.append([i])
+        else:  # a device is slow to hash
+            small.setdefault((dtype, None if tensor.is_cpu else tensor.device), []).append(i)
+    made: list[tuple[Tensor, list[int]]] = []  # in pinned memory
+    waiting: set[torch.device] = set()
+    for members in (*pieces, *small.values()):
         held = [tensors[i] for i in members]
-        pinned = device is not None and device.type in PINNING
+        pinned = not held[0].is_cpu and held[0].device.type in PINNING
         size = sum(tensor.numel() for tensor in held)
-        piece = torch.empty(size, dtype=dtype, device="cpu", pin_memory=pinned)
+        piece = torch.empty(size, dtype=dtypes[members[0]], device="cpu", pin_memory=pinned)
         parts: list[Tensor] = unflatten(piece, held)
         torch._foreach_copy_(parts, held, non_blocking=pinned)
-        if pinned:
-            torch.cuda.current_stream(device).synchronize()
-        if pinned and stay:
-            piece = piece.clone()
-            parts = unflatten(piece, held)
         for i, part in zip(members, parts, strict=True):
             copies[i] = part
-        sums += [_sum(piece)] if look else []
+        if pinned:
+            waiting.add(held[0].device)
+            made.append((piece, members))
+        elif look:  # while it is in the cache
+            sums.append(_sum(piece))
+    for device in waiting:
+        torch.cuda.current_stream(device).synchronize()
+    for piece, members in made if stay else ():
+        parts = unflatten(piece.clone(), [copies[i] for i in members])
+        for i, part in zip(members, parts, strict=True):
+            copies[i] = part
+    sums += [_sum(piece) for piece, _ in made] if look else []
     return copies, look and all(math.isfinite(value.item()) for value in sums)
 
 

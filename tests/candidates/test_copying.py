@@ -20,7 +20,13 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def tensors() -> list[Tensor]:
     """Of many forms and dtypes."""
-    plain = [torch.randn(3, 5), torch.randn(()), torch.randn(0, 2), torch.randn(7)]
+    plain = [
+        torch.randn(300, 301),
+        torch.randn(3, 5),
+        torch.randn(()),
+        torch.randn(0, 2),
+        torch.randn(7),
+    ]
     odd = [torch.randn(4, 6).t(), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)]
     odd += [torch.randn(1, 3).expand(4, 3), torch.randn(9)[::2]]
     return [t.to(dtype) for t in plain + odd for dtype in DTYPES] + [torch.arange(5)]
@@ -42,8 +48,9 @@ def test_copies_equal_what_is_copied(dtype: torch.dtype | None) -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_is_seen(bad: float, dtype: torch.dtype) -> None:
-    held = [torch.randn(50).to(dtype) for _ in range(4)]
+@pytest.mark.parametrize("where", [50, 70_000])
+def test_what_is_not_finite_is_seen(bad: float, dtype: torch.dtype, where: int) -> None:
+    held = [torch.randn(size).to(dtype) for size in (50, 70_000, where, 20)]
     assert to_host(held, [dtype] * 4, look=True)[1]
     held[2][17] = bad
     assert not to_host(held, [dtype] * 4, look=True)[1]
@@ -120,9 +127,10 @@ def test_a_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch, stay: bool
     with ExitStack() as stack:
         pretended(stack)
         held = [torch.empty(3, 4, device="cuda") for _ in range(5)]
-        counted_ops = count(lambda: to_host(held, [torch.float32] * 5, stay=stay))
-    assert copied == [True]
-    assert waits == [1]
+        held += [torch.empty(300, 400, device="cuda") for _ in range(3)]
+        counted_ops = count(lambda: to_host(held, [torch.float32] * 8, stay=stay))
+    assert copied == [True] * 4
+    assert waits == [4]
     assert len([t for t in counted_ops.transfers if "the host asks" in t]) == 0
 
 
