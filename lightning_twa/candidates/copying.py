@@ -51,7 +51,7 @@ def to_host(
     pieces: list[list[int]] = []
     sums: list[Tensor] = []
     for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
-        if type(tensor) not in PLAIN:
+        if type(tensor) not in PLAIN or not tensor.numel():
             copies[i] = to_cpu(tensor, dtype)
             sums += [_sum(copies[i])] if look else []
         elif tensor.numel() >= LARGE:
