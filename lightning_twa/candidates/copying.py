@@ -62,9 +62,9 @@ def to_host(
     waiting: set[torch.device] = set()
     for members in (*pieces, *small.values()):
         held = [tensors[i] for i in members]
+        size, dtype = sum(tensor.numel() for tensor in held), dtypes[members[0]]
         pinned = not held[0].is_cpu and held[0].device.type in PINNING
-        size = sum(tensor.numel() for tensor in held)
-        piece = torch.empty(size, dtype=dtypes[members[0]], device="cpu", pin_memory=pinned)
+        piece = _pinned(size, dtype) if pinned else torch.empty(size, dtype=dtype, device="cpu")
         parts: list[Tensor] = unflatten(piece, held)
         torch._foreach_copy_(parts, held, non_blocking=pinned)
         for i, part in zip(members, parts, strict=True):
@@ -82,6 +82,14 @@ def to_host(
             copies[i] = part
     sums += [_sum(piece) for piece, _ in made] if look else []
     return copies, look and all(math.isfinite(value.item()) for value in sums)
+
+
+def _pinned(size: int, dtype: torch.dtype) -> Tensor:
+    """Memory that a device can write to, or any other where the system has no more of it."""
+    try:
+        return torch.empty(size, dtype=dtype, device="cpu", pin_memory=True)
+    except RuntimeError:
+        return torch.empty(size, dtype=dtype, device="cpu")
 
 
 def copies_on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -104,8 +104,11 @@ def test_tensors_of_other_kinds_are_copied_as_they_are() -> None:
     assert finite
 
 
+@pytest.mark.parametrize("pins", [True, False])
 @pytest.mark.parametrize("stay", [True, False])
-def test_a_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch, stay: bool) -> None:
+def test_a_device_is_waited_for_once(
+    monkeypatch: pytest.MonkeyPatch, stay: bool, pins: bool
+) -> None:
     """A pretended one: a copy for every tensor, none of which the host waits for."""
     waits: list[Any] = []
     copied: list[bool] = []
@@ -120,10 +123,16 @@ def test_a_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch, stay: bool
         plain(into, what, non_blocking=non_blocking)
 
     empty = torch.empty
+
+    def allocate(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        if pin_memory and not pins:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*args, **kwargs)
+
     monkeypatch.setattr(copying, "PLAIN", (FakeTensor,))
     monkeypatch.setattr(torch, "_foreach_copy_", counted)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    monkeypatch.setattr(torch, "empty", allocate)
     with ExitStack() as stack:
         pretended(stack)
         held = [torch.empty(3, 4, device="cuda") for _ in range(5)]
