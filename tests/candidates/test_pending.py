@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +22,7 @@ from helpers.ddp import fit
 from helpers.resume import equal, state
 from helpers.storage import files, run, saver, twa
 from lightning_twa import StorageConfig
-from lightning_twa.candidates import Candidate, Store, disk, drop, name_files, pending
+from lightning_twa.candidates import Candidate, Store, disk, drop, find_files, name_files, pending
 from lightning_twa.candidates.files import write_candidate
 
 pytestmark = [
@@ -164,6 +167,59 @@ def test_a_copy_has_what_is_on_its_way(tmp_path: Path, gate: Gate, copied: Any) 
     again = copied(store)
     assert equal(next(iter(again)).parameters, weights)
     assert again.state_dict() == store.state_dict()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_waits_for_no_thread_that_it_does_not_have(
+    tmp_path: Path, gate: Gate
+) -> None:
+    net, store = nn.Linear(3, 2), on_disk(tmp_path)
+    weights = moved(net)
+    store.add(net, "epoch=0")
+    child = os.fork()
+    if child == 0:
+        kept = False
+        try:
+            with pytest.warns(UserWarning, match="'epoch=0' could not be written .*was forked"):
+                store.settle()
+            kept = equal(next(iter(store)).parameters, weights)
+        finally:
+            os._exit(0 if kept else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    gate.open.set()
+    store.settle()
+    assert files(tmp_path) == ["version_0/epoch=0.safetensors"]
+
+
+SCRIPT = """
+import os, sys, threading
+from pathlib import Path
+from torch import nn
+from lightning_twa import StorageConfig
+from lightning_twa.candidates import Store, disk
+
+store, net = Store(StorageConfig(kind="disk"), root=Path(sys.argv[1])), nn.Linear(30, 20)
+store.add(net, "epoch=0")
+store.settle()
+encoded, plain = threading.Event(), disk.write_candidate
+
+def half(root, directory, candidate):
+    (directory / f"{candidate.name}.1.tmp").write_bytes(b"half")
+    encoded.set()
+    threading.Event().wait()
+
+disk.write_candidate = half
+store.add(net, "epoch=1")
+encoded.wait()
+os._exit(9)
+"""
+
+
+def test_a_process_that_dies_leaves_complete_files(tmp_path: Path) -> None:
+    died = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], check=False, timeout=120)
+    assert died.returncode == 9
+    assert files(tmp_path) == ["version_0/epoch=0.safetensors", "version_0/epoch=1.1.tmp"]
+    assert [path.stem for path in find_files(str(tmp_path / "version_0"))] == ["epoch=0"]
 
 
 class Fails(Regressor):
