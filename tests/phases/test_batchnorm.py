@@ -180,7 +180,7 @@ def test_a_layer_without_momentum_and_one_that_runs_twice() -> None:
 @pytest.mark.parametrize("momentum", [0.1, 0.01, None])
 def test_scripted_layers_are_reestimated(momentum) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # it is deprecated, and some still use it
         net = torch.jit.script(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5, momentum=momentum)))
     batches = [2 * torch.randn(16, 3) + 1 for _ in range(6)]
     layers = tracked_batch_norms(net, set(net.modules()))
