@@ -24,9 +24,13 @@ from torch import Tensor
 
 from lightning_twa import SubspaceConfig, SubspaceOptimizer
 from lightning_twa.subspace import ParameterLayout, Subspace
-from lightning_twa.subspace.directions import DenseDirections, PackedDirections
-
-COLUMNS_AT_A_TIME = 1 << 18
+from lightning_twa.subspace.directions import (
+    GROUP,
+    DenseDirections,
+    PackedDirections,
+    Scratch,
+    pad,
+)
 
 
 def parameters(numel: int) -> dict[str, Tensor]:
@@ -52,11 +56,11 @@ def subspace(layout: ParameterLayout, n: int, bits: int, path: str, device: str)
     else:
         dtype = torch.float32 if bits == 32 else torch.bfloat16
         stored = DenseDirections(layout, k, dtype, where)
-    for spec in layout.specs:
-        for start in range(spec.start, spec.stop, COLUMNS_AT_A_TIME):
-            columns = slice(start, min(start + COLUMNS_AT_A_TIME, spec.stop))
-            stored.write(columns, torch.randn(k, columns.stop - start) / n**0.5)
-    stored.close()
+    scratch = Scratch()
+    for tile, spans in enumerate(pad(layout).spans_of_tiles()):
+        width = -(-spans[-1].target.stop // GROUP) * GROUP
+        stored.write(tile, torch.randn(k, width) / n**0.5, scratch)
+    stored.close(torch.zeros(2, dtype=torch.float64))
     center = torch.randn(layout.numel, device=device)
     mixing = torch.zeros(1, k, n, dtype=torch.float64)
     return Subspace(SubspaceConfig(bits=bits), layout, center, stored, mixing)

@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = [
     "CommonError",
     "all_ranks",
+    "from_rank_",
     "from_rank_zero",
     "from_rank_zero_",
     "gather_columns",
@@ -101,6 +102,24 @@ def from_rank_zero(tensor: Tensor, device: torch.device) -> Tensor:
     carried = tensor.to(device, copy=True)
     from_rank_zero_([carried])
     return carried.to("cpu")
+
+
+@torch.no_grad()
+def from_rank_(tensors: Iterable[Tensor], source: int, device: torch.device) -> None:
+    """Replace each tensor by one rank's bytes, in place.
+
+    Args:
+        tensors: The same number, shapes, dtypes and order on every rank; contiguous, anywhere.
+        source: The rank.
+        device: Device whose backend carries them.
+    """
+    for tensor in tensors:
+        if tensor.numel():
+            own = tensor.view(torch.uint8)  # no backend has every dtype
+            carried = own.to(device)
+            dist.broadcast(carried, src=source)
+            if carried is not own:
+                own.copy_(carried)
 
 
 @torch.no_grad()

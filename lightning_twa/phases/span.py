@@ -20,7 +20,7 @@ from lightning_twa.candidates import (
     weighted,
 )
 from lightning_twa.config import CollectConfig, Settings, SolverConfig
-from lightning_twa.machine import in_common, warn
+from lightning_twa.machine import in_common, warn, world_size
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.phases.ranks import Sharing, decide
 from lightning_twa.subspace import (
@@ -234,8 +234,10 @@ def build(
     elif origin is not None:
         with in_common():
             start = weighted(store, share.columns.whole.specs, origin)
-    passes = 3 if mixing is None else 2
+    passes = 2 if mixing is None else 1
     total = passes * share.columns.local.numel
+    if share.columns.everywhere:
+        total //= world_size()  # each process builds a part for all
     with show_progress(trainer, "building the subspace", " columns", total) as tick:
         return build_subspace(
             (candidate.parameters for candidate in members),

@@ -1,29 +1,55 @@
 """Building a subspace: the candidates are read in tiles, never all at once.
 
-Three passes (center, Gram matrices, directions), with what processes that share the subspace sum
-over each other's columns in between.
+Two passes (center and Gram matrices, directions), each over the cores of the machine, with what
+processes that share the subspace sum over each other's columns in between. Where the mixing is
+known one pass is enough.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_twa.config import SubspaceConfig, as_config
-from lightning_twa.machine import all_ranks, from_rank_zero, in_common, sum_over_ranks
+from lightning_twa.machine import (
+    all_ranks,
+    from_rank_,
+    from_rank_zero,
+    full_precision,
+    in_common,
+    in_order,
+    rank,
+    sum_over_ranks,
+    threads_here,
+    world_size,
+)
 from lightning_twa.subspace.bases import mix
+from lightning_twa.subspace.candidate_tiles import CandidateTiles
 from lightning_twa.subspace.columns import Columns
-from lightning_twa.subspace.directions import DenseDirections, Directions, PackedDirections
-from lightning_twa.subspace.layout import ParameterLayout, TensorSpec
+from lightning_twa.subspace.directions import (
+    DenseDirections,
+    Directions,
+    PackedDirections,
+    Scratch,
+)
+from lightning_twa.subspace.layout import ParameterLayout
 from lightning_twa.subspace.subspace import Subspace
+from lightning_twa.subspace.tensors import without_autocast
 
 __all__ = ["build_subspace"]
 
-TILE_COLUMNS = 1 << 16  # columns of the candidates held in float64 at a time while building
+# Numbers of candidates up to which products are in float64, which is as fast as one notices
+SMALL = 1 << 22
+LARGEST = 2.0**100  # of a mixing in float32
+PARTS = 64  # that processes with the same candidates can share
+
+Found = TypeVar("Found")
 
 
 def build_subspace(
@@ -39,8 +65,10 @@ def build_subspace(
 ) -> Subspace:
     """Build the subspace that candidates span.
 
-    The candidates are read tile by tile in three passes (center, Gram matrices, directions), so
-    beyond candidates and result only ``n * 65536`` float64 numbers are held.
+    The candidates are read tile by tile in two passes (center and Gram matrices, directions), so
+    beyond candidates and result each thread (``torch.get_num_threads()``) only holds some ``n *
+    8192 * 28`` bytes. The result does not depend on the number of threads. Beyond 4 million numbers
+    products are in float32, summed up in float64.
 
     Args:
         candidates: At least two mappings from name to tensor (state dicts), on any device.
@@ -55,7 +83,8 @@ def build_subspace(
         columns: What this process holds, as one of several that share the subspace, all of which
             call this at the same time; its layout says which tensors are spanned.
         start: The weights at ``x = 0`` instead of the uniform average, by name.
-        tick: Called with the number of columns just done, in each of the passes.
+        tick: Called with the number of columns just done, in each of the passes; with a mixing
+            there is one.
 
     Returns:
         The subspace. Float64 if any tensor is float64, else float32.
@@ -79,34 +108,38 @@ def build_subspace(
     together = nullcontext if columns is None else in_common
     carrier = torch.device(device or "cpu")
     target = torch.device(config.device) if config.device is not None else carrier
-    tiles = _CandidateTiles(layout, members, columns, tick)
-
-    origin = tiles if start is None else _CandidateTiles(layout, [start], columns, tick)
+    centered = config.basis != "orthonormal"
+    large = len(members) * layout.numel > SMALL
+    narrow = centered and large and layout.dtype == torch.float32
     with together():
         _check(config, held, members, start)
-        center = torch.empty(tiles.layout.numel, dtype=layout.dtype, device="cpu")
-        for part, _, rows in origin.tiles():
-            center[part] = _mean(rows).to(layout.dtype)
-    if mixing is None:
-        mixing = _mixing(config, tiles, center, carrier)
-    elif mixing.shape[0] != layout.num_blocks or mixing.shape[2] != len(members):
-        raise ValueError(
-            f"mixing has shape {tuple(mixing.shape)}, but there are {layout.num_blocks} blocks and "
-            f"{len(members)} candidates."
-        )
-    mixing = mixing.to(device="cpu", dtype=torch.float64)
-    if config.basis != "orthonormal" and not mixing.any():
-        warnings.warn(
-            f"The {len(members)} candidates are equal up to rounding, so there is nothing to "
-            f"average. Were they copied (p.detach().clone()), and was there training in between?",
-            stacklevel=2,
+    tiles = CandidateTiles(layout, members, columns, centered=centered, narrow=narrow)
+    build = _Build(tiles, threads_here() if large else 1, tick, carrier)
+    with full_precision(), without_autocast(torch.device("cpu")), torch.no_grad():
+        given = None if start is None else _flat(tiles, start)
+        if mixing is None:
+            mixing = _mixing(config, build, given, together)
+        elif mixing.shape[0] != layout.num_blocks or mixing.shape[2] != len(members):
+            raise ValueError(
+                f"mixing has shape {tuple(mixing.shape)}, but there are {layout.num_blocks} blocks "
+                f"and {len(members)} candidates."
+            )
+        mixing = mixing.to(device="cpu", dtype=torch.float64)
+        if centered and not mixing.any():
+            warnings.warn(
+                f"The {len(members)} candidates are equal up to rounding, so there is nothing to "
+                f"average. Were they copied (p.detach().clone()), and was there training in "
+                f"between?",
+                stacklevel=2,
+            )
+        stored, mean = build.fill(
+            lambda: _empty_directions(config, tiles.layout, mixing.shape[1], target),
+            mixing,
+            together,
         )
     with together():  # memory may be short on one rank only
-        center = center.to(target)
-        stored = _empty_directions(config, tiles.layout, mixing.shape[1], target)
-    _fill(stored, config, tiles, mixing, carrier)
-    at_mean = start is None
-    return Subspace(config, layout, center, stored, mixing, tiles.layout, at_mean)
+        center = (mean if given is None else given).to(target)
+    return Subspace(config, layout, center, stored, mixing, tiles.layout, start is None)
 
 
 def _choose(first: Mapping[str, Tensor], names: Iterable[str] | None) -> dict[str, Tensor]:
@@ -128,7 +161,7 @@ def _check(
 ) -> None:
     """Raise where a candidate or the start is not what the layout says, or not finite."""
     for i, member in enumerate(members):
-        held.check(member, f"Candidate {i}")
+        held.check(member, f"Candidate {i}", finite=False)  # that is seen where it is read
     if start is not None:
         held.check(start, "The start")
         if config.parametrization != "free":
@@ -138,99 +171,162 @@ def _check(
             )
 
 
-class _CandidateTiles:
-    """What this process holds of the candidates, a tile at a time.
+def _flat(tiles: CandidateTiles, tensors: Mapping[str, Tensor]) -> Tensor:
+    """What is held here of tensors, in one vector on the CPU."""
+    flat = torch.empty(tiles.layout.numel, dtype=tiles.layout.dtype, device="cpu")
+    for i, spec in enumerate(tiles.layout.specs):
+        values = tensors[spec.name].detach().reshape(-1)
+        flat[spec.start : spec.stop] = (
+            values if tiles.columns is None else tiles.columns.pick(i, values)
+        )
+    return flat
+
+
+class _Build:
+    """Passes over the candidates.
+
+    Tiles are summed up in :data:`PARTS` parts, and the parts in their order, so that the sums are
+    the same whatever the number of processes that take some of the parts each.
 
     Args:
-        whole: The layout of the whole model.
-        members: The candidates.
-        columns: What is held here; ``None`` for everything.
+        tiles: Of them.
+        threads: That take a tile each.
         tick: Called after each tile with its number of columns.
+        carrier: Device whose backend carries what processes exchange.
     """
 
     def __init__(
         self,
-        whole: ParameterLayout,
-        members: Sequence[Mapping[str, Tensor]],
-        columns: Columns | None,
+        tiles: CandidateTiles,
+        threads: int,
         tick: Callable[[int], object] | None,
+        carrier: torch.device,
     ) -> None:
+        self.tiles = tiles
+        self.threads = threads
         self.tick = tick
-        self.layout = whole if columns is None else columns.local
-        self.members = members
-        self.columns = columns
+        self.carrier = carrier
+        self.alone = tiles.columns is None  # the only process
+        everywhere = tiles.columns is not None and tiles.columns.everywhere
+        count = world_size() if everywhere else 1
+        cuts = [part * len(tiles) // PARTS for part in range(PARTS + 1)]
+        self.part_of = [part for part in range(PARTS) for _ in range(cuts[part], cuts[part + 1])]
+        shares = [cuts[share * PARTS // count] for share in range(count + 1)]
+        self.shares = [slice(*ends) for ends in itertools.pairwise(shares)]
+        self.own = self.shares[rank() if everywhere else 0]
 
-    def tiles(
-        self, *, centered: bool = False, counted: bool = False
-    ) -> Iterator[tuple[slice, TensorSpec, Tensor]]:
-        """Columns of all candidates: slice, tensor, and ``(n, columns)`` float64 on the CPU; all
-        that are held here or those that sums over columns count here.
+    def _each(self, work: Callable[[int, Scratch], Found]) -> Iterator[tuple[int, Found]]:
+        """What a function gives for each of this process's tiles with columns, in their order."""
+        jobs = [tile for tile in range(len(self.tiles))[self.own] if self.tiles.spans[tile]]
+        found = in_order(work, jobs, Scratch, min(self.threads, len(jobs)))
+        for tile, result in zip(jobs, found, strict=True):
+            yield tile, result
+            if self.tick is not None:
+                self.tick(self.tiles.size(tile))
 
-        Centered at their mean in float64, not at the stored center: its rounding would be a
-        direction of its own where candidates lie close together, and is not part of the averaging
-        weights.
+    def _total(self, parts: Tensor, owners: Sequence[int], count: int) -> Tensor:
+        """Sums of parts by their owners, over all processes.
+
+        Args:
+            parts: Of this process, zero where another one has them.
+            owners: Of each part, in ``range(count)``.
+            count: Number of owners.
         """
-        for i, spec in enumerate(self.layout.specs):
-            flat = [member[spec.name].detach().reshape(-1) for member in self.members]
-            if self.columns is not None:
-                if counted and not self.columns.counted[i]:
-                    continue
-                flat = [self.columns.pick(i, values) for values in flat]
-            for start in range(spec.start, spec.stop, TILE_COLUMNS):
-                stop = min(start + TILE_COLUMNS, spec.stop)
-                local = slice(start - spec.start, stop - spec.start)
-                parts = [values[local].cpu().double() for values in flat]
-                rows = torch.stack(parts)
-                if centered:
-                    rows -= _mean(rows)
-                yield slice(start, stop), spec, rows
-                if self.tick is not None:
-                    self.tick(stop - start)
+        divided = len(self.shares) > 1
+        if divided:
+            parts = sum_over_ranks(parts, self.carrier)  # with zeros: exact
+        total = parts.new_zeros(count, *parts.shape[1:])
+        for owner, part in zip(owners, parts, strict=True):
+            total[owner] += part
+        return total if self.alone or divided else sum_over_ranks(total, self.carrier)
 
+    def moments(
+        self, given: Tensor | None, together: Callable[[], AbstractContextManager[None]]
+    ) -> tuple[Tensor, Tensor]:
+        """``(B, n, n)`` products of the candidates, and ``(B,)`` squared norms of the center, over
+        all columns; float64.
 
-def _mean(rows: Tensor) -> Tensor:
-    """The mean of rows; of a column with one value everywhere that value, without rounding."""
-    return torch.where((rows == rows[0]).all(dim=0), rows[0], rows.mean(dim=0))
+        Args:
+            given: The center, flat, if it is not the mean.
+            together: What may fail in one process is done in this.
+        """
+        tiles, n = self.tiles, len(self.tiles.members)
+        keys = list(dict.fromkeys(zip(self.part_of, tiles.blocks, strict=True)))
+        at = {key: i for i, key in enumerate(keys)}
+        gram = torch.zeros(len(keys), n, n, dtype=torch.float64, device="cpu")
+        norm2 = torch.zeros(len(keys), dtype=torch.float64, device="cpu")
+
+        def work(tile: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
+            read = tiles.read(tile, scratch)
+            squares = tiles.squares(tile, read.mean, given)
+            return tiles.gram(tile, read.rows, scratch), squares
+
+        with together():
+            for tile, (products, squares) in self._each(work):
+                part = at[self.part_of[tile], tiles.blocks[tile]]
+                gram[part] += products
+                norm2[part] += squares
+        blocks, count = [block for _, block in keys], tiles.layout.num_blocks
+        return self._total(gram, blocks, count), self._total(norm2, blocks, count)
+
+    def fill(
+        self,
+        make: Callable[[], Directions],
+        mixing: Tensor,
+        together: Callable[[], AbstractContextManager[None]],
+    ) -> tuple[Directions, Tensor]:
+        """The directions, closed, and the mean, flat.
+
+        Args:
+            make: Gives empty directions.
+            mixing: ``(B, k, n)`` float64.
+            together: What may fail in one process is done in this.
+        """
+        tiles, k = self.tiles, mixing.shape[1]
+        narrow = mixing.float() if float(mixing.abs().max()) <= LARGEST else mixing
+        squares = torch.zeros(PARTS, 2, dtype=torch.float64, device="cpu")
+        with together():
+            mean = torch.empty(tiles.layout.numel, dtype=tiles.layout.dtype, device="cpu")
+            stored = make()
+
+            def work(tile: int, scratch: Scratch) -> Tensor:
+                read = tiles.read(tile, scratch)
+                tiles.put(tile, read.mean, mean)
+                rows = read.rows if narrow.dtype == torch.float32 else read.rows.double()
+                matrix = (narrow if rows.dtype == torch.float32 else mixing)[tiles.blocks[tile]]
+                values = scratch.take("directions", (k, rows.shape[1]), rows.dtype)
+                torch.mm(matrix, rows, out=values)
+                return stored.write(tile, values, scratch)
+
+            for tile, found in self._each(work):
+                squares[self.part_of[tile]] += found
+        if len(self.shares) > 1:
+            for source, share in enumerate(self.shares):
+                pieces = [mean[tiles.columns_of(share)], *stored.pieces(share)]
+                from_rank_(pieces, source, self.carrier)
+        stored.close(self._total(squares, [0] * PARTS, 1)[0])
+        if not self.alone:
+            stored.prepare(lambda compiled: all_ranks(compiled, self.carrier))
+        return stored, mean
 
 
 def _mixing(
-    config: SubspaceConfig, tiles: _CandidateTiles, center: Tensor, carrier: torch.device
+    config: SubspaceConfig,
+    build: _Build,
+    given: Tensor | None,
+    together: Callable[[], AbstractContextManager[None]],
 ) -> Tensor:
     """``(B, k, n)`` the mix of candidates that gives each block's directions."""
-    n, num_blocks = len(tiles.members), tiles.layout.num_blocks
-    gram = torch.zeros(num_blocks, n, n, dtype=torch.float64, device="cpu")
-    norm2 = torch.zeros(num_blocks, dtype=torch.float64, device="cpu")
-    for part, spec, rows in tiles.tiles(centered=config.basis != "orthonormal", counted=True):
-        gram[spec.block] += rows @ rows.T
-        norm2[spec.block] += center[part].double().square().sum()
-    if tiles.columns is not None:
-        gram, norm2 = sum_over_ranks(gram, carrier), sum_over_ranks(norm2, carrier)
+    gram, norm2 = build.moments(given, together)
     result = mix(config, gram, norm2)
-    if tiles.columns is not None:
+    if not build.alone:
         # Eigenvectors of the same matrix, and how many count, may differ between machines.
-        padded = torch.zeros(num_blocks, n, n, dtype=torch.float64, device="cpu")
+        padded = torch.zeros_like(gram)
         padded[:, : result.shape[1]] = result
-        padded = from_rank_zero(padded, carrier)
+        padded = from_rank_zero(padded, build.carrier)
         used = padded.abs().amax(dim=(0, 2)).nonzero()
         result = padded[:, : int(used.max()) + 1 if len(used) else 1].clone()
     return result
-
-
-def _fill(
-    stored: Directions,
-    config: SubspaceConfig,
-    tiles: _CandidateTiles,
-    mixing: Tensor,
-    carrier: torch.device,
-) -> None:
-    """Write the directions."""
-    for part, spec, rows in tiles.tiles(centered=config.basis != "orthonormal"):
-        stored.write(part, mixing[spec.block] @ rows)
-    if tiles.columns is None:
-        stored.close()
-    else:
-        stored.close(lambda squares: sum_over_ranks(squares, carrier))
-        stored.prepare(lambda compiled: all_ranks(compiled, carrier))
 
 
 def _empty_directions(

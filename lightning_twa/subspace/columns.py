@@ -32,12 +32,15 @@ class Columns:
             candidates have.
         counted: Whether this process counts its piece of each tensor in sums over columns; of
             several processes with the same piece one does.
+        everywhere: Whether every process holds everything, so that each can compute a part of it
+            for all.
     """
 
     whole: ParameterLayout
     local: ParameterLayout
     pieces: tuple[slice, ...] | None
     counted: tuple[bool, ...]
+    everywhere: bool = False
 
     def pick(self, tensor: int, values: Tensor) -> Tensor:
         """What is held here of one of the layout's tensors, flat; a view where possible."""
@@ -54,7 +57,7 @@ def held_everywhere(whole: ParameterLayout, rank: int, processes: int) -> Column
         processes: Number of processes; they take turns in counting tensors.
     """
     counted = tuple(i % processes == rank for i in range(len(whole.specs)))
-    return Columns(whole, whole, None, counted)
+    return Columns(whole, whole, None, counted, everywhere=True)
 
 
 def cut_evenly(whole: ParameterLayout, processes: int) -> list[Columns]:

@@ -106,12 +106,13 @@ class ParameterLayout:
         """``B``, the number of coefficient blocks."""
         return len(self.block_names)
 
-    def check(self, tensors: Mapping[str, Tensor], what: str) -> None:
+    def check(self, tensors: Mapping[str, Tensor], what: str, *, finite: bool = True) -> None:
         """Check that a candidate has every tensor of the layout, in its shape, and finite.
 
         Args:
             tensors: Name to tensor; further names are allowed.
             what: What the tensors are, for the error (``"candidate 'epoch=3'"``).
+            finite: Whether to read the values too.
 
         Raises:
             ValueError: Naming the candidate and the tensor that is missing, misshapen or not
@@ -128,7 +129,8 @@ class ParameterLayout:
                     f"{what} has {spec.name!r} with shape {tuple(shape)}, "
                     f"but the first candidate has {tuple(spec.shape)}."
                 )
-            check_finite(tensors[spec.name], f"{what}, tensor {spec.name!r},")
+            if finite:
+                check_finite(tensors[spec.name], f"{what}, tensor {spec.name!r},")
 
 
 def _assign_blocks(sizes: Sequence[int], blocks: Literal["global", "tensor"] | int) -> list[int]:

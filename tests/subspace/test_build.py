@@ -8,23 +8,13 @@ import warnings
 
 import pytest
 import torch
-from reference import BASES, BLOCKS, F64, Net, candidates, check_products, expand, members
+from reference import BASES, F64, Net, candidates, check_products, expand, members
 from torch import nn
 
 from lightning_twa import SubspaceConfig, SubspaceOptimizer, build_subspace
 from lightning_twa.subspace import Columns, ParameterLayout, build, held_everywhere
+from lightning_twa.subspace.candidate_tiles import CandidateTiles
 from lightning_twa.subspace.directions import DenseDirections, PackedDirections
-
-
-@BASES
-@BLOCKS
-def test_tiles_do_not_matter(name, blocks, monkeypatch) -> None:
-    ms, config = members(), SubspaceConfig(basis=name, blocks=blocks)
-    whole = build_subspace(ms, config)
-    monkeypatch.setattr(build, "TILE_COLUMNS", 4)
-    tiled = build_subspace(ms, config)
-    torch.testing.assert_close(whole.directions, tiled.directions, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(whole.center, tiled.center, rtol=1e-14, atol=0)
 
 
 def test_subspace_in_float64_if_any_tensor_is() -> None:
@@ -193,19 +183,35 @@ def test_a_start_that_does_not_fit_is_refused() -> None:
 # --- passes
 
 
-def test_every_pass_says_how_far_it_is(monkeypatch) -> None:
-    monkeypatch.setattr(build, "TILE_COLUMNS", 10)
-    ms = members(3)
+def test_every_pass_says_how_far_it_is() -> None:
+    ms, config = members(3), SubspaceConfig(blocks="tensor")
     done: list[int] = []
-    whole = build_subspace(ms, tick=done.append)
-    tiles = [10, 10, 10, 5, 7, 1, 10, 10, 1]  # of 35, 7, 1, none and 21 columns
-    assert done == 3 * tiles
-    done.clear()
-    build_subspace(ms, mixing=whole.mixing, tick=done.append)
+    whole = build_subspace(ms, config, tick=done.append)
+    tiles = [35, 7, 1, 21]  # a tile of each tensor that is not empty
     assert done == 2 * tiles
     done.clear()
-    build_subspace(ms, start=ms[0], tick=done.append)
-    assert done == 3 * tiles
+    build_subspace(ms, config, mixing=whole.mixing, tick=done.append)
+    assert done == tiles
+    done.clear()
+    build_subspace(ms, config, start=ms[0], tick=done.append)
+    assert done == 2 * tiles
+
+
+@pytest.mark.parametrize("small", [0, 1 << 40])
+def test_every_tile_is_read_in_two_passes_and_with_a_mixing_in_one(small, monkeypatch) -> None:
+    monkeypatch.setattr(build, "SMALL", small)
+    read, tiles = CandidateTiles.read, []
+    monkeypatch.setattr(
+        CandidateTiles,
+        "read",
+        lambda self, tile, room: tiles.append(tile) or read(self, tile, room),
+    )
+    ms = [{"w": torch.randn(3, 20_000)} for _ in range(4)]
+    mixing = build_subspace(ms).mixing
+    assert tiles == 2 * list(range(8))
+    tiles.clear()
+    build_subspace(ms, mixing=mixing)
+    assert tiles == list(range(8))
 
 
 def test_a_mixing_gives_exactly_the_directions_again() -> None:
@@ -256,7 +262,7 @@ def test_sums_over_columns_are_of_those_that_are_counted(monkeypatch) -> None:
     a = torch.stack([m["a"] for m in ms])
     torch.testing.assert_close(gram[0], (a - a.mean(0)) @ (a - a.mean(0)).T)
     torch.testing.assert_close(norm2, a.mean(0).square().sum()[None])
-    assert squares.shape == (2,)
+    assert squares.shape == (1, 2)
 
 
 def test_the_first_process_s_mixing_is_everybody_s(monkeypatch) -> None:

@@ -13,6 +13,7 @@ ROOM = Path(subspace.__file__).parent
 PACKAGE = "lightning_twa.subspace"
 FLOORS = [  # from the bottom
     "tensors",
+    "directions.scratch",
     "directions.codec",
     "layout",
     "directions.tiles",
@@ -26,6 +27,7 @@ FLOORS = [  # from the bottom
     "columns",
     "subspace",
     "bases",
+    "candidate_tiles",
     "build",
     "training.checks",
     "training.schedules",

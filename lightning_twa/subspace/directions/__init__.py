@@ -2,9 +2,21 @@
 with tensors in the model's own shapes.
 """
 
+from lightning_twa.subspace.directions.codec import GROUP
 from lightning_twa.subspace.directions.dense import DenseDirections
 from lightning_twa.subspace.directions.interface import Directions
 from lightning_twa.subspace.directions.packed import PackedDirections, stored_bytes
-from lightning_twa.subspace.directions.tiles import TILE, pad
+from lightning_twa.subspace.directions.scratch import Scratch
+from lightning_twa.subspace.directions.tiles import TILE, Span, pad
 
-__all__ = ["TILE", "DenseDirections", "Directions", "PackedDirections", "pad", "stored_bytes"]
+__all__ = [
+    "GROUP",
+    "TILE",
+    "DenseDirections",
+    "Directions",
+    "PackedDirections",
+    "Scratch",
+    "Span",
+    "pad",
+    "stored_bytes",
+]

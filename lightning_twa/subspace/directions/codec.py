@@ -23,6 +23,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_twa.subspace.directions.scratch import Scratch
+
 __all__ = [
     "GROUP",
     "PLANES",
@@ -49,15 +51,15 @@ NORMAL_STEP = {
     7: 0.0569,
     8: 0.0308,
 }
-REFINEMENTS = 2
 
 
-def quantize(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, bits: int, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
     """Choose scale and codes of each group.
 
     Args:
-        values: ``(..., GROUP)`` float32 or float64.
+        values: ``(..., GROUP)`` float32 or float64, on the CPU.
         bits: 1 to 8.
+        scratch: Memory to work in; the codes are good until it is used again.
 
     Returns:
         Codes ``(..., GROUP)`` uint8 and scales ``(...)`` bfloat16. A group of zeros has scale 0 and
@@ -72,42 +74,89 @@ def quantize(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"The last dimension of values must be {GROUP}, got {tuple(values.shape)}."
         )
-    if values.numel() and not math.isfinite(values.abs().amax().item()):
+    scratch = scratch or Scratch()
+    fit = _Fit(values, bits, scratch)
+    if values.numel() and not math.isfinite(fit.widest.amax().item()):
         raise ValueError("Cannot quantize NaN or infinite values.")
-    highest = 2**bits - 1
-    rms = values.square().mean(-1, keepdim=True).sqrt()
-    widest = values.abs().amax(-1, keepdim=True)
-    best_scale = torch.zeros_like(rms)
-    best_error = torch.full_like(rms, math.inf)
     # Several starts, since the error has several minima: as if normal, unclipped, and between.
-    normal, full = rms * NORMAL_STEP[bits], widest * (2 / highest)
-    for scale in (normal, (normal * full).sqrt(), full):
-        # codes for the scale, then the least-squares scale for the codes
-        for _ in range(REFINEMENTS):
-            levels = _levels(values, scale, bits)
-            scale = (values * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
-        # As it will be stored: where several would be exact (a group of one value), its rounding
-        # decides, not the rounding of the values.
-        scale = scale.to(SCALE_DTYPE).to(values.dtype)
-        error = (values - scale * _levels(values, scale, bits)).square().sum(-1, keepdim=True)
-        better = error < best_error
-        best_scale = torch.where(better, scale, best_scale)
-        best_error = torch.where(better, error, best_error)
-    codes = (_levels(values, best_scale, bits) + highest / 2).to(torch.uint8)
-    return codes, best_scale.squeeze(-1).to(SCALE_DTYPE)
+    normal = fit.rms * NORMAL_STEP[bits]
+    full = fit.widest * (2 / (2**bits - 1))
+    scale, gain = fit.improved(normal)
+    if bits > 1:
+        # Where several are exact (a group of one value) the first one is taken, whatever the
+        # rounding: processes and runs whose values differ by that get the same codes.
+        clearly = 1 + 8 * torch.finfo(values.dtype).eps
+        for start in ((normal * full).sqrt_(), full):
+            other, its_gain = fit.improved(start)
+            better = its_gain > gain * clearly
+            scale = torch.where(better, other, scale)
+            gain = torch.where(better, its_gain, gain)
+        scale, _ = fit.improved(scale)
+    scale = scale.to(SCALE_DTYPE)
+    return fit.codes(scale.to(values.dtype)), scale.squeeze(-1)
 
 
-def _levels(values: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Nearest of the levels ``code - (2**bits - 1) / 2``; the lowest positive one for scale 0."""
-    highest = 2**bits - 1
-    codes = torch.where(scale > 0, values / scale, 0.0).add_(highest / 2).round_()
-    return codes.clamp_(0, highest).sub_(highest / 2)
+class _Fit:
+    """Scales of groups, by their magnitudes: levels are those of ``|value|``, which has half as
+    many, at ``(i + 1/2) * scale``.
+
+    Args:
+        values: ``(..., GROUP)``.
+        bits: Of a code.
+        scratch: Memory to work in.
+    """
+
+    def __init__(self, values: Tensor, bits: int, scratch: Scratch) -> None:
+        self.values = values
+        self.highest = 2 ** (bits - 1) - 1
+        self.least = 4 * torch.finfo(values.dtype).tiny
+        self.magnitudes, self.levels, self.work = (
+            scratch.take(name, values.shape, values.dtype)
+            for name in ("magnitudes", "levels", "work")
+        )
+        torch.abs(values, out=self.magnitudes)
+        self.widest = self.magnitudes.amax(-1, keepdim=True)
+        torch.mul(self.magnitudes, self._reciprocal(self.widest), out=self.work)
+        shares = torch.linalg.vector_norm(self.work, dim=-1, keepdim=True)
+        self.rms = self.widest * shares / GROUP**0.5  # squares of small values may be none
+
+    def _reciprocal(self, scale: Tensor) -> Tensor:
+        """0 where there is none."""
+        return torch.where(scale > self.least, scale.reciprocal(), 0.0)
+
+    def _round(self, scale: Tensor) -> None:
+        """The nearest levels; the lowest one where the scale is 0."""
+        torch.mul(self.magnitudes, self._reciprocal(scale), out=self.levels)
+        self.levels.floor_().clamp_max_(self.highest).add_(0.5)
+
+    def improved(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The least-squares scale ``sum(a l) / sum(l l)`` for the levels ``l`` of a scale, and the
+        root of what it takes off the squares of the magnitudes ``a``, ``sum(a l) / ||l||``.
+        """
+        self._round(scale)
+        torch.mul(self.magnitudes, self.levels, out=self.work)
+        product = self.work.sum(-1, keepdim=True)
+        norm = torch.linalg.vector_norm(self.levels, dim=-1, keepdim=True)
+        gain = product.div_(norm)
+        return gain / norm, gain
+
+    def codes(self, scale: Tensor) -> Tensor:
+        """uint8 codes of the levels nearest for a scale."""
+        self._round(scale)
+        torch.copysign(self.levels, self.values, out=self.work).add_(self.highest + 0.5)
+        if self.highest < 64:  # many times faster than to uint8
+            return self.work.to(torch.int8).view(torch.uint8)
+        return self.work.to(torch.int16).to(torch.uint8)
 
 
-def dequantize(codes: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Values of codes ``(..., GROUP)`` and scales ``(...)``, in ``dtype``."""
-    levels = codes.to(dtype).sub_((2**bits - 1) / 2)
-    return levels.mul_(scales.to(dtype).unsqueeze(-1))
+def dequantize(
+    codes: Tensor, scales: Tensor, bits: int, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Values of codes ``(..., GROUP)`` and scales ``(...)``, in ``dtype``; written to ``out`` where
+    that is given.
+    """
+    levels = codes.to(dtype) if out is None else out.copy_(codes)
+    return levels.sub_((2**bits - 1) / 2).mul_(scales.to(dtype).unsqueeze(-1))
 
 
 def pack(codes: Tensor, bits: int) -> tuple[Tensor, ...]:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_twa.subspace.directions import kernels
-from lightning_twa.subspace.directions.interface import SquaredErrors, Total
+from lightning_twa.subspace.directions.interface import relative, squared_error
 from lightning_twa.subspace.directions.rows import RowProducts
+from lightning_twa.subspace.directions.scratch import Scratch
+from lightning_twa.subspace.directions.tiles import pad
 from lightning_twa.subspace.layout import ParameterLayout
 from lightning_twa.subspace.tensors import (
     copy_all,
@@ -41,7 +43,7 @@ class DenseDirections:
         self.layout = layout
         self.num_directions = num_directions
         self.rows = torch.empty(num_directions, layout.numel, dtype=dtype, device=device)
-        self._squares = SquaredErrors()
+        self._spans = pad(layout).spans_of_tiles()
         self.error = 0.0
         # Whether all tensors are one vector on the way, as an operation for each costs on a device
         self.at_once = is_accelerator(device)
@@ -61,15 +63,34 @@ class DenseDirections:
         """Dense products."""
         return "dense"
 
-    def write(self, columns: slice, values: Tensor) -> None:
-        """Take the next columns; see :class:`Directions`."""
-        stored = values.to(self.rows.dtype)
-        self.rows[:, columns] = stored.to(self.rows.device)
-        self._squares.add(stored, values)
-
-    def close(self, total: Total = lambda squares: squares) -> None:
+    def write(self, tile: int, values: Tensor, scratch: Scratch) -> Tensor:
         """See :class:`Directions`."""
-        self.error = self._squares.relative(total)
+        squares = torch.zeros(2, dtype=torch.float64, device="cpu")
+        for span in self._spans[tile]:
+            first = self.layout.specs[span.tensor].start
+            columns = slice(first + span.source.start, first + span.source.stop)
+            exact = values[:, span.target]
+            self.rows[:, columns] = exact
+            if self.rows.dtype != values.dtype:
+                stored = scratch.take("stored", tuple(exact.shape), values.dtype)
+                squares += squared_error(stored.copy_(exact.to(self.rows.dtype)), exact)
+            else:
+                squares[1] += torch.linalg.vector_norm(exact, dim=-1).double().square().sum()
+        return squares
+
+    def pieces(self, tiles: slice) -> list[Tensor]:
+        """See :class:`Directions`."""
+        spans = [span for tile in self._spans[tiles] for span in tile]
+        if not spans:
+            return []
+        first, last = (self.layout.specs[span.tensor].start for span in (spans[0], spans[-1]))
+        columns = slice(first + spans[0].source.start, last + spans[-1].source.stop)
+        return [row[columns] for row in self.rows]
+
+    def close(self, squares: Tensor) -> None:
+        """See :class:`Directions`."""
+        self.error = relative(squares)
+        self._spans = []
 
     @torch.no_grad()
     def prepare(self, agree: Callable[[bool], bool]) -> None:

@@ -8,10 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Directions", "SquaredErrors", "Total"]
+from lightning_twa.subspace.directions.scratch import Scratch
 
-Total = Callable[[Tensor], Tensor]
-"""The sum of a float64 tensor on the CPU over the processes that share the columns."""
+__all__ = ["Directions", "relative", "squared_error"]
 
 
 class Directions(Protocol):
@@ -19,7 +18,8 @@ class Directions(Protocol):
 
     num_directions: int
     error: float
-    """Relative error of what is stored, ``||u - stored|| / ||u||``, of all columns."""
+    """Relative error of what is stored, ``||u - stored|| / ||u||``, of all columns; without the
+    rounding of the products that directions are mixed by."""
 
     @property
     def nbytes(self) -> int:
@@ -29,19 +29,29 @@ class Directions(Protocol):
     def path(self) -> str:
         """How the products are computed, in a word."""
 
-    def write(self, columns: slice, values: Tensor) -> None:
-        """Take the next columns, in order.
+    def write(self, tile: int, values: Tensor, scratch: Scratch) -> Tensor:
+        """Take a tile of the padded vector; several threads may write a tile each.
 
         Args:
-            columns: Of the flat vector, inside one tensor.
-            values: ``(k, columns)`` float64 on the CPU.
+            tile: Its index.
+            values: ``(k, columns)`` float32 or float64 on the CPU, from its first column to the end
+                of the group with its last one that is no padding. They are overwritten.
+            scratch: Memory of this thread.
+
+        Returns:
+            ``(2,)`` float64 on the CPU: squares of what storing loses, and of the values.
         """
 
-    def close(self, total: Total = ...) -> None:
+    def pieces(self, tiles: slice) -> list[Tensor]:
+        """What :meth:`write` has written of tiles: contiguous views, to be filled by what another
+        process has written; before :meth:`close`.
+        """
+
+    def close(self, squares: Tensor) -> None:
         """All columns are written.
 
         Args:
-            total: See :data:`Total`.
+            squares: Sums of what :meth:`write` has returned, of all processes that share them.
         """
 
     def prepare(self, agree: Callable[[bool], bool]) -> None:
@@ -62,19 +72,18 @@ class Directions(Protocol):
         """``(k, D)`` what is stored, in the layout's dtype; for inspection."""
 
 
-class SquaredErrors:
-    """Of columns as they are stored, summed up while they are written."""
+def squared_error(stored: Tensor, exact: Tensor) -> Tensor:
+    """What :meth:`Directions.write` returns.
 
-    def __init__(self) -> None:
-        # of errors, and of exact values
-        self._sums = torch.zeros(2, dtype=torch.float64, device="cpu")
+    Args:
+        stored: ``(k, columns)`` float32 or float64; overwritten by the error.
+        exact: The same in full.
+    """
+    norms = [torch.linalg.vector_norm(t, dim=-1).double() for t in (stored.sub_(exact), exact)]
+    return torch.stack([norm.square().sum() for norm in norms])
 
-    def add(self, stored: Tensor, exact: Tensor) -> None:
-        """Count some columns, ``(k, columns)``."""
-        self._sums[0] += (stored.double() - exact).square().sum()
-        self._sums[1] += exact.square().sum()
 
-    def relative(self, total: Total) -> float:
-        """Norm of the error over norm of the exact values; 0 where these are zero."""
-        error, norm = total(self._sums).tolist()
-        return float((error / norm) ** 0.5) if norm > 0 else 0.0
+def relative(squares: Tensor) -> float:
+    """Norm of the error over norm of the exact values; 0 where these are zero."""
+    error, norm = squares.tolist()
+    return float((error / norm) ** 0.5) if norm > 0 else 0.0

@@ -22,7 +22,8 @@ from lightning_twa.subspace.directions.codec import (
     quantize,
     unpack,
 )
-from lightning_twa.subspace.directions.interface import SquaredErrors, Total
+from lightning_twa.subspace.directions.interface import relative, squared_error
+from lightning_twa.subspace.directions.scratch import Scratch
 from lightning_twa.subspace.directions.tiles import TILE, TILE_GROUPS, pad
 from lightning_twa.subspace.layout import ParameterLayout
 from lightning_twa.subspace.tensors import is_accelerator, widest, without_autocast
@@ -81,14 +82,9 @@ class PackedDirections:
             path = "compiled" if large or device.type in kernels.COMPILES else "tiled"
         self._path = path
         self._worked = [False, False]  # which of the compiled kernels have
-        self._squares = SquaredErrors()
-        self._tile = 0
-        self._buffer = torch.zeros(k, TILE, dtype=torch.float64, device="cpu")
-        # which of its columns are no padding
-        self._real = torch.zeros(TILE, dtype=torch.bool, device="cpu")
-        self._tensor = 0
+        self._spans = self._padded.spans_of_tiles()
         # Codes have no zero: columns in which all directions are zero, if there are any
-        self._still: Tensor | None = None
+        self._still: Tensor | None = torch.zeros(tiles, TILE, dtype=torch.bool, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -101,59 +97,68 @@ class PackedDirections:
         """``"compiled"`` or ``"tiled"``."""
         return self._path
 
-    def write(self, columns: slice, values: Tensor) -> None:
-        """Take the next columns; see :class:`Directions`. Full tiles are packed at once."""
-        specs = self.layout.specs
-        while specs[self._tensor].stop <= columns.start:
-            self._tensor += 1
-        shift = self._padded.starts[self._tensor] - specs[self._tensor].start
-        column = columns.start
-        while column < columns.stop:
-            tile, start = divmod(column + shift, TILE)
-            if tile != self._tile:
-                self._flush()
-                self._tile = tile
-            size = min(TILE - start, columns.stop - column)
-            taken = column - columns.start
-            self._buffer[:, start : start + size] = values[:, taken : taken + size]
-            self._real[start : start + size] = True
-            column += size
-            if column == specs[self._tensor].stop:
-                self._fill_group(start + size)
-
-    def _fill_group(self, stop: int) -> None:
-        """Pad the group that a tensor ends in with copies of its entries, so that padding does not
-        pull the group's scale.
-        """
-        first = (stop - 1) // GROUP * GROUP
-        padding = torch.arange(stop, first + GROUP, device="cpu")
-        self._buffer[:, padding] = self._buffer[:, first + (padding - stop) % (stop - first)]
-
-    def _flush(self) -> None:
-        if not bool(self._real.any()):  # nothing is held here
-            return
-        values = self._buffer.view(-1, TILE_GROUPS, GROUP)
-        codes, scales = quantize(values, self.bits)
+    def write(self, tile: int, values: Tensor, scratch: Scratch) -> Tensor:
+        """See :class:`Directions`."""
+        spans, width = self._spans[tile], values.shape[1]
+        padding = []
+        for span in spans:
+            stop, end = span.target.stop, -(-span.target.stop // GROUP) * GROUP
+            if stop < end:  # only at the end of a tensor
+                padding.append(slice(stop, end))
+                _fill_group(values, stop)
+        groups = values.view(self.num_directions, -1, GROUP)
+        found, scales = quantize(groups, self.bits, scratch)
+        codes = found
+        if width < TILE:
+            codes = found.new_zeros(self.num_directions, TILE_GROUPS, GROUP)
+            codes[:, : groups.shape[1]] = found
         for plane, packed in zip(self.planes, pack(codes, self.bits), strict=True):
-            plane[self._tile] = packed.transpose(0, 1).to(plane.device)
-        self.scales[self._tile] = scales.T.to(self.scales.device)
-        stored = dequantize(codes, scales, self.bits, torch.float64).flatten(1)
-        still = (self._buffer == 0).all(dim=0)
-        if bool((still & self._real).any()):
-            stored[:, still] = 0.0
-            if self._still is None:
-                shape = (self.scales.shape[0], TILE)
-                self._still = torch.zeros(shape, dtype=torch.bool, device=self.scales.device)
-            self._still[self._tile] = still.to(self._still.device)
-        self._squares.add(stored[:, self._real], self._buffer[:, self._real])
-        self._buffer.zero_()
-        self._real.zero_()
+            plane[tile] = packed.transpose(0, 1).to(plane.device)
+        self.scales[tile, : groups.shape[1]] = scales.T.to(self.scales.device)
+        stored = scratch.take("work", tuple(groups.shape), values.dtype)
+        dequantize(found, scales, self.bits, values.dtype, out=stored)
+        stored = stored.view(values.shape)
+        self._keep_still(tile, values, stored, padding, scratch)
+        for part in padding:  # it is no column
+            values[:, part] = stored[:, part] = 0.0
+        return squared_error(stored, values)
 
-    def close(self, total: Total = lambda squares: squares) -> None:
-        """See :class:`Directions`. Packs the last tile."""
-        self._flush()
-        self._buffer = self._buffer[:, :0]
-        self.error = self._squares.relative(total)
+    def _keep_still(
+        self,
+        tile: int,
+        values: Tensor,
+        stored: Tensor,
+        padding: Sequence[slice],
+        scratch: Scratch,
+    ) -> None:
+        """Note in which columns all values are zero, and have zeros stored there."""
+        magnitudes = torch.abs(
+            values, out=scratch.take("levels", tuple(values.shape), values.dtype)
+        )
+        still = magnitudes.amax(0) == 0
+        if not bool(still.any()):
+            return
+        real = still.clone()
+        for part in padding:
+            real[part] = False
+        if not bool(real.any()):
+            return
+        stored[:, still] = 0.0
+        assert self._still is not None
+        self._still[tile, : len(still)] = still.to(self._still.device)
+
+    def pieces(self, tiles: slice) -> list[Tensor]:
+        """See :class:`Directions`."""
+        assert self._still is not None
+        return [tensor[tiles] for tensor in (*self.planes, self.scales, self._still)]
+
+    def close(self, squares: Tensor) -> None:
+        """See :class:`Directions`."""
+        self.error = relative(squares)
+        self._spans = []
+        assert self._still is not None
+        if self._still.is_meta or not bool(self._still.any()):
+            self._still = None
 
     @torch.no_grad()
     def prepare(self, agree: Callable[[bool], bool]) -> None:
@@ -230,6 +235,15 @@ class PackedDirections:
                 columns = slice(first + span.source.start, first + span.source.stop)
                 result[:, columns] = values[:, span.target]
         return result
+
+
+def _fill_group(values: Tensor, stop: int) -> None:
+    """Pad the group that a tensor ends in with copies of its entries, so that padding does not pull
+    the group's scale.
+    """
+    first = (stop - 1) // GROUP * GROUP
+    padding = torch.arange(stop, first + GROUP, device="cpu")
+    values[:, padding] = values[:, first + (padding - stop) % (stop - first)]
 
 
 def stored_bytes(layout: ParameterLayout, num_directions: int, bits: int) -> int:

@@ -80,6 +80,20 @@ class PaddedLayout:
             for _ in range(tiles.start, tiles.stop)
         ]
 
+    def spans_of_tiles(self) -> list[tuple[Span, ...]]:
+        """Of each tile the tensors' parts in it, in order; none where all of them are empty."""
+        found: list[list[Span]] = [[] for _ in range(self.num_tiles)]
+        for i, (spec, start) in enumerate(zip(self.layout.specs, self.starts, strict=True)):
+            stop = start + spec.stop - spec.start
+            position = start
+            while position < stop:
+                tile, first = divmod(position, TILE)
+                size = min(TILE - first, stop - position)
+                source = slice(position - start, position - start + size)
+                found[tile].append(Span(i, source, slice(first, first + size)))
+                position += size
+        return [tuple(spans) for spans in found]
+
     def spans(self, begin: int, end: int, origin: int) -> Iterator[Span]:
         """The tensors' parts between two positions of the padded vector, from ``origin`` on."""
         for i, (spec, start) in enumerate(zip(self.layout.specs, self.starts, strict=True)):

@@ -13,6 +13,7 @@ from lightning_twa.subspace.directions.codec import (
     quantize,
     unpack,
 )
+from lightning_twa.subspace.directions.scratch import Scratch
 
 # Root mean square error of the Lloyd-Max quantizer of a standard normal (Max 1960).
 LLOYD_MAX = {1: 0.603, 2: 0.343, 3: 0.186, 4: 0.0975, 5: 0.0500, 6: 0.0253, 7: 0.0128, 8: 0.00643}
@@ -69,6 +70,38 @@ def test_packing_round_trips_and_holds_exactly_the_bits(bits, shape) -> None:
     assert 8 * sum(plane.numel() for plane in planes) == bits * codes.numel()
     assert all(plane.dtype == torch.uint8 for plane in planes)
     assert sum(PLANES[bits]) == bits
+
+
+@BITS
+def test_codes_of_float32_are_as_good_as_those_of_float64_by_plain_arithmetic(bits) -> None:
+    """Also in memory that was used before, and of numbers whose squares underflow."""
+    scratch = Scratch()
+    values = torch.randn(300, GROUP, dtype=torch.float64)
+    for factor in (1.0, 1e-15, 1e15, 1e-30):
+        scaled = (factor * values).float()
+        codes, scales = quantize(scaled, bits, scratch)
+        stored = dequantize(codes, scales, bits, torch.float64)
+        assert relative(scaled.double(), stored) < 1.1 * LLOYD_MAX[bits]
+        nearest = torch.full_like(stored, torch.inf)  # of all levels of each group's scale
+        for code in range(2**bits):
+            level = scales.double().unsqueeze(-1) * (code - (2**bits - 1) / 2)
+            nearest = torch.minimum(nearest, (level - scaled.double()).abs())
+        worse = (stored - scaled.double()).abs() - nearest
+        assert float(worse.max()) < 1e-5 * float(scaled.abs().max())
+        assert torch.equal(codes, quantize(scaled, bits)[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [*((torch.float64, bits) for bits in range(1, 9)), (torch.float32, 1), (torch.float32, 2)],
+)
+def test_codes_do_not_depend_on_the_rounding_of_values(dtype, bits) -> None:
+    """Also of groups of few values, which several scales give exactly."""
+    for different in (1, 2, 3, 5, 9, GROUP):
+        values = torch.randn(100, different, dtype=dtype)[:, torch.arange(GROUP) % different]
+        for factor in (1 + torch.finfo(dtype).eps, 1 - torch.finfo(dtype).eps):
+            pairs = zip(quantize(values, bits), quantize(values * factor, bits), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_one_bit_is_sign_times_mean_magnitude() -> None:

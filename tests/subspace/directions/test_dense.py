@@ -8,7 +8,7 @@ from reference import BF16, CPU, F32, F64, candidates, check_products
 
 from lightning_twa import SubspaceConfig, build_subspace
 from lightning_twa.subspace import ParameterLayout
-from lightning_twa.subspace.directions import DenseDirections, dense
+from lightning_twa.subspace.directions import DenseDirections, Scratch, dense
 
 
 @pytest.mark.parametrize("columns", [1000, 7001, 21_000])
@@ -42,9 +42,8 @@ def test_the_error_is_that_of_rounding(stored, error) -> None:
     layout = ParameterLayout.from_tensors({"w": torch.zeros(4000, dtype=F64)})
     directions = DenseDirections(layout, 2, stored, CPU)
     values = torch.randn(2, 4000, dtype=F64)
-    directions.write(slice(0, 1500), values[:, :1500])
-    directions.write(slice(1500, 4000), values[:, 1500:])
-    directions.close()
+    padded = torch.cat([values, torch.full((2, 96), torch.nan, dtype=F64)], dim=1)
+    directions.close(directions.write(0, padded, Scratch()))
     found = float((directions.dense() - values).norm() / values.norm())
     assert directions.error == pytest.approx(found, rel=1e-6)
     assert directions.error == pytest.approx(error, rel=0.1)
@@ -54,15 +53,14 @@ def test_the_error_is_that_of_rounding(stored, error) -> None:
 def test_the_error_is_of_the_columns_of_all_processes() -> None:
     layout = ParameterLayout.from_tensors({"w": torch.zeros(4, dtype=F64)})
     directions = DenseDirections(layout, 1, BF16, CPU)
-    directions.write(slice(0, 4), torch.ones(1, 4, dtype=F64))
-    directions.close(lambda squares: squares + torch.tensor([1.0, 12.0], dtype=F64))
+    squares = directions.write(0, torch.ones(1, 128, dtype=F64), Scratch())
+    directions.close(squares + torch.tensor([1.0, 12.0], dtype=F64))
     assert directions.error == pytest.approx((1 / 16) ** 0.5)
 
 
 def test_directions_of_zeros_have_no_error() -> None:
     directions = DenseDirections(ParameterLayout.from_tensors({"w": torch.zeros(4)}), 1, F32, CPU)
-    directions.write(slice(0, 4), torch.zeros(1, 4, dtype=F64))
-    directions.close()
+    directions.close(directions.write(0, torch.zeros(1, 128, dtype=F64), Scratch()))
     assert directions.error == 0.0
 
 
