@@ -114,7 +114,9 @@ def build_subspace(
     with together():
         _check(config, held, members, start)
     tiles = CandidateTiles(layout, members, columns, centered=centered, narrow=narrow)
-    build = _Build(tiles, threads_here() if large else 1, tick, carrier)
+    # Where others build nothing, they are not asked how many threads this process may have.
+    threads = torch.get_num_threads() if columns is None else threads_here()
+    build = _Build(tiles, threads if large else 1, tick, carrier)
     with full_precision(), without_autocast(torch.device("cpu")), torch.no_grad():
         given = None if start is None else _flat(tiles, start)
         if mixing is None:

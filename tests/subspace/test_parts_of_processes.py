@@ -105,3 +105,11 @@ def test_what_one_process_finds_is_refused_by_all_and_cores_are_shared(tmp_path)
     run(refused, 2, tmp_path)
     share = max(1, len(os.sched_getaffinity(0)) // 2)
     assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == 2 * [str(share)]
+
+
+def test_who_builds_alone_asks_no_other_process(monkeypatch) -> None:
+    """Others of its group may build nothing, and would not answer."""
+    monkeypatch.setattr(build, "threads_here", lambda: pytest.fail("asks the others"))
+    monkeypatch.setattr(build, "SMALL", 0)
+    first, second = {"w": torch.zeros(300)}, {"w": torch.ones(300)}
+    assert build_subspace([first, second]).num_directions == 1
