@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("helpers")
+# Lightning keeps messages to itself where nothing listens when it is imported, as in pytest 8.0.
+logging.getLogger("lightning.pytorch").propagate = True
 
 
 @pytest.hookimpl(tryfirst=True)
