@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.common import load_script
 
@@ -299,3 +300,22 @@ def test_plots_are_drawn(tmp_path) -> None:
     names = ["averaging-weights", "heldout", "loss-path", "path", "subspace"]
     both = [f"{name}{suffix}.png" for suffix in ("", "-dark") for name in names]
     assert [Path(path).name for path in written] == both
+
+
+@pytest.mark.long
+def test_building_is_measured_beside_its_two_products() -> None:
+    small = ("--rounds", "1", "--sizes", "70000", "--candidates", "3", "--bits", "4", "--skip-peak")
+    header, _, row = run_example("benchmarks/build.py", *small).splitlines()[-3:]
+    assert row.count("|") == header.count("|")
+    assert [cell.strip() for cell in row.strip("|").split("|")][:3] == ["70,000", "3", "4"]
+
+
+def test_the_cost_model_of_building_finds_its_constants(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    build = load_script(EXAMPLES / "benchmarks" / "build.py")
+    sizes = [(d, n, bits) for d, n in build.FITTED for bits in (4, 32)]
+    matrix = torch.tensor([build.terms(*size) for size in sizes], dtype=torch.float64)
+    exact = torch.tensor([3e-9, 2e-11, 5e-9, 0.0], dtype=torch.float64)
+    found = build.non_negative(matrix, matrix @ exact)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-14)
+    assert bool((build.non_negative(matrix, matrix @ -exact + 1) >= 0).all())

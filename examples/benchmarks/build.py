@@ -7,11 +7,13 @@ Prints a Markdown table.
 
     python examples/benchmarks/build.py                             # 1.1 million parameters
     python examples/benchmarks/build.py --sizes 11.2e6 --rounds 3   # and 60 candidates: 6 GB
+    python examples/benchmarks/build.py --model   # a cost model, fitted here, for larger machines
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import statistics
 import subprocess
@@ -116,6 +118,79 @@ def table(numel: int, n: int, args: argparse.Namespace) -> None:
         )
 
 
+# --- a cost model
+
+TERMS = ("read", "multiply", "quantize", "store in float32")
+# What it is fitted to, and what it is carried to: parameters, candidates, processes with a share of
+# the columns each
+FITTED = [(1_100_000, 10), (1_100_000, 60), (4_200_000, 20), (4_200_000, 40)]
+CARRIED = [
+    (87e6, 72, 1),
+    (87e6, 72, 8),
+    (7e9, 22, 64),
+    (7e9, 22, 1024),
+    (70e9, 22, 64),
+    (70e9, 22, 1024),
+]
+CORES = 8  # of a process there
+
+
+def terms(d: float, n: int, bits: int) -> list[float]:
+    """How much of each of :data:`TERMS` building has: numbers that are read, or written, and
+    products of two.
+    """
+    k = n - 1
+    written = k * d
+    packed = bits <= 8
+    return [2 * n * d, (n + k) * n * d, written * packed, written * (not packed)]
+
+
+def model(args: argparse.Namespace) -> None:
+    """Fit the constants by least squares of the relative error, and print what follows."""
+    rows, seconds = [], []
+    for numel, n in FITTED:
+        _, members = candidates(numel, n)
+        actions: dict[str, Callable[[], object]] = {
+            str(bits): functools.partial(build_subspace, members, SubspaceConfig(bits=bits))
+            for bits in (4, 32)
+        }
+        medians(actions, 1)
+        for bits, found in medians(actions, args.rounds).items():
+            rows.append(terms(numel, n, int(bits)))
+            seconds.append(found)
+    matrix, measured = torch.tensor(rows, dtype=torch.float64), torch.tensor(seconds).double()
+    constants = non_negative(matrix / measured[:, None], torch.ones_like(measured))
+    threads = torch.get_num_threads()
+    print(f"{threads} threads; nanoseconds of one thread a number:")
+    for term, constant in zip(TERMS, constants.tolist(), strict=True):
+        print(f"- {term}: {1e9 * constant * threads:.3g}")
+    off = matrix @ constants / measured - 1
+    print(f"From {100 * float(off.min()):+.0f} % to {100 * float(off.max()):+.0f} % off.\n")
+    print(
+        f"| D | candidates | processes of {CORES} cores | 4 bits, s | 32 bits, s | candidates, GB |"
+    )
+    print("|---|---|---|---|---|---|")
+    for d, n, w in CARRIED:
+        cells = [
+            float(torch.tensor(terms(d, n, bits)).double() @ constants) * threads / CORES / w
+            for bits in (4, 32)
+        ]
+        print(f"| {d:.3g} | {n} | {w} | {cells[0]:.3g} | {cells[1]:.3g} | {4e-9 * n * d / w:.3g} |")
+
+
+def non_negative(matrix: Tensor, target: Tensor) -> Tensor:
+    """Least squares without negative constants: those that would be are left out."""
+    kept = list(range(matrix.shape[1]))
+    while True:
+        found = torch.linalg.lstsq(matrix[:, kept], target).solution
+        if bool((found >= 0).all()):
+            break
+        del kept[int(found.argmin())]
+    constants = matrix.new_zeros(matrix.shape[1])
+    constants[kept] = found
+    return constants
+
+
 def main() -> None:
     """Print a row for each size and width."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -124,11 +199,15 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip-peak", action="store_true")
+    parser.add_argument("--model", action="store_true", help="fit a cost model instead")
     parser.add_argument("--peak", type=int, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.peak:
         measure_peak(*args.peak)
+        return
+    if args.model:
+        model(args)
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print("| parameters | candidates | bits | two products, s | build, s | ratio | extra, MB |")
