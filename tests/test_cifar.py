@@ -130,7 +130,7 @@ def test_held_out_images_and_other_options(
     *name, _, _, epochs = only_result(capsys.readouterr().out)
     assert (*name, epochs) == ("vit", "cifar100", "twa", "0", "5")
     (twa,) = made
-    assert twa.candidate_names == ["epoch=0", "epoch=1", "epoch=2"]
+    assert [n for n in twa.candidate_names if "epoch" in n] == ["epoch=0", "epoch=1", "epoch=2"]
     assert len(twa.block_names) > 1
     assert twa.settings.data == "val"
     assert twa.settings.subspace.bits == 4

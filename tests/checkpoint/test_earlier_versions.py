@@ -75,7 +75,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def close(a: Any, b: Any) -> bool:
-    """The same, where another machine than the one that wrote ``a`` has computed ``b``."""
+    """The same, where another machine or version than the one of ``a`` has computed ``b``."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return same(a, b)
     try:
@@ -219,7 +219,8 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_did(resume, name, moment) -
     resumed = resume(name, moment)
     expected = torch.load(WRITTEN / name / "end.pt", weights_only=True)
     assert resumed.twa.phase == "done"
-    assert differences(expected, resumed.end, computed) == []
+    # Gram matrices, and so directions, are summed up in another order since
+    assert differences(expected, resumed.end, close) == []
 
 
 @each_stage
