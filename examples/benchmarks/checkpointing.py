@@ -117,7 +117,8 @@ def checkpoints(width: int, n: int, rounds: int, root: Path) -> list[str]:
                 return []
             where = str(folder / "candidates") if kind == "disk" else None
             storage = StorageConfig(kind=kind, dirpath=where)  # type: ignore[arg-type]
-            return [TWACallback(n, collect=CollectConfig(start=0), storage=storage)]
+            collect = CollectConfig(start=0, power_averages=())
+            return [TWACallback(n, collect=collect, storage=storage)]
 
         saver = Saver(folder, moments, rounds)
         fit(width, n, folder, [*twa(), saver])

@@ -157,6 +157,8 @@ class Averages:
             held = state.get(key)
             if held is None:
                 continue
+            if key == "power" and not self._power.widths and self._collect.power_averages:
+                continue  # nobody has asked for others: a uniform average needs none
             if key == "dense" and not self._dense.decays:
                 raise ValueError(
                     "The checkpoint's run has CollectConfig(dense=True), but this callback has "

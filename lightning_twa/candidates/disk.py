@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -103,13 +102,6 @@ class Disk:
             if written is not None:
                 delete_candidate(self.root, written)
             raise OSError(str(error)) from error
-
-    def take_back(self, writing: Writing) -> None:
-        """Delete what this process has written of a candidate that nobody will finish."""
-        written, _ = writing.wait()
-        if written is not None:
-            with suppress(OSError):
-                delete_candidate(self.root, written)
 
     def begin_part(self) -> None:
         """Write further candidates to a folder of their own: their names may come again."""

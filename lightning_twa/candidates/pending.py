@@ -96,15 +96,18 @@ class Pending:
 
     def leave(self) -> None:
         """After an exception, which other processes may not have had: nothing is on its way any
-        more. Of several processes each keeps what was in memory.
+        more. Of several processes each keeps what was in memory; their files stay, complete, for
+        whoever needs them, and what comes goes to other ones.
         """
         if world_size() == 1:
             self.settle()
             return
         for entry in self._entries:
-            if entry.writing is not None and self._disk is not None:
-                self._disk.take_back(entry.writing)
+            if entry.writing is not None:
+                entry.writing.wait()
             entry.writing = None
+        if self._entries and self._disk is not None:
+            self._disk.begin_part()
         self._entries = []
 
 

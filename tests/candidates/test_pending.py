@@ -23,7 +23,7 @@ from helpers.resume import equal, state
 from helpers.storage import files, run, saver, twa
 from lightning_twa import StorageConfig
 from lightning_twa.candidates import Candidate, Store, disk, drop, find_files, name_files, pending
-from lightning_twa.candidates.files import write_candidate
+from lightning_twa.candidates.files import Reference, read_candidate, write_candidate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss"),
@@ -308,15 +308,23 @@ def test_two_processes_name_what_is_on_the_disk(
 def test_of_several_processes_what_was_on_its_way_stays_in_memory(
     tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After an exception, when nothing can be agreed on."""
+    """After an exception, when nothing can be agreed on. The file stays for whoever needs it."""
     net, store = nn.Linear(3, 2), on_disk(tmp_path)
     weights = moved(net)
     store.add(net, "epoch=0")
     gate.open_soon()
     monkeypatch.setattr(pending, "world_size", lambda: 2)
     store.pending.leave()
-    assert files(tmp_path) == []
+    (left,) = files(tmp_path)
+    size = (tmp_path / left).stat().st_size
+    read = read_candidate(tmp_path, Reference("epoch=0", left, size, ""), verify=False)
+    assert equal(read.parameters, weights)
     held = store.state_dict()
     assert equal(held["window"][0]["parameters"], weights)
     name_files(store, held)
     assert "files" not in held["window"][0]
+    store.clear()
+    store.add(net, "epoch=0")  # that epoch again
+    gate.open_soon()
+    store.settle()
+    assert [entry.files is None for entry in store._window] == [False]

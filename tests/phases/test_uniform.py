@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
+import lightning_twa
 from helpers.common import Recorder, Regressor, loader, trainer, weights
 from helpers.ddp import fit
 from helpers.plain import CollectConfig, TWACallback
@@ -177,3 +178,23 @@ def test_a_uniform_run_without_an_end_is_not_counted(tmp_path) -> None:
         twa = TWACallback(collect=collect, solver=UNIFORM)
         trainer(tmp_path, callbacks=[twa, Stop()], max_epochs=-1).fit(Regressor(), loader())
         assert twa.phase == "done"
+
+
+def test_a_run_that_was_to_learn_goes_on_to_a_uniform_average(tmp_path) -> None:
+    """Which needs no averages of all steps; candidates are those that both have taken."""
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    learning = lightning_twa.TWACallback(4, collect=lightning_twa.CollectConfig(start=0))
+    trainer(tmp_path, callbacks=[learning, saver], enable_checkpointing=True).fit(
+        Regressor(), loader(), loader(32)
+    )
+    twa = lightning_twa.TWACallback(4, collect=lightning_twa.CollectConfig(start=0), solver=UNIFORM)
+    module = Regressor()
+    trainer(tmp_path, callbacks=[twa]).fit(
+        module, loader(), loader(32), ckpt_path=tmp_path / "epoch=2.ckpt"
+    )
+    assert twa.candidate_names == [f"epoch={e}" for e in range(6)]
+    mean = {
+        n: sum(c.parameters[n] for c in twa.candidates) / 6 for n, _ in module.named_parameters()
+    }
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter, mean[name])
