@@ -123,9 +123,10 @@ class Result:
                 f"average is better than a fixed one is not known."
             )
         if self.accepted is None:
+            one = " It is one batch: that may be chance." if self.batches == 1 else ""
             return (
                 f"No point of the phase's path was clearly better than the average that was "
-                f"chosen, {self.start!r}, which is the result: learning gained nothing here."
+                f"chosen, {self.start!r}, which is the result: learning gained nothing here.{one}"
             )
         error = "" if math.isnan(self.gain_error) else f" +- {self.gain_error:.2g}"
         chance = "" if self.gain > 2 * self.gain_error else ", which may be chance"

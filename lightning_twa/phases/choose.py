@@ -110,6 +110,13 @@ class Comparison:
         return best if _is_better(self.fixed[best], self.fixed[usual]) else usual
 
     @property
+    def chosen(self) -> tuple[str, bool]:
+        """The start, and whether no other has a smaller loss."""
+        start = self.start
+        least = min(_mean(losses) for losses in self.fixed.values())
+        return start, _mean(self.fixed[start]) <= least
+
+    @property
     def accepted(self) -> int | None:
         """The step of the best point of the path; ``None`` where it is not clearly better than the
         start.

@@ -130,7 +130,7 @@ def warn_of_no_average(averaging: Averaging, trainer: Trainer, had_too_few: bool
         )
         return
     candidates, start = len(averaging.candidate_names), averaging.plan.describe_start()
-    sooner = "Lower start_epoch" if "epoch" in start else "Raise phase_steps, or pass start_epoch,"
+    sooner = "lower start_epoch" if "epoch" in start else "raise phase_steps, or pass start_epoch,"
     found = f"there {'was' if candidates == 1 else 'were'} {count(candidates, 'candidate')}"
     ordinary = "The weights are those of ordinary training."
     if had_too_few:
@@ -142,13 +142,15 @@ def warn_of_no_average(averaging: Averaging, trainer: Trainer, had_too_few: bool
     text = (
         f"TWA never ran: training stopped after {count(trainer.current_epoch, 'epoch')} and "
         f"{count(trainer.global_step, 'optimizer step')}, before {start} began "
-        f"the phase. {ordinary} {sooner} to run it"
+        f"the phase. {ordinary} "
     )
     if was_stopped_early(trainer) and not averaging.settings.start_on_early_stopping:
         text += (
-            ", or pass TWACallback(start_on_early_stopping=True): the phase then begins where "
-            "EarlyStopping would end the run"
+            f"Pass TWACallback(start_on_early_stopping=True), which begins the phase where "
+            f"EarlyStopping would end the run; or {sooner} to run it"
         )
+    else:
+        text += f"{sooner[0].upper()}{sooner[1:]} to run it"
     if averaging.settings.start_on_early_stopping and candidates < 2:
         text += f", or CollectConfig.start: {found}, and start_on_early_stopping needs two"
     warn(f"{text}.")

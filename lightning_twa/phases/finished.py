@@ -44,10 +44,12 @@ class FinishedAverage:
 
     Attributes:
         path: The checkpoint that holds it; ``None`` where none was written.
+        validated: Whether a validation has seen it; ``None`` if it is not this ``fit``'s.
     """
 
     def __init__(self) -> None:
         self.path: str | None = None
+        self.validated: bool | None = None
         self._digests: dict[str, bytes] = {}  # by name, of this process's part
         self._state: dict[str, Tensor] | None = None  # what the file, if there is one, lacks of it
         self._in_file = False
@@ -65,7 +67,7 @@ class FinishedAverage:
         Args:
             module: With the finished average in it.
         """
-        self._warned = self._in_file = False
+        self._warned = self._in_file = self.validated = False
         self._digests = {n: _digest(t) for n, t in weights_and_buffers(module).items()}
         self._state = {
             name: value.detach().to("cpu", copy=True)
@@ -299,7 +301,9 @@ def _target(trainer: Trainer, where: str | os.PathLike[str] | bool, base: Path) 
 
 
 def _tell_of_no_file(where: str | os.PathLike[str] | bool) -> None:
-    why = "save_average=False" if where is False else "checkpointing is off"
+    why = "save_average=False"
+    if where is not False:
+        why = "checkpointing is off; save_average='average.ckpt' would write one"
     say(
         f"TWA: the average is in the model, and in average_state_dict() of the callback; no file "
         f"has it ({why})."

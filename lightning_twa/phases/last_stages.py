@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_twa.machine import say
 from lightning_twa.phases import saved
 from lightning_twa.phases.anew import begin_cycle, go_on
 from lightning_twa.phases.into_checkpoint import put_validated
@@ -127,6 +128,11 @@ class Done(Stage):
                 f"new Trainer and a new TWACallback)."
             )
 
+    def validation_begins(self, trainer: Trainer, module: LightningModule) -> StageName:
+        """It sees the average."""
+        self.averaging.finished.validated = True
+        return self.name
+
     def training_ended(self, trainer: Trainer, module: LightningModule) -> StageName:
         """Give the Trainer back; the average stays in the model."""
         self.averaging.release()
@@ -137,6 +143,11 @@ class Done(Stage):
         """Compare what the model and its files hold with the average."""
         self.averaging.finished.compare(module, "At the end of the run")
         self.averaging.finished.tell_of_best(trainer)
+        if self.averaging.finished.validated is False and trainer.enable_validation:
+            say(
+                "TWA: no validation of this run saw the average: no metric of it was logged, and "
+                "no checkpoint was chosen by one. trainer.validate(model) measures it."
+            )
         return self.raised(trainer, module)
 
     def raised(self, trainer: Trainer, module: LightningModule) -> StageName:

@@ -118,7 +118,7 @@ class Optimization:
         self._local_buffers = choice.share.gradients_stay or shards_parameters(trainer)
         self.measure(trainer, module)
         self._go_to_next_group(trainer, module, store)  # where it was saved before follow_batch()
-        chosen = self.selection.comparison.start if self.selection.chose else None
+        chosen = self.selection.comparison.chosen if self.selection.chose else None
         report.tell_what_begins(self, module, store.names, chosen)
 
     def _build(

@@ -238,3 +238,27 @@ def test_a_last_checkpoint_with_the_right_weights_is_of_a_finished_run(
     last = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert last["callbacks"][twa.state_key]["phase"] == "done"
     assert equal(dict(last["state_dict"]), state(module))
+
+
+UNSEEN = "TWA: no validation of this run saw the average"
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to")
+@pytest.mark.parametrize(
+    ("limits", "seen"),
+    [
+        ({"max_epochs": 6}, True),
+        ({"max_epochs": 6, "limit_val_batches": 0}, True),
+        ({"max_epochs": 7, "check_val_every_n_epoch": 3}, False),
+        ({"max_epochs": -1, "max_steps": 22}, False),
+        ({"max_epochs": 6, "start": 4}, False),  # it ends when the phase has taken its steps
+    ],
+    ids=str,
+)
+def test_who_has_not_validated_the_average_is_told(tmp_path, caplog, limits, seen) -> None:
+    limits = dict(limits)
+    twa, module = TWACallback(limits.pop("start", None), phase_steps=2), Regressor()
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        trainer(tmp_path, callbacks=[twa], **limits).fit(module, loader(), loader(32, seed=1))
+    assert twa.phase == "done"
+    assert [UNSEEN in text for text in caplog.messages].count(True) == (not seen)

@@ -101,7 +101,8 @@ def test_without_a_file_the_last_line_says_where_the_average_is(tmp_path, caplog
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         run(tmp_path, twa(save_average=save), enable_checkpointing=not save)
     lines = [line for line in caplog.messages if line.startswith("TWA:")]
-    why = "checkpointing is off" if save else "save_average=False"
+    off = "checkpointing is off; save_average='average.ckpt' would write one"
+    why = off if save else "save_average=False"
     assert lines[-1] == (
         f"TWA: the average is in the model, and in average_state_dict() of the callback; no file "
         f"has it ({why})."

@@ -142,7 +142,9 @@ def test_a_whole_phase_is_finished(tmp_path, caplog) -> None:
 
 def test_a_run_that_it_ends_before_the_phase_is_told_how_to_begin_one(tmp_path) -> None:
     twa = TWACallback(start_epoch=6)
-    with pytest.warns(UserWarning, match=r"TWA never ran.*or pass .*start_on_early_stopping=True"):
+    with pytest.warns(
+        UserWarning, match=r"TWA never ran.*Pass .*start_on_early_stopping=True.*or lower"
+    ):
         trainer(tmp_path, callbacks=[Impatient(3), twa], max_epochs=8).fit(
             Regressor(), loader(), loader(32, seed=1)
         )

@@ -69,7 +69,7 @@ def check_lines(rows: list[str], callback: lightning_twa.TWACallback) -> None:
     """Each stands there once, from the beginning of a row on, whole, and no bar is above one."""
     table = str(callback.result).splitlines()
     firsts = ["TWA: from epoch 4 only", "TWA: it starts from", "TWA: phase finished after 8"]
-    lasts = ["radius 1.", "data have chosen.", "4 training batches."]
+    lasts = ["radius 1.", "the standard error.", "4 training batches."]
     firsts += [f"TWA: {table[0]}", *table[1:-1], table[-1][:80]]
     lasts += [f"TWA: {table[0]}", *table[1:-1], table[-1][-10:].strip()]
     places = []

@@ -172,7 +172,7 @@ def test_other_stops_and_too_few_candidates_stop_as_ever(tmp_path) -> None:
     for callbacks, start, ending in cases:
         twa = TWACallback(6, collect=CollectConfig(start=start), start_on_early_stopping=True)
         the_trainer = trainer(tmp_path, callbacks=[*callbacks, twa], max_epochs=8)
-        message = f"^TWA never ran: .* Lower start_epoch to run it{ending}\\.$"
+        message = f"^TWA never ran: .* [Ll]ower start_epoch to run it{ending}\\.$"
         with pytest.warns(UserWarning, match=message):
             the_trainer.fit(Regressor(), loader(), loader(32, seed=1))
         assert the_trainer.current_epoch == 3
