@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -80,6 +81,12 @@ def average_files(args: argparse.Namespace, weights: list[float] | None) -> Iter
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     scored: dict[str, Any] = {}
     if setting is not None and args.method == "greedy":
+        own = type(setting.module).val_dataloader
+        if setting.data is None and own is LightningModule.val_dataloader:
+            raise ValueError(
+                f"--method greedy validates, but {type(setting.module).__name__} has no "
+                f"val_dataloader. Pass --data, or a --config that names the data."
+            )
         scored = {
             "module": setting.module,
             "trainer": setting.trainer(),

@@ -36,6 +36,11 @@ def plot(path: Path, directory: Path | None, kind: str) -> Iterator[str]:
         ValueError: When the checkpoint holds nothing to draw, or there is no such directory.
         ImportError: Without matplotlib.
     """
+    if path.is_file() and path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path} holds weights alone, and nothing of a run that could be drawn. Give a "
+            f"checkpoint of the phase or after it (.ckpt)."
+        )
     if read_state(path).get("averaging_weights") is None:
         raise ValueError(
             f"{path} was written before the phase began: there are no averaging weights to draw. "

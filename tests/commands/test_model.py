@@ -144,6 +144,8 @@ def test_the_greedy_soup_of_a_monitor(user, capsys) -> None:
         capsys, *greedy, "--monitor", "val_x"
     )
     usage(capsys, "--method greedy and --monitor go together", *greedy)
+    text = failure(capsys, *[a for a in greedy if "ata" not in a], "--monitor", "val_loss")
+    assert "Model has no val_dataloader. Pass --data" in text
     usage(
         capsys,
         "--method greedy needs the model: --config or --module",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
 
 import lightning_twa
 from helpers.commands import checkpoints, failure, printed
@@ -181,6 +182,9 @@ def test_plot_writes_what_held_out_data_have_shown(tmp_path, capsys) -> None:
     lines = printed(capsys, "plot", tmp_path / "epoch=4.ckpt").splitlines()  # in the phase
     assert lines[-4] == f"wrote {tmp_path / 'epoch=4-weights.png'}"
     assert "(the phase has not ended yet)" in lines[-3]
+    save_file({"w": torch.ones(3)}, tmp_path / "average.safetensors")
+    text = failure(capsys, "plot", tmp_path / "average.safetensors")
+    assert "average.safetensors holds weights alone" in text
 
 
 FOREIGN = {
