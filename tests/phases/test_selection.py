@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,8 @@ def test_a_path_that_held_out_data_do_not_like_ends_at_its_start(
     trainer(tmp_path, callbacks=callbacks).fit(module, loader(), loader(32, seed=1))
     assert twa.result.accepted is None
     assert "learning gained nothing here" in str(twa.result)
+    assert "chance" not in str(replace(twa.result, batches=2))
+    assert "one batch: that may be chance" in str(replace(twa.result, batches=1))
     averages = fixed_averages(
         twa.candidate_names, ["power(0.05)", "power(0.13)", "mean"], soup=False
     )
