@@ -42,6 +42,7 @@ from lightning_twa.candidates.running_mean import RunningMean
 from lightning_twa.candidates.selected import averaged_names, check_selection
 from lightning_twa.candidates.spectral import fit_singular_vectors_
 from lightning_twa.candidates.store import Store, drop, misfit_of, name_files, take_anew
+from lightning_twa.candidates.subspace_files import SubspaceFiles, name_of_subspace
 from lightning_twa.candidates.unchanged import same
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Reference",
     "RunningMean",
     "Store",
+    "SubspaceFiles",
     "average_buffers_",
     "average_name",
     "averaged_names",
@@ -78,6 +80,7 @@ __all__ = [
     "mean_buffers",
     "misfit_of",
     "name_files",
+    "name_of_subspace",
     "persistent_buffers",
     "put_average",
     "put_back",

@@ -35,11 +35,13 @@ class Disk:
     Args:
         root: Directory of the directories of runs, the same path on every host.
         shards: Whether each process has a part of every parameter.
+        kind: What the names of directories begin with.
     """
 
-    def __init__(self, root: Path, *, shards: bool = False) -> None:
+    def __init__(self, root: Path, *, shards: bool = False, kind: str = "version") -> None:
         self.root = root
         self.shards = shards
+        self.kind = kind
         self.directory: Path | None = None
         self._part = root  # where this process writes
         self._parts = 0  # begun after the first one
@@ -158,7 +160,7 @@ class Disk:
         made, problem = None, None
         if rank() == 0:
             try:
-                made = make_directory(self.root).name
+                made = make_directory(self.root, self.kind).name
             except Exception as error:  # as in write()
                 problem = _said(error)
         made, problem = gather_objects((made, problem))[0]

@@ -44,7 +44,7 @@ class Store:
         config: Where they are kept.
         max_candidates: So many are kept; ``None`` keeps all.
         evenly: Whether these are spread evenly, and not the newest.
-        root: Directory for files; ``None`` for memory only.
+        root: Directory for files; with ``None`` there are none.
         processes_on_host: Number of processes that share the memory of this one.
         shards: Whether each process has a part of every parameter.
         keep_named: Whether a run may go on from any checkpoint, not only from the newest: files
@@ -72,6 +72,7 @@ class Store:
         self.max_candidates = max_candidates
         self.evenly = evenly
         self.shards = shards
+        self.root = root
         self._keep_named = keep_named
         self._shared = processes_on_host > 1 or shards
         self._device = device or torch.device("cpu")

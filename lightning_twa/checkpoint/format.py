@@ -71,6 +71,7 @@ def check_state(state: Mapping[str, Any]) -> None:
         _check_compared(state.get("heldout", {"fixed": {}, "path": [], "best": {}}))
         _check(state, "", {"optimizer": _is_dict, "mixing": _is_numbers(3), "settings": _is_dict})
         _check({"trained": [], **state}, "", {"trained": _is_names})
+        _check({"subspace": [], **state}, "", {"subspace": _is_list})
         n = len(state["candidate_names"])
         if "groups" in state:
             n = state["mixing"].shape[2]

@@ -33,6 +33,8 @@ def complete_phase(averaging: Averaging, trainer: Trainer, module: LightningModu
     batches = fit_buffers(averaging, trainer, module)
     averaging.result = tell_what_was_done(phase, weights, batches)
     _keep_result(averaging, trainer, module, weights)
+    if phase.cached is not None:
+        phase.cached.delete()
 
 
 def complete_uniform(averaging: Averaging, trainer: Trainer, module: LightningModule) -> bool:

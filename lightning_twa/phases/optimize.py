@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +14,7 @@ from lightning_twa.candidates import Store, average_buffers_
 from lightning_twa.config import Settings
 from lightning_twa.machine import warn
 from lightning_twa.phases import report, span
+from lightning_twa.phases.cached import CachedSubspace
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.phases.guard import guard_step, raise_what_failed
 from lightning_twa.phases.parameters import ParameterWatch
@@ -42,6 +44,7 @@ class Optimization:
         groups: Groups of candidates; ``None`` where all span one subspace.
         parameters: Whether somebody replaces those that are trained.
         choice: What the phase is trained with.
+        cached: Files of the subspace, while there is one.
         steps_before: Of the groups before the current one.
         skipped_before: Those of them without effect.
         began: When it did, by the clock.
@@ -61,6 +64,7 @@ class Optimization:
         self.groups: CandidateGroups | None = None
         self.parameters: ParameterWatch | None = None
         self.choice: span.Choice | None = None
+        self.cached: CachedSubspace | None = None
         self.steps_before = 0  # of the groups before the current one
         self.skipped_before = 0
         self._doubtful: list[str] = []  # frozen at the switch, though the user's optimizer has them
@@ -89,6 +93,7 @@ class Optimization:
         self.switch.let_optimizer_rest()
         choice = span.choose(self.settings, trainer, module, store, self.started, self.end)
         self.choice, self.groups = choice, choice.groups
+        self.cached = CachedSubspace(self.settings, trainer, store, choice.share)
         self.block_names = list(choice.share.columns.whole.block_names)
         if kept is None:
             self._doubtful = choice.doubtful
@@ -106,7 +111,7 @@ class Optimization:
             self.groups.load_state_dict(kept["groups"])
             self.steps_before = kept["groups"]["steps_before"]
             self.skipped_before = kept["groups"].get("skipped_before", 0)
-        subspace = self._build(trainer, module, store, None if kept is None else kept["mixing"])
+        subspace = self._build(trainer, module, store, kept)
         self.optimizer = self._make_optimizer(module, subspace)
         self._origin = _placed(self.selection.origin, self.optimizer.raw)
         if kept is not None:
@@ -122,19 +127,22 @@ class Optimization:
         report.tell_what_begins(self, module, store.names, chosen)
 
     def _build(
-        self, trainer: Trainer, module: LightningModule, store: Store, mixing: Tensor | None = None
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        store: Store,
+        kept: Mapping[str, Any] | None = None,
     ) -> Subspace:
-        assert self.choice is not None
-        return span.build(
-            self.settings,
-            trainer,
-            module,
-            store,
-            self.choice.share,
-            self.groups,
-            self.selection.origin,
-            mixing,
+        """The subspace to train in: of a phase that goes on from its file, where there is one."""
+        choice, groups, origin = self.choice, self.groups, self.selection.origin
+        assert choice is not None
+        assert self.cached is not None
+        names = [store.names[i] for i in groups.members] if groups is not None else store.names
+        build = partial(
+            span.build, self.settings, trainer, module, store, choice.share, groups, origin
         )
+        at_mean = groups is None and origin is None
+        return self.cached.read_or_build(kept, names, build, starts_at_mean=at_mean)
 
     def _make_optimizer(self, module: LightningModule, subspace: Subspace) -> SubspaceOptimizer:
         assert self.choice is not None
@@ -247,7 +255,7 @@ class Optimization:
         """Free the basis."""
         self.failed = False
         self.parameters = self._step_watch = self._origin = None
-        self.optimizer = self.groups = self.choice = None
+        self.optimizer = self.groups = self.choice = self.cached = None
         self.steps_before = self.skipped_before = 0
         self.selection.forget()
 
@@ -257,6 +265,7 @@ class Optimization:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "mixing": self.optimizer.subspace.mixing,
+            **(self.cached.state_dict() if self.cached is not None else {}),
         }
         if self.selection.chose:
             state["heldout"] = self.selection.state_dict()

@@ -46,7 +46,16 @@ def check_directories(settings: Settings, trainer: Trainer, root: Path) -> None:
     """
     shards, kind = shards_parameters(trainer), settings.storage.kind
     to_disk = kind == "disk" or (kind == "auto" and (trainer.num_devices > 1 or shards))
+    cached = settings.storage.cache_subspace and not settings.uniform
     with in_common(ValueError):
+        if cached and not to_disk and rank() == 0:
+            reason = why_not_writable(root)
+            if reason is not None:
+                raise ValueError(
+                    f"StorageConfig(cache_subspace=True) writes to {root}, which cannot be written "
+                    f"({reason}). Set StorageConfig.dirpath to a directory that can, or "
+                    f"cache_subspace=False."
+                )
         if to_disk and (shards or rank() == 0):
             reason = why_not_writable(root)
             if reason is not None:

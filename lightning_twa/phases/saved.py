@@ -30,7 +30,8 @@ __all__ = [
 
 # Of what a phase may have been begun with before these settings were kept
 LATER_SETTINGS = {"parametrization": "free", "mask_size": None, "group_size": None}
-KEPT = ("settings", "optimizer", "mixing", "groups", "heldout")  # what a phase goes on from
+# What a phase goes on from
+KEPT = ("settings", "optimizer", "mixing", "groups", "heldout", "subspace")
 
 
 def dump(

@@ -2,7 +2,7 @@
 Trainer, of files, or of when a phase begins.
 """
 
-from lightning_twa.subspace.build import build_subspace
+from lightning_twa.subspace.build import build_subspace, restore_subspace
 from lightning_twa.subspace.columns import Columns, cut_evenly, held_everywhere, held_locally
 from lightning_twa.subspace.directions import stored_bytes
 from lightning_twa.subspace.layout import ParameterLayout, TensorSpec
@@ -40,6 +40,7 @@ __all__ = [
     "kept_by_mask",
     "local_part",
     "own_part",
+    "restore_subspace",
     "stored_bytes",
     "to_shards",
 ]

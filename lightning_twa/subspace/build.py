@@ -37,12 +37,13 @@ from lightning_twa.subspace.directions import (
     Directions,
     PackedDirections,
     Scratch,
+    fill,
 )
 from lightning_twa.subspace.layout import ParameterLayout
 from lightning_twa.subspace.subspace import Subspace
 from lightning_twa.subspace.tensors import without_autocast
 
-__all__ = ["build_subspace"]
+__all__ = ["build_subspace", "restore_subspace"]
 
 # Numbers of candidates up to which products are in float64, which is as fast as one notices
 SMALL = 1 << 22
@@ -142,6 +143,43 @@ def build_subspace(
     with together():  # memory may be short on one rank only
         center = (mean if given is None else given).to(target)
     return Subspace(config, layout, center, stored, mixing, tiles.layout, start is None)
+
+
+def restore_subspace(
+    state: Mapping[str, Tensor],
+    config: SubspaceConfig,
+    columns: Columns,
+    mixing: Tensor,
+    *,
+    starts_at_mean: bool,
+    device: torch.device | str = "cpu",
+) -> Subspace:
+    """Make a subspace again that was built before, bit by bit, without its candidates.
+
+    Args:
+        state: Of :meth:`Subspace.state_dict`, on any device; copied.
+        config: What it was built with.
+        columns: What this process holds, as then.
+        mixing: ``(B, k, n)`` of the subspace.
+        starts_at_mean: Whether it was built without a start of its own.
+        device: Where center and directions are kept, unless ``config.device`` says. The products
+            are prepared for it by all processes that share the subspace, which call this together.
+
+    Raises:
+        ValueError: Where the state is of another subspace, naming the tensor; on every process,
+            whichever has it.
+    """
+    carrier = torch.device(device)
+    target = torch.device(config.device) if config.device is not None else carrier
+    with in_common(ValueError):
+        stored = _empty_directions(config, columns.local, mixing.shape[1], target)
+        center = torch.empty(columns.local.numel, dtype=columns.local.dtype, device=target)
+        error = torch.zeros((), dtype=torch.float64, device="cpu")
+        fill({"center": center, "error": error}, state)
+        stored.load_state_dict(state, float(error))
+    stored.prepare(lambda compiled: all_ranks(compiled, carrier))
+    mixing = mixing.to(device="cpu", dtype=torch.float64)
+    return Subspace(config, columns.whole, center, stored, mixing, columns.local, starts_at_mean)
 
 
 def _choose(first: Mapping[str, Tensor], names: Iterable[str] | None) -> dict[str, Tensor]:

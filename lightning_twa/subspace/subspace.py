@@ -89,6 +89,13 @@ class Subspace:
         """Bytes held by center and directions."""
         return self.center.nbytes + self.stored.nbytes
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What :func:`restore_subspace` makes it again from, without the candidates: center and
+        stored directions, of the columns held here, where they are kept. Not the mixing.
+        """
+        error = torch.tensor(self.stored.error, dtype=torch.float64, device="cpu")
+        return {"center": self.center, "error": error, **self.stored.state_dict()}
+
     def __repr__(self) -> str:
         held = "" if self.local_layout is self.layout else f"columns={self.local_layout.numel}, "
         return (

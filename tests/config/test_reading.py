@@ -119,7 +119,7 @@ def test_mappings_without_lightning() -> None:
 def test_an_argument_that_there_is_not() -> None:
     message = (
         "storage={'directory': 'x'}: StorageConfig has no argument 'directory'. It has kind, "
-        "dirpath, dtype, offload_optimizer."
+        "dirpath, dtype, offload_optimizer, cache_subspace."
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         TWACallback(storage={"directory": "x"})  # type: ignore[arg-type]

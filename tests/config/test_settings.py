@@ -148,12 +148,15 @@ STORAGE = {
         "dirpath": ""
     },
     "Invalid StorageConfig.dirpath=3. Must be a directory": {"dirpath": 3},
-    "StorageConfig.dirpath='x' needs kind='disk' or 'auto', but kind='memory' writes no files.": {
+    "StorageConfig.dirpath='x' needs kind='disk' or 'auto', or cache_subspace=True, but kind": {
         "dirpath": "x",
         "kind": "memory",
     },
     "Invalid StorageConfig.offload_optimizer='gpu'. Must be True or False.": {
         "offload_optimizer": "gpu"
+    },
+    "Invalid StorageConfig.cache_subspace='disk'. Must be True or False.": {
+        "cache_subspace": "disk"
     },
 }
 

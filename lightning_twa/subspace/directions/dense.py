@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_twa.subspace.directions import kernels
-from lightning_twa.subspace.directions.interface import relative, squared_error
+from lightning_twa.subspace.directions.interface import fill, relative, squared_error
 from lightning_twa.subspace.directions.rows import RowProducts
 from lightning_twa.subspace.directions.scratch import Scratch
 from lightning_twa.subspace.directions.tiles import pad
@@ -91,6 +91,15 @@ class DenseDirections:
         """See :class:`Directions`."""
         self.error = relative(squares)
         self._spans = []
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See :class:`Directions`."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], error: float) -> None:
+        """See :class:`Directions`."""
+        fill(self.state_dict(), state)
+        self.error, self._spans = error, []
 
     @torch.no_grad()
     def prepare(self, agree: Callable[[bool], bool]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_twa.subspace.directions.scratch import Scratch
 
-__all__ = ["Directions", "relative", "squared_error"]
+__all__ = ["Directions", "fill", "relative", "squared_error"]
 
 
 class Directions(Protocol):
@@ -54,6 +54,21 @@ class Directions(Protocol):
             squares: Sums of what :meth:`write` has returned, of all processes that share them.
         """
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is stored, by name, where it is kept: the tensors themselves."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor], error: float) -> None:
+        """Take what other directions of the same layout have stored, instead of :meth:`write` and
+        :meth:`close`.
+
+        Args:
+            state: Of :meth:`state_dict`, on any device.
+            error: Theirs.
+
+        Raises:
+            ValueError: Naming the tensor that is missing or of another shape or dtype.
+        """
+
     def prepare(self, agree: Callable[[bool], bool]) -> None:
         """Compile what is to be compiled, where that works in every process that shares the
         subspace: the same sums in another order would give them other weights.
@@ -70,6 +85,28 @@ class Directions(Protocol):
 
     def dense(self) -> Tensor:
         """``(k, D)`` what is stored, in the layout's dtype; for inspection."""
+
+
+def fill(held: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy tensors into others of the same names.
+
+    Args:
+        held: Name to tensor to write to.
+        state: Name to tensor, on any device.
+
+    Raises:
+        ValueError: Naming the tensor that is missing or of another shape or dtype.
+    """
+    for name, tensor in held.items():
+        found = state.get(name)
+        if found is None:
+            raise ValueError(f"There is no tensor {name!r}.")
+        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+            raise ValueError(
+                f"Tensor {name!r} is {tuple(found.shape)} {found.dtype}, not "
+                f"{tuple(tensor.shape)} {tensor.dtype}."
+            )
+        tensor.copy_(found)
 
 
 def squared_error(stored: Tensor, exact: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ whole vector in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from lightning_twa.subspace.directions.codec import (
     quantize,
     unpack,
 )
-from lightning_twa.subspace.directions.interface import relative, squared_error
+from lightning_twa.subspace.directions.interface import fill, relative, squared_error
 from lightning_twa.subspace.directions.scratch import Scratch
 from lightning_twa.subspace.directions.tiles import TILE, TILE_GROUPS, pad
 from lightning_twa.subspace.layout import ParameterLayout
@@ -159,6 +159,19 @@ class PackedDirections:
         assert self._still is not None
         if self._still.is_meta or not bool(self._still.any()):
             self._still = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See :class:`Directions`."""
+        planes = {f"plane.{i}": plane for i, plane in enumerate(self.planes)}
+        still = {} if self._still is None else {"still": self._still}
+        return {**planes, "scales": self.scales, **still}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], error: float) -> None:
+        """See :class:`Directions`."""
+        if "still" not in state:
+            self._still = None
+        fill(self.state_dict(), state)
+        self.error, self._spans = error, []
 
     @torch.no_grad()
     def prepare(self, agree: Callable[[bool], bool]) -> None:
