@@ -27,6 +27,7 @@ from lightning_twa import CollectConfig, StorageConfig, TWACallback
 from lightning_twa.candidates import Store
 
 KINDS = {"memory": "memory", "files": "disk"}
+CACHED = {f"{name}, subspace in a file": kind for name, kind in KINDS.items()}
 
 
 class Model(L.LightningModule):
@@ -108,15 +109,16 @@ def checkpoints(width: int, n: int, rounds: int, root: Path) -> list[str]:
     moments = {n - 2: "collecting", n: "in the phase", n + 1: "finished"}
     rows = []
     plain: dict[str, list[float]] = {}
-    for name, kind in {"warm-up": None, "plain": None, **KINDS}.items():
+    for name, kind in {"warm-up": None, "plain": None, **KINDS, **CACHED}.items():
         folder = root / name
         folder.mkdir()
 
-        def twa(kind: str | None = kind, folder: Path = folder) -> list[Any]:
+        def twa(name: str = name, kind: str | None = kind, folder: Path = folder) -> list[Any]:
             if kind is None:
                 return []
-            where = str(folder / "candidates") if kind == "disk" else None
-            storage = StorageConfig(kind=kind, dirpath=where)  # type: ignore[arg-type]
+            cached = name in CACHED
+            where = str(folder / "candidates") if kind == "disk" or cached else None
+            storage = StorageConfig(kind=kind, dirpath=where, cache_subspace=cached)  # type: ignore[arg-type]
             collect = CollectConfig(start=0, power_averages=())
             return [TWACallback(n, collect=collect, storage=storage)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +15,18 @@ from lightning_twa.candidates.files import (
     delete_candidate,
     make_directory,
     read_candidate,
+    verify_candidate,
     write_candidate,
 )
 from lightning_twa.candidates.writing import Writing
-from lightning_twa.machine import gather_objects, rank, warn, world_size
+from lightning_twa.machine import (
+    gather_objects,
+    in_order,
+    rank,
+    threads_here,
+    warn,
+    world_size,
+)
 
 __all__ = ["Disk"]
 
@@ -125,21 +133,63 @@ class Disk:
         Raises:
             CandidateFileError: On every process, naming the file that one of them could not read.
         """
-        if len(files) != (world_size() if self.shards else 1):
-            raise CandidateFileError(
-                f"Candidate {files[0].name!r} was written by {len(files)} process(es) with a part "
-                f"of the parameters each, but now there are {world_size()} with "
-                f"{'a part' if self.shards else 'all'} of them. Resume as it was."
-            )
-        mine = files[rank()] if self.shards else files[0]
-        candidate, problem = None, None
-        try:
-            candidate = read_candidate(self.root, mine, verify=verify)
-        except Exception as error:  # as in write()
-            problem = _said(error)
-        _raise_on_all(gather_objects(problem), CandidateFileError)
-        assert candidate is not None
-        return candidate
+        (found,) = self.read_all([files], verify=verify)
+        if isinstance(found, CandidateFileError):
+            raise found
+        return found
+
+    def read_all(
+        self, many: Sequence[Files], *, verify: bool = True
+    ) -> list[Candidate | CandidateFileError]:
+        """Map candidates, of which some may be damaged; the same ones on every process.
+
+        Args:
+            many: Of each candidate what :meth:`write` has returned.
+            verify: Read the files and compare their digests: over the cores, and of files that
+                processes of a host share each in one of them.
+
+        Returns:
+            Candidates or, on every process, the error that names the file which one of them could
+            not read.
+        """
+        own = rank() if self.shards else 0
+        processes = world_size() if self.shards else 1
+        fitting = [i for i, files in enumerate(many) if len(files) == processes]
+        problems = self._damages({i: many[i][own] for i in fitting}) if verify else {}
+        candidates: dict[int, Candidate] = {}
+        for i in fitting:
+            try:
+                candidates[i] = read_candidate(self.root, many[i][own], verify=False)
+            except Exception as error:  # as in write()
+                problems.setdefault(i, _said(error))
+        everywhere = gather_objects(problems)
+        found: list[Candidate | CandidateFileError] = []
+        for i, files in enumerate(many):
+            problem = next((said[i] for said in everywhere if i in said), None)
+            if len(files) != processes:
+                problem = (
+                    f"Candidate {files[0].name!r} was written by {len(files)} process(es) with a "
+                    f"part of the parameters each, but now there are {world_size()} with "
+                    f"{'a part' if self.shards else 'all'} of them. Resume as it was."
+                )
+            found.append(candidates[i] if problem is None else CandidateFileError(problem))
+        return found
+
+    def _damages(self, references: Mapping[int, Reference]) -> dict[int, str]:
+        """What is wrong with files, of those that fall to this process."""
+        here = (_host(), rank() if self.shards else 0)
+        peers = [i for i, host in enumerate(gather_objects(here)) if host == here]
+        jobs = [i for i in references if i % len(peers) == peers.index(rank())]
+
+        def verify(job: int, room: None) -> str | None:
+            try:
+                verify_candidate(self.root, references[job])
+            except Exception as error:  # as in write()
+                return _said(error)
+            return None
+
+        found = in_order(verify, jobs, lambda: None, min(threads_here(), len(jobs)))
+        return {job: said for job, said in zip(jobs, found, strict=True) if said is not None}
 
     def delete(self, files: Files) -> None:
         """Delete a candidate's file where this process has written it; never another run's. One

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_twa.candidates.candidate import Candidate
 from lightning_twa.candidates.disk import Disk
-from lightning_twa.candidates.files import Reference
+from lightning_twa.candidates.files import CandidateFileError, Reference
 from lightning_twa.candidates.writing import Writing
 
-__all__ = ["Entry", "entry_state", "joined", "keep_some", "read_entry"]
+__all__ = ["Entry", "entry_state", "joined", "keep_some", "read_entries"]
 
 
 @dataclass(eq=False)
@@ -60,28 +60,43 @@ def entry_state(entry: Entry) -> dict[str, Any]:
     }
 
 
-def read_entry(disk: Disk | None, state: dict[str, Any], frozen: Mapping[str, Tensor]) -> Entry:
-    """A candidate of a checkpoint, from :func:`entry_state`.
+def read_entries(
+    disk: Disk | None, states: Sequence[dict[str, Any]], frozen: Mapping[str, Tensor]
+) -> list[Entry]:
+    """Candidates of a checkpoint, from :func:`entry_state`.
 
     Args:
         disk: Where files are; every process calls it where there are some.
-        state: Of the candidate.
-        frozen: What another file holds of it.
+        states: Of the candidates.
+        frozen: What another file holds of them.
 
     Raises:
         CandidateFileError: Naming a file that is missing, damaged or outside of the directory.
         ValueError: When the callback keeps no files.
     """
-    if "files" not in state:
-        candidate = Candidate(state["name"], dict(state["parameters"]), state["buffers"])
-        return Entry(candidate, as_in_module=tuple(state.get("as_in_module", ())))
-    files = [Reference.from_state(reference) for reference in state["files"]]
-    if disk is None:
+    files = {
+        i: [Reference.from_state(reference) for reference in state["files"]]
+        for i, state in enumerate(states)
+        if "files" in state
+    }
+    if files and disk is None:
+        first = next(iter(files.values()))
         raise ValueError(
-            f"The checkpoint's candidates are in files ({files[0].file}), but this callback "
+            f"The checkpoint's candidates are in files ({first[0].file}), but this callback "
             f"has StorageConfig(kind='memory'). Resume with kind='auto' or 'disk'."
         )
-    return Entry(joined(disk.read(files), frozen), files)
+    mapped = iter([] if disk is None or not files else disk.read_all([*files.values()]))
+    entries = []
+    for i, state in enumerate(states):
+        if i in files:
+            found = next(mapped)
+            if isinstance(found, CandidateFileError):
+                raise found
+            entries.append(Entry(joined(found, frozen), files[i]))
+        else:
+            held = Candidate(state["name"], dict(state["parameters"]), state["buffers"])
+            entries.append(Entry(held, as_in_module=tuple(state.get("as_in_module", ()))))
+    return entries
 
 
 def keep_some(window: Sequence[Entry], limit: int, *, evenly: bool) -> list[Entry]:

@@ -20,6 +20,7 @@ __all__ = [
     "delete_candidate",
     "make_directory",
     "read_candidate",
+    "verify_candidate",
     "write_candidate",
 ]
 
@@ -126,6 +127,15 @@ def read_candidate(root: Path, reference: Reference, *, verify: bool = True) -> 
             f"{reference.name!r}. {_RESTORE}"
         )
     return candidate
+
+
+def verify_candidate(root: Path, reference: Reference) -> None:
+    """Compare every byte of a candidate's file with its digest.
+
+    Raises:
+        CandidateFileError: When the file is missing, not readable, damaged, or not inside ``root``.
+    """
+    _check_bytes(resolve(root, reference), reference, True)
 
 
 def delete_candidate(root: Path, reference: Reference) -> None:

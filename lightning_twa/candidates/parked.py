@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_twa.candidates.candidate import Candidate
 from lightning_twa.candidates.copying import to_cpu
-from lightning_twa.candidates.entry import Entry, entry_state, read_entry
+from lightning_twa.candidates.entry import Entry, entry_state, read_entries
 from lightning_twa.candidates.store import Store
 from lightning_twa.machine import warn
 
@@ -70,10 +70,7 @@ class Parked:
             CandidateFileError: Naming a file that is missing or damaged.
             ValueError: When the callback keeps no files.
         """
-        self._entries, self._updates = (
-            [read_entry(store.disk, state, {}) for state in states],
-            updates,
-        )
+        self._entries, self._updates = read_entries(store.disk, states, {}), updates
         return [entry.candidate.parameters for entry in self._entries]
 
 

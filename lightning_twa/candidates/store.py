@@ -23,7 +23,7 @@ from lightning_twa.candidates.candidate import (
 )
 from lightning_twa.candidates.copying import to_cpu
 from lightning_twa.candidates.disk import Disk
-from lightning_twa.candidates.entry import Entry, entry_state, joined, keep_some, read_entry
+from lightning_twa.candidates.entry import Entry, entry_state, joined, keep_some, read_entries
 from lightning_twa.candidates.files import CandidateFileError
 from lightning_twa.candidates.frozen import FROZEN, changing_part, frozen_part, put_frozen_back
 from lightning_twa.candidates.pending import SMALL, Pending, files_for, warn_not_written
@@ -237,13 +237,13 @@ class Store:
     def drop_damaged(self) -> None:
         """Before the candidates are used: drop those whose file has changed, with a warning."""
         self.settle()
-        for entry in list(self._entries):
-            if entry.files is None or self.disk is None:
-                continue
-            try:
-                self.disk.read(entry.files)
-            except CandidateFileError as error:
-                warn(f"A candidate is left out: {error}")
+        if self.disk is None:
+            return
+        in_files = [(entry, entry.files) for entry in self._entries if entry.files is not None]
+        found = self.disk.read_all([files for _, files in in_files]) if in_files else []
+        for (entry, _), answer in zip(in_files, found, strict=True):
+            if isinstance(answer, CandidateFileError):
+                warn(f"A candidate is left out: {answer}")
                 (self._given if entry in self._given else self._window).remove(entry)
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,10 +281,11 @@ class Store:
         """
         self.pending.settle()
         frozen = state["frozen"]
-        self._frozen = None if frozen is None else read_entry(self.disk, frozen, {})
+        (self._frozen,) = [None] if frozen is None else read_entries(self.disk, [frozen], {})
         shared = {} if self._frozen is None else self._frozen.candidate.parameters
-        self._given = [read_entry(self.disk, e, shared) for e in state.get("given", [])]
-        self._window = [read_entry(self.disk, e, shared) for e in state["window"]]
+        given = state.get("given", [])
+        entries = read_entries(self.disk, [*given, *state["window"]], shared)
+        self._given, self._window = entries[: len(given)], entries[len(given) :]
         _thin_out(self)
 
 

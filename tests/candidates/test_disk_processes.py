@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import processes
 from helpers.common import Regressor, flat
 from helpers.ddp import fit, strided
 from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import equal
 from helpers.storage import files, saver, twa
 from lightning_twa import StorageConfig
-from lightning_twa.candidates import disk
+from lightning_twa.candidates import Candidate, disk
+from lightning_twa.candidates import files as files_module
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss"),
@@ -36,7 +38,7 @@ def test_another_number_of_processes_goes_on(tmp_path, first, second, epoch) -> 
     storage = StorageConfig(kind="disk", dirpath=str(tmp_path / "c"))
     module, how = Regressor(), {"use_distributed_sampler": False}
     runs = []
-    for processes, path in ((first, None), (second, tmp_path / "ck" / f"epoch={epoch}.ckpt")):
+    for count, path in ((first, None), (second, tmp_path / "ck" / f"epoch={epoch}.ckpt")):
         the_twa = TWACallback(
             start_epoch=4,
             collect=CollectConfig(start=1),
@@ -45,13 +47,13 @@ def test_another_number_of_processes_goes_on(tmp_path, first, second, epoch) -> 
         )
         runs.append(
             fit(
-                tmp_path / str(processes),
+                tmp_path / str(count),
                 the_twa,
                 deepcopy(module),
-                processes,
+                count,
                 callbacks=(saver(tmp_path / "ck"),) if path is None else (),
                 ckpt_path=path,
-                train=strided(processes),
+                train=strided(count),
                 enable_checkpointing=path is None,
                 **how,
             )
@@ -135,3 +137,57 @@ def test_nan_weights_on_one_process_end_all_of_them(tmp_path) -> None:
         torch.multiprocessing.ProcessRaisedException, match=r"Candidate 'epoch=\d', .*NaN"
     ):
         fit(tmp_path, twa(tmp_path / "c"), Bad())
+
+
+def _write_and_read_many(folder: Path) -> None:
+    """One file is damaged, one is of other processes; every process is told the same."""
+    torch.distributed.init_process_group("gloo")
+    of_shards = disk.Disk(folder / "shards", shards=True)
+    shared = disk.Disk(folder / "shared")
+    rank = torch.distributed.get_rank()
+    candidates = [Candidate(f"step={i}", {"w": torch.full((9,), float(i))}, {}) for i in range(7)]
+    every = {d: [d.write(lambda c=c: c)[1] for c in candidates] for d in (shared, of_shards)}
+    verified: list[str] = []
+    verify = disk.verify_candidate
+    disk.verify_candidate = lambda root, r: (verified.append(r.name), verify(root, r))  # type: ignore[assignment]
+    for where, many in every.items():
+        if rank == 0:
+            path = where.root / many[3][0].file
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+        torch.distributed.barrier()
+        verified.clear()
+        found = where.read_all([*many, many[0] * 2 if where is shared else many[0][:1]])
+        assert len(verified) == (7 if where is of_shards else 3 + (rank == 0))
+        for i, candidate in enumerate(found[:7]):
+            if i == 3:
+                assert "step=3.safetensors is damaged: its SHA-256" in str(candidate)
+            else:
+                assert torch.equal(candidate.parameters["w"], candidates[i].parameters["w"])
+        assert "now there are 2 with" in str(found[7])
+        with pytest.raises(files_module.CandidateFileError, match=r"step=3.safetensors is damaged"):
+            where.read(many[3])
+        assert where.read(many[4]).name == "step=4"
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_of_a_host_check_a_file_each(tmp_path: Path) -> None:
+    """Of shared files; of shards each its own."""
+    processes.run(_write_and_read_many, 2, tmp_path)
+
+
+def test_damaged_files_are_told_from_others(tmp_path: Path) -> None:
+    where = disk.Disk(tmp_path)
+    many = [
+        where.write(lambda i=i: Candidate(f"epoch={i}", {"w": torch.ones(3) * i}, {}))[1]
+        for i in range(5)
+    ]
+    (tmp_path / many[1][0].file).unlink()
+    path = tmp_path / many[4][0].file
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    found = where.read_all(many)
+    assert ["is missing" in str(answer) for answer in found] == [i == 1 for i in range(5)]
+    assert ["is damaged" in str(answer) for answer in found] == [i == 4 for i in range(5)]
+    assert [found[i].name for i in (0, 2, 3)] == ["epoch=0", "epoch=2", "epoch=3"]
+    assert isinstance(where.read_all(many, verify=False)[4], Candidate)
+    assert where.read_all([]) == []
