@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from helpers.common import Regressor, loader, trainer
@@ -288,3 +289,16 @@ def test_paths(tmp_path) -> None:
     assert equal(average(str(tmp_path / "*.pt")), average(ms))
     with pytest.raises(ValueError, match="matches no file"):
         average(Path(tmp_path / "*.ckpt"))
+
+
+def test_averages_among_ordinary_weights_are_named(tmp_path) -> None:
+    """A pattern takes the checkpoints of a run, and of its average; of one kind is fine."""
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    twa = TWACallback(start_epoch=4, save_average=True)
+    trainer(tmp_path, callbacks=[twa, saver], enable_checkpointing=True).fit(Regressor(), loader())
+    message = "epoch=5.ckpt and 1 more of 7 files hold the average that a run ended with"
+    with pytest.warns(UserWarning, match=message):
+        average(str(tmp_path / "*.ckpt"))
+    average([tmp_path / f"epoch={epoch}.ckpt" for epoch in range(5)])
+    average([tmp_path / "twa.ckpt", tmp_path / "epoch=5.ckpt"])
+    average([tmp_path / "twa.ckpt"])

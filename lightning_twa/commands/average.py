@@ -24,7 +24,7 @@ from lightning_twa.commands.model import load_setting, with_statistics
 from lightning_twa.commands.power import power_members
 from lightning_twa.commands.provenance import (
     KEY,
-    KINDS,
+    average_in_words,
     has_statistics,
     provenance,
     statistics_in_words,
@@ -111,7 +111,7 @@ def average_files(args: argparse.Namespace, weights: list[float] | None) -> Iter
     write_average(output, used[-1], state, origin, args.force)
     names = origin["files"]
     which = names[0] if len(names) == 1 else f"{len(names)} files, {names[0]} .. {names[-1]}"
-    yield f"wrote {output}: the {KINDS.get(args.method, args.method)} average of {which}"
+    yield f"wrote {output}: {average_in_words(args.method)} {which}"
     if statistics is not None and (len(used) > 1 or args.method == "power"):
         yield f"BatchNorm: {statistics_in_words(statistics, len(used), args.method)}"
         if statistics["batches"] is None:

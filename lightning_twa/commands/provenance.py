@@ -16,7 +16,7 @@ from lightning_twa.words import count
 
 __all__ = [
     "KEY",
-    "KINDS",
+    "average_in_words",
     "describe",
     "has_statistics",
     "of_checkpoint",
@@ -112,10 +112,9 @@ def describe(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[st
         tensors: That the file holds.
     """
     method, files, weights = found["method"], found["files"], found["weights"]
-    kind = KINDS.get(method, method.replace("_", " "))
     numbers = sum(t.numel() for t in tensors.values())
     lines = [
-        f"the {kind} average of {count(len(files), 'file')}, written by lightning-twa "
+        f"{average_in_words(method)} {count(len(files), 'file')}, written by lightning-twa "
         f"{found['version']}; coefficients were not trained",
         f"tensors: {len(tensors)}, {numbers:,} numbers",
     ]
@@ -126,6 +125,13 @@ def describe(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[st
         weight = "" if weights is None else f"  {weights[i]:+.4f}"
         lines.append(f"  {name:<{width}}{weight}".rstrip())
     return lines
+
+
+def average_in_words(method: str) -> str:
+    """Which average, up to the files that it is of; the greedy soup may have a few of them."""
+    if method == "greedy":
+        return "the greedy soup out of"
+    return f"the {KINDS.get(method, method.replace('_', ' '))} average of"
 
 
 def statistics_in_words(found: Mapping[str, Any] | None, files: int, method: str) -> str:

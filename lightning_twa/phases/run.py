@@ -109,7 +109,18 @@ class Run:
             module: The module.
             checkpoint: Of the Trainer.
             state: Of the callback in it, which is loaded next; ``None`` or empty where it has none.
+
+        Raises:
+            ValueError: When it is a file of the average, which has nothing to go on with.
         """
+        if state and state.get("phase") == "done" and "optimizer_states" not in checkpoint:
+            raise ValueError(
+                f"{trainer.ckpt_path} holds an average alone: there is no optimizer's state in it "
+                f"to go on with. To train on from the average, load its weights into the module "
+                f"({type(module).__name__}.load_from_checkpoint) and call fit() without ckpt_path. "
+                f"To go on with the run, resume from its last checkpoint; "
+                f"TWACallback(continue_from=...) says with which weights."
+            )
         load_raw_weights(module, checkpoint, self._load_hook)
         self._loaded = self._load_hook.before or checkpoint.get("state_dict", {})
         if state:

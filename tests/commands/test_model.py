@@ -135,7 +135,9 @@ def test_the_greedy_soup_of_a_monitor(user, capsys) -> None:
     module, data = user.Model(5), user.Data()
     for name, options in (("val_loss", {}), ("val_x", {"mode": "max"}), ("val_x", {"mode": "min"})):
         extra = [f"--mode={options['mode']}"] if options else []
-        printed(capsys, *greedy, "--monitor", name, *extra)
+        text = printed(capsys, *greedy, "--monitor", name, *extra)
+        assert "wrote soup.pt: the greedy soup out of 3 files, epoch=0 .. epoch=2" in text
+        assert "the greedy soup out of 3 files, written by" in printed(capsys, "inspect", "soup.pt")
         how = {"module": module, "trainer": trainer(Path()), "dataloaders": data, **options}
         expected = average("epoch=*.ckpt", "greedy", monitor=name, **how)
         found = torch.load("soup.pt", weights_only=True)

@@ -278,3 +278,22 @@ def test_a_run_that_is_resumed_and_ends_again_has_one_file(tmp_path) -> None:
         assert equal(state(again), state(module))
         assert callback.average_path == str(tmp_path / "k" / "twa.ckpt")
         assert len(list((tmp_path / "k").glob("twa*"))) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_does_not_go_on_from_the_average_alone(tmp_path, kind) -> None:
+    """Which Lightning says too, but not what to do. The file can be tested, and fitted anew."""
+    callback, module = twa(save_average=str(tmp_path / "a.ckpt"), **KINDS[kind]), WithLoader()
+    trainer(tmp_path, callbacks=[callback]).fit(module, loader(), loader(32, seed=1))
+    path = tmp_path / "a.ckpt"
+    message = f"{path.name} holds an average alone: .*WithLoader.load_from_checkpoint"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, callbacks=[twa(**KINDS[kind])], max_epochs=8).fit(
+            WithLoader(), loader(), loader(32, seed=1), ckpt_path=path
+        )
+    trainer(tmp_path, callbacks=[twa(**KINDS[kind])]).test(WithLoader(), ckpt_path=path)
+    again = WithLoader.load_from_checkpoint(path)
+    assert equal(state(again), state(module))
+    callback = twa(**KINDS[kind])
+    trainer(tmp_path, callbacks=[callback]).fit(again, loader(), loader(32, seed=1))
+    assert callback.phase == "done"
