@@ -21,6 +21,7 @@ _Item = str | os.PathLike[str]
 RANK = re.compile(r"rank_[0-9]+_of_[0-9]+")  # directory of one process's part
 WHOLE = "Give a file with the whole weights: save the state dict gathered on one process."
 
+SUBSPACE = re.compile(r"subspace-[0-9a-f]{32}")  # stem of a phase's file; see subspace_files
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", SUFFIX)
 _ALONE = "model.safetensors"  # of Hugging Face's libraries, where it is one file
 
@@ -90,6 +91,7 @@ def _expanded(item: Any) -> list[Path]:
     matches = [Path(match) for match in glob.glob(text, recursive=True)]
     # A directory like epoch=3.ckpt is a sharded checkpoint, to be refused and not left out
     files = [p for p in matches if not p.is_dir() or p.suffix.lower() in _SUFFIXES]
+    files = [p for p in files if not SUBSPACE.fullmatch(p.stem)]
     files += [whole for p in matches if p.is_dir() and (whole := _whole_in(p)) is not None]
     if not files:
         raise ValueError(f"The pattern {str(item)!r} matches no file. Check it, and the directory.")
@@ -112,6 +114,11 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path} is a directory, as of a sharded checkpoint. {WHOLE}")
     if not path.is_file():
         raise ValueError(f"{path} does not exist, or is no regular file. Check the path.")
+    if SUBSPACE.fullmatch(path.stem):
+        raise ValueError(
+            f"{path} holds the subspace of a phase, for resuming in it "
+            f"(StorageConfig.cache_subspace), and no weights. Name files of candidates."
+        )
     if is_index(path):
         shards_of(path)
     elif path.suffix.lower() not in _SUFFIXES:
@@ -130,8 +137,15 @@ def _in_directory(directory: Path) -> list[Path]:
     if any(RANK.fullmatch(folder.name) for folder in (directory.resolve(), *folders)):
         raise ValueError(f"{directory} has candidates with sharded parameters. {WHOLE}")
     files = [p for p in directory.glob(f"*{SUFFIX}") if p.is_file() and p.stem != FROZEN]
+    for path in files:
+        if SUBSPACE.fullmatch(path.stem):
+            check_file(path)
     if not files:
-        inner = [folder.name for folder in folders if any(folder.glob(f"*{SUFFIX}"))]
+        inner = [
+            folder.name
+            for folder in folders
+            if not all(SUBSPACE.fullmatch(p.stem) for p in folder.glob(f"*{SUFFIX}"))
+        ]
         if inner:
             raise ValueError(
                 f"{directory} holds the candidates of {len(inner)} run(s), one directory each. "

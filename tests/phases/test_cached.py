@@ -18,8 +18,9 @@ import lightning_twa
 from helpers import ddp, sharded
 from helpers.common import Regressor, trainer
 from helpers.resume import differences, equal, interrupted, ordered, run, saved, twa
-from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig
-from lightning_twa.candidates import SubspaceFiles, disk, name_of_subspace
+from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig, average
+from lightning_twa.candidates import SubspaceFiles, disk, find_files, name_of_subspace
+from lightning_twa.commands import inspect
 from lightning_twa.phases import span
 from lightning_twa.subspace import ParameterLayout, held_everywhere
 
@@ -336,6 +337,25 @@ def test_sharded_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert len(b["steps"]) == 5
         assert equal(a["steps"][-5:], b["steps"])
         assert equal(a["state"], b["state"])
+
+
+def test_the_file_is_no_candidate(tmp_path: Path) -> None:
+    """Not for those who look at files, nor for those who average them."""
+    interrupted_in_phase(tmp_path)
+    (name,) = files(tmp_path / "c")
+    path = tmp_path / "c" / name
+    message = "holds the subspace of a phase"
+    for use in (lambda text: inspect.describe(Path(text)), average, find_files):
+        with pytest.raises(ValueError, match=message):
+            use(str(path))
+        with pytest.raises(ValueError, match=message):
+            use(str(path.parent))
+    other = tmp_path / "c" / "version_0" / "epoch=1.safetensors"
+    other.parent.mkdir()
+    other.write_bytes(b"")
+    assert find_files(str(tmp_path / "c" / "**" / "*.safetensors")) == [other]
+    with pytest.raises(ValueError, match=r"of 1 run\(s\).*version_0"):
+        find_files(tmp_path / "c")
 
 
 def test_every_part_of_a_subspace_is_in_its_name() -> None:
