@@ -18,6 +18,8 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
+from lightning_twa import TWACallback
+
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 
@@ -121,6 +123,12 @@ def test_a_drop_goes_on_from_the_run_on_the_same_batches(parts, small) -> None:
 
 
 # --- data
+
+
+def test_a_drop_is_as_long_as_the_phase(parts) -> None:
+    settings = TWACallback()._run.averaging.settings
+    for steps in (20, 180, 240, 480, 959, 960, 1500, 2000, 3149, 3250, 100_000):
+        assert parts.runs.default_phase(steps) == settings.steps_of_phase(steps)
 
 
 def test_labels_are_drawn_anew_for_training_and_validation(parts) -> None:

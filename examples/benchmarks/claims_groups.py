@@ -82,6 +82,7 @@ def learned(task: Task, seed: int, title: str, **arguments: Any) -> Group:
         "notes": {
             "start": str(result.start),
             "accepted": str(result.accepted),
+            "steps": result.steps,
             "losses": dict(result.losses),
             "phase_seconds": result.phase_seconds,
             "measuring_seconds": result.measuring_seconds,
@@ -91,8 +92,16 @@ def learned(task: Task, seed: int, title: str, **arguments: Any) -> Group:
 
 
 def twa(task: Task, seed: int) -> Group:
-    """``TWACallback()``."""
-    return learned(task, seed, TWA)
+    """``TWACallback()``.
+
+    Raises:
+        RuntimeError: Where learning-rate drops would not be as long as its phase.
+    """
+    group = learned(task, seed, TWA)
+    steps, expected = group["notes"]["steps"], default_phase(task.total)
+    if steps != expected:
+        raise RuntimeError(f"{task.name}: the phase took {steps} steps, the drop {expected}.")
+    return group
 
 
 def paper(task: Task, seed: int) -> Group:

@@ -208,7 +208,7 @@ def scores(module: nn.Module, data: Data, kind: str, steps: int) -> Row:
 
 def default_phase(steps: int) -> int:
     """The length of the phase that the callback takes by default, in steps."""
-    return min(max(round(0.01 * steps), 32), max(steps // 10, 1))
+    return max(min(max(round(0.01 * steps), 32), steps // 30), 1)
 
 
 def paper_phase(task: Task) -> int:
