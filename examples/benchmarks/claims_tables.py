@@ -242,20 +242,21 @@ def _times(results: Results, there: Sequence[Task]) -> str:
             [100 * run[key] / run["seconds"] for run in runs]
             for key in ("phase_seconds", "measuring_seconds")
         ]
-        both = [a + b for a, b in zip(*shares, strict=True)]
         plain = [n["ordinary_seconds"] for n in notes_of(results, task.name, "cosine")]
         seconds = statistics.median(run["seconds"] for run in runs)
         against = f"{seconds / statistics.median(plain):.3f}" if plain else ""
-        percents = [f"{statistics.median(share):.2f}" for share in (*shares, both)]
-        cells = [str(task.total), str(phases[0]["phase"]), f"{seconds:.1f}", *percents, against]
+        percents = [f"{statistics.median(share):.2f}" for share in shares]
+        steps, length = task.total, phases[0]["phase"]
+        percents = [f"{100 * length / steps:.2f}", *percents]
+        cells = [str(steps), str(length), f"{seconds:.1f}", *percents, against]
         lines.append([task.name, *cells])
     if not lines:
         return ""
-    header = ["task", "steps", "of the phase", "run, s", "phase (%)", "measuring (%)"]
-    header += ["both (%)", "run / ordinary run"]
+    header = ["task", "steps", "of the phase", "run, s", "steps of the phase (%)"]
+    header += ["phase, measuring included (%)", "measuring (%)", "run / ordinary run"]
     return (
-        "### Time\n\nWhat the phase and measuring by held-out data take of the run with TWA, "
-        "medians over seeds; the goal is at most 2 % on fashion and stream.\n\n"
+        "### Time\n\nWhat the phase, in which averages are measured on held-out data, takes of the "
+        "run with TWA, medians over seeds; the goal is at most 2 % on fashion and stream.\n\n"
         + table(header, lines)
     )
 
