@@ -9,6 +9,7 @@ a candidate with one copy of the parameters; times are medians, and every ratio 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import statistics
 import tempfile
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_twa import CollectConfig, StorageConfig, TWACallback
+from lightning_twa import CollectConfig, StorageConfig, SubspaceConfig, TWACallback
 from lightning_twa.candidates import Store
 
 KINDS = {"memory": "memory", "files": "disk"}
@@ -48,10 +49,15 @@ class Model(L.LightningModule):
 
 
 class Saver(L.Callback):
-    """Writes checkpoints at the ends of some epochs, several times each."""
+    """Writes checkpoints at the ends of some epochs, several times each; on request the run is
+    interrupted after the last of them, so that it does not tidy up.
+    """
 
-    def __init__(self, folder: Path, moments: dict[int, str], rounds: int) -> None:
+    def __init__(
+        self, folder: Path, moments: dict[int, str], rounds: int, interrupts: bool = False
+    ) -> None:
         self.folder, self.moments, self.rounds = folder, moments, rounds
+        self.interrupts = interrupts
         self.seconds: dict[str, float] = {}
 
     def path(self, moment: str) -> Path:
@@ -64,6 +70,12 @@ class Saver(L.Callback):
         if moment is not None:
             save = lambda: trainer.save_checkpoint(self.path(moment))  # noqa: E731
             self.seconds[moment] = median_seconds(save, self.rounds)
+            if self.interrupts and trainer.current_epoch == max(self.moments):
+                raise Interrupted
+
+
+class Interrupted(Exception):
+    """A run that does not come to its end."""
 
 
 class Started(Exception):
@@ -104,9 +116,9 @@ def fit(width: int, n: int, folder: Path, callbacks: list[Any], ckpt: Path | Non
     ).fit(Model(width), data, ckpt_path=ckpt)
 
 
-def checkpoints(width: int, n: int, rounds: int, root: Path) -> list[str]:
+def checkpoints(width: int, n: int, rounds: int, bits: int, root: Path) -> list[str]:
     """The rows of the first table."""
-    moments = {n - 2: "collecting", n: "in the phase", n + 1: "finished"}
+    every = {n - 2: "collecting", n: "in the phase", n + 1: "finished"}
     rows = []
     plain: dict[str, list[float]] = {}
     for name, kind in {"warm-up": None, "plain": None, **KINDS, **CACHED}.items():
@@ -120,10 +132,13 @@ def checkpoints(width: int, n: int, rounds: int, root: Path) -> list[str]:
             where = str(folder / "candidates") if kind == "disk" or cached else None
             storage = StorageConfig(kind=kind, dirpath=where, cache_subspace=cached)  # type: ignore[arg-type]
             collect = CollectConfig(start=0, power_averages=())
-            return [TWACallback(n, collect=collect, storage=storage)]
+            subspace = SubspaceConfig(bits=bits)  # type: ignore[arg-type]
+            return [TWACallback(n, collect=collect, subspace=subspace, storage=storage)]
 
-        saver = Saver(folder, moments, rounds)
-        fit(width, n, folder, [*twa(), saver])
+        moments = {n: "in the phase"} if name in CACHED else every
+        saver = Saver(folder, moments, rounds, interrupts=name in CACHED)
+        with contextlib.suppress(Interrupted):
+            fit(width, n, folder, [*twa(), saver])
 
         def resume(moment: str) -> None:
             try:
@@ -185,6 +200,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--candidates", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bits", type=int, default=32, help="of the basis")
     args = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -192,12 +208,12 @@ def main() -> None:
     numel = sum(p.numel() for p in Model(args.width).parameters())
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {numel:,} parameters, "
-        f"{args.candidates} candidates, AdamW"
+        f"{args.candidates} candidates, AdamW; a basis of {args.bits} bits"
     )
     with tempfile.TemporaryDirectory() as folder:
         print("\n| candidates in | moment | MB | ratio | save, s | ratio | resume, s | ratio |")
         print("|---|---|---|---|---|---|---|---|")
-        for line in checkpoints(args.width, args.candidates, args.rounds, Path(folder)):
+        for line in checkpoints(args.width, args.candidates, args.rounds, args.bits, Path(folder)):
             print(line, flush=True)
         print("\n| what | ms | ratio | MB |")
         print("|---|---|---|---|")

@@ -65,8 +65,7 @@ class Optimization:
         self.parameters: ParameterWatch | None = None
         self.choice: span.Choice | None = None
         self.cached: CachedSubspace | None = None
-        self.steps_before = 0  # of the groups before the current one
-        self.skipped_before = 0
+        self.steps_before = self.skipped_before = 0
         self._doubtful: list[str] = []  # frozen at the switch, though the user's optimizer has them
         self.began = 0.0
         self._step_watch: StepWatch | None = None
@@ -112,10 +111,9 @@ class Optimization:
             self.steps_before = kept["groups"]["steps_before"]
             self.skipped_before = kept["groups"].get("skipped_before", 0)
         subspace = self._build(trainer, module, store, kept)
-        self.optimizer = self._make_optimizer(module, subspace)
+        state = None if kept is None else kept["optimizer"]
+        self.optimizer = self._make_optimizer(module, subspace, state)
         self._origin = _placed(self.selection.origin, self.optimizer.raw)
-        if kept is not None:
-            self.optimizer.load_state_dict(kept["optimizer"])
         guard_step(self.optimizer)
         self._step_watch = StepWatch(self.optimizer)
         outputs = self.optimizer.param_groups[0]["params"]
@@ -144,7 +142,9 @@ class Optimization:
         at_mean = groups is None and origin is None
         return self.cached.read_or_build(kept, names, build, starts_at_mean=at_mean)
 
-    def _make_optimizer(self, module: LightningModule, subspace: Subspace) -> SubspaceOptimizer:
+    def _make_optimizer(
+        self, module: LightningModule, subspace: Subspace, state: dict[str, Any] | None = None
+    ) -> SubspaceOptimizer:
         assert self.choice is not None
         self.parameters = ParameterWatch(module, subspace.layout)
         steps = self.choice.total_steps if self.groups is None else self.groups.steps
@@ -154,6 +154,7 @@ class Optimization:
             span.with_radius(self.choice.solver, chosen=self.selection.origin is not None),
             total_steps=steps,
             exchange=self.choice.share.exchange,
+            state=state,
         )
 
     # --- steps

@@ -63,6 +63,7 @@ class SubspaceOptimizer(Optimizer):
             :mod:`lightning_twa.subspace.training.exchange`. By default each process uses the
             gradient it has, which is right for one process, and where gradients are averaged
             elsewhere.
+        state: Of :meth:`state_dict`, to continue from; the parameters are then written once.
 
     Attributes:
         raw: ``(m, B)`` float64 (float32 on devices without that) on the device of the directions,
@@ -86,6 +87,7 @@ class SubspaceOptimizer(Optimizer):
         *,
         total_steps: int | None = None,
         exchange: Exchange | None = None,
+        state: dict[str, Any] | None = None,
     ) -> None:
         solver = as_config("solver", solver, SolverConfig)
         check_solver(subspace, solver, total_steps)
@@ -114,7 +116,10 @@ class SubspaceOptimizer(Optimizer):
             "momentum": solver.momentum if solver.name == "sgd" else solver.betas[0],
         }
         super().__init__(self._outputs, defaults)
-        self.write_parameters()
+        if state is None:
+            self.write_parameters()
+        else:
+            self.load_state_dict(state)
 
     @property
     def steps(self) -> int:

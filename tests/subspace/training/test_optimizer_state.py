@@ -13,8 +13,9 @@ from torch import Tensor
 from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_an_interrupted_phase_goes_on_bitwise(solver, tmp_path) -> None:
+def test_an_interrupted_phase_goes_on_bitwise(solver, at_once, tmp_path, monkeypatch) -> None:
     config = SolverConfig(**SOLVERS[solver])
     net, ms = net_members()
     batches = torch.randn(20, 8, 5, dtype=F64)
@@ -29,9 +30,15 @@ def test_an_interrupted_phase_goes_on_bitwise(solver, tmp_path) -> None:
     train(first, net, batches[:7])
     torch.save(first.state_dict(), tmp_path / "state.pt")
     train(first, net, batches[7:])
-    other = Net()
-    second = SubspaceOptimizer(other.named_parameters(), build_subspace(ms), config, total_steps=20)
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    other, state = Net(), torch.load(tmp_path / "state.pt", weights_only=True)
+    subspace, written = build_subspace(ms), []
+    expand = subspace.expand
+    monkeypatch.setattr(subspace, "expand", lambda *args: (written.append(1), expand(*args)))
+    how = {"total_steps": 20, "state": state if at_once else None}
+    second = SubspaceOptimizer(other.named_parameters(), subspace, config, **how)
+    if not at_once:
+        second.load_state_dict(state)
+    assert len(written) == (1 if at_once else 2)
     train(second, other, batches[7:])
     assert torch.equal(first.coefficients, second.coefficients)
     assert all(
