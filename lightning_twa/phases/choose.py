@@ -104,17 +104,28 @@ class Comparison:
 
     @property
     def start(self) -> str:
-        """The best fixed average, or the usual one, where that is not clearly worse."""
+        """The best fixed average, or the usual one, where that is not clearly worse. One batch
+        alone does not tell them apart.
+        """
         best = min(self.fixed, key=lambda name: _mean(self.fixed[name]))
         usual = next((name for name in USUAL if name in self.fixed), best)
+        if usual == USUAL[0] and self._one_batch and math.isfinite(_mean(self.fixed[usual])):
+            return usual
         return best if _is_better(self.fixed[best], self.fixed[usual]) else usual
 
     @property
-    def chosen(self) -> tuple[str, bool]:
-        """The start, and whether no other has a smaller loss."""
+    def _one_batch(self) -> bool:
+        return all(len(losses) == 1 for losses in self.fixed.values())
+
+    @property
+    def chosen(self) -> tuple[str, str]:
+        """The start, and what held-out data say of it, in words."""
         start = self.start
-        least = min(_mean(losses) for losses in self.fixed.values())
-        return start, _mean(self.fixed[start]) <= least
+        if _mean(self.fixed[start]) <= min(_mean(losses) for losses in self.fixed.values()):
+            return start, "the best"
+        if self._one_batch:
+            return start, "another was better, but one batch does not tell"
+        return start, "none was better by more than the standard error"
 
     @property
     def accepted(self) -> int | None:

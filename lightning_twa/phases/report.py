@@ -87,7 +87,7 @@ class Begun(Protocol):
 
 
 def tell_what_begins(
-    phase: Begun, module: LightningModule, names: list[str], chosen: tuple[str, bool] | None
+    phase: Begun, module: LightningModule, names: list[str], chosen: tuple[str, str] | None
 ) -> None:
     """Say what a phase begins with.
 
@@ -95,8 +95,8 @@ def tell_what_begins(
         phase: The phase.
         module: The model.
         names: Names of the candidates.
-        chosen: The average that it starts from, and whether it is the best on held-out data,
-            where these were asked.
+        chosen: The average that it starts from, and what held-out data say of it, where these
+            were asked.
     """
     assert phase.optimizer is not None
     if phase.choice.share.text is not None:
@@ -105,9 +105,7 @@ def tell_what_begins(
     say(switch_report(phase.optimizer, names, DATA[data], phase.started))
     tell_what_stays(phase.settings, module)
     if chosen is not None:
-        name, is_best = chosen
-        why = "the best" if is_best else "none was better by more than the standard error"
-        say(f"TWA: it starts from {name!r}; on held-out data {why}.")
+        say(f"TWA: it starts from {chosen[0]!r}; on held-out data {chosen[1]}.")
     if phase.groups is not None:
         say(groups_report(phase.groups))
     if data == "val":

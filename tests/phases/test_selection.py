@@ -99,6 +99,25 @@ def test_without_that_average_the_uniform_one_is_the_usual() -> None:
     assert compared({"uniform": [float("nan")], "last 2": [1.0]}, {}).start == "last 2"
 
 
+def test_one_batch_does_not_tell_averages_apart() -> None:
+    """But points of the path from the start."""
+    fixed = {"uniform": [0.2], "last 2": [0.1], "power(0.13)": [1.0]}
+    comparison = compared(fixed, {2: [0.99], 4: [0.98]})
+    assert comparison.chosen == (
+        "power(0.13)",
+        "another was better, but one batch does not tell",
+    )
+    assert comparison.accepted == 4
+    assert compared({"last 2": [1.1], "power(0.13)": [1.0]}, {}).chosen[1] == "the best"
+    assert compared({"last 2": [2.0], "power(0.13)": [float("nan")]}, {}).start == "last 2"
+    two = {name: losses * 2 for name, losses in fixed.items()}
+    assert compared(two, {}).chosen == ("last 2", "the best")
+    assert compared({"last 2": [0.5, 2.2], "power(0.13)": [1.0, 2.0]}, {}).chosen == (
+        "power(0.13)",
+        "none was better by more than the standard error",
+    )
+
+
 @pytest.mark.parametrize(
     ("path", "accepted", "gain"),
     [
