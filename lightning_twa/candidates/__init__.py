@@ -15,7 +15,7 @@ from lightning_twa.candidates.candidate import (
 from lightning_twa.candidates.copying import copies_on_host
 from lightning_twa.candidates.encoding import decode
 from lightning_twa.candidates.files import CandidateFileError
-from lightning_twa.candidates.find import find_files, unique_names
+from lightning_twa.candidates.find import check_name, find_files, unique_names
 from lightning_twa.candidates.frozen import leave_out_frozen, unchanged_names
 from lightning_twa.candidates.into_model import (
     copy_into,
@@ -61,6 +61,7 @@ __all__ = [
     "averaged_names",
     "check_complete",
     "check_form",
+    "check_name",
     "check_selection",
     "copies_on_host",
     "copy_into",

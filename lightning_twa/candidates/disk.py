@@ -246,7 +246,8 @@ def _host() -> str:
 
 def _said(error: Exception) -> str:
     """What an error says, with its type where the message needs it."""
-    known = isinstance(error, OSError | ValueError | TypeError) and str(error)
+    kinds = OSError | ValueError | TypeError | CandidateFileError
+    known = isinstance(error, kinds) and str(error)
     return str(error) if known else f"{type(error).__name__}: {error}"
 
 

@@ -15,6 +15,7 @@ from lightning_twa.candidates.encoding import decode, encode
 from lightning_twa.candidates.reference import SUFFIX, CandidateFileError, Reference, resolve
 
 __all__ = [
+    "RESTORE",
     "CandidateFileError",
     "Reference",
     "delete_candidate",
@@ -24,7 +25,7 @@ __all__ = [
     "write_candidate",
 ]
 
-_RESTORE = (
+RESTORE = (
     "Restore the directory that belongs to the checkpoint, name it as StorageConfig.dirpath (the "
     "default is twa_candidates in the Trainer's default_root_dir), or start anew."
 )
@@ -124,7 +125,7 @@ def read_candidate(root: Path, reference: Reference, *, verify: bool = True) -> 
     if candidate.name != reference.name:
         raise CandidateFileError(
             f"{path} holds candidate {candidate.name!r}, but the checkpoint expects "
-            f"{reference.name!r}. {_RESTORE}"
+            f"{reference.name!r}. {RESTORE}"
         )
     return candidate
 
@@ -153,11 +154,11 @@ def _check_bytes(path: Path, reference: Reference, verify: bool) -> None:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise CandidateFileError(f"{path} is not a regular file. {_RESTORE}")
+            raise CandidateFileError(f"{path} is not a regular file. {RESTORE}")
         if status.st_size != reference.size:
             raise CandidateFileError(
                 f"{path} has {status.st_size} bytes instead of {reference.size}: it is truncated "
-                f"or another file. {_RESTORE}"
+                f"or another file. {RESTORE}"
             )
         if not verify:
             return
@@ -166,13 +167,13 @@ def _check_bytes(path: Path, reference: Reference, verify: bool) -> None:
             while chunk := file.read(2**20):
                 sha.update(chunk)
     except FileNotFoundError as error:
-        raise CandidateFileError(f"{path} is missing. {_RESTORE}") from error
+        raise CandidateFileError(f"{path} is missing. {RESTORE}") from error
     except OSError as error:
         raise CandidateFileError(
             f"{path} is not readable ({error}). Check its permissions and the disk."
         ) from error
     if sha.hexdigest() != reference.digest:
-        raise CandidateFileError(f"{path} is damaged: its SHA-256 is another one. {_RESTORE}")
+        raise CandidateFileError(f"{path} is damaged: its SHA-256 is another one. {RESTORE}")
 
 
 def _check_free(path: Path) -> None:

@@ -14,7 +14,7 @@ from lightning_twa.candidates.frozen import FROZEN
 from lightning_twa.candidates.reference import SUFFIX
 from lightning_twa.candidates.shards import find_index, index_of, is_index, shards_of
 
-__all__ = ["RANK", "WHOLE", "check_file", "find_files", "unique_names"]
+__all__ = ["RANK", "WHOLE", "check_file", "check_name", "find_files", "unique_names"]
 
 _Item = str | os.PathLike[str]
 
@@ -91,7 +91,8 @@ def _expanded(item: Any) -> list[Path]:
     matches = [Path(match) for match in glob.glob(text, recursive=True)]
     # A directory like epoch=3.ckpt is a sharded checkpoint, to be refused and not left out
     files = [p for p in matches if not p.is_dir() or p.suffix.lower() in _SUFFIXES]
-    files = [p for p in files if not SUBSPACE.fullmatch(p.stem)]
+    weights = [p for p in files if not SUBSPACE.fullmatch(p.stem)]
+    files = weights or files  # which are refused, where there are no others
     files += [whole for p in matches if p.is_dir() and (whole := _whole_in(p)) is not None]
     if not files:
         raise ValueError(f"The pattern {str(item)!r} matches no file. Check it, and the directory.")
@@ -114,17 +115,26 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path} is a directory, as of a sharded checkpoint. {WHOLE}")
     if not path.is_file():
         raise ValueError(f"{path} does not exist, or is no regular file. Check the path.")
-    if SUBSPACE.fullmatch(path.stem):
-        raise ValueError(
-            f"{path} holds the subspace of a phase, for resuming in it "
-            f"(StorageConfig.cache_subspace), and no weights. Name files of candidates."
-        )
+    check_name(path, path.stem)
     if is_index(path):
         shards_of(path)
     elif path.suffix.lower() not in _SUFFIXES:
         raise ValueError(
             f"{path} has the suffix {path.suffix!r}. Files with weights end in "
             f"{', '.join(_SUFFIXES)}: rename it, or narrow the pattern."
+        )
+
+
+def check_name(path: Path, name: str) -> None:
+    """Check that a file, by a name of it, is no subspace of a phase.
+
+    Raises:
+        ValueError: Naming the path, and what to do.
+    """
+    if SUBSPACE.fullmatch(name):
+        raise ValueError(
+            f"{path} holds the subspace of a phase, for resuming in it "
+            f"(StorageConfig.cache_subspace), and no weights. Name files of candidates."
         )
 
 
@@ -138,8 +148,7 @@ def _in_directory(directory: Path) -> list[Path]:
         raise ValueError(f"{directory} has candidates with sharded parameters. {WHOLE}")
     files = [p for p in directory.glob(f"*{SUFFIX}") if p.is_file() and p.stem != FROZEN]
     for path in files:
-        if SUBSPACE.fullmatch(path.stem):
-            check_file(path)
+        check_name(path, path.stem)
     if not files:
         inner = [
             folder.name

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_twa.candidates.candidate import Candidate, is_dense
 from lightning_twa.candidates.encoding import decode
-from lightning_twa.candidates.find import RANK, WHOLE, check_file
+from lightning_twa.candidates.find import RANK, WHOLE, check_file, check_name
 from lightning_twa.candidates.frozen import FROZEN
 from lightning_twa.candidates.inert import load_tensors
 from lightning_twa.candidates.reference import SUFFIX
@@ -223,6 +223,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             f"{path} is no safetensors file that can be read ({error}): it is damaged, truncated "
             f"or of another kind. Restore it from a copy, or leave it out."
         ) from error
+    check_name(path, metadata.get("candidate", ""))
     # save_model of safetensors keeps one name of tied tensors, and notes the others
     aliases = {name: tensors[kept] for name, kept in metadata.items() if kept in tensors}
     return _read_own(path) if own else {**aliases, **tensors}

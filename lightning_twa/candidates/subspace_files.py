@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lightning_twa.candidates.candidate import Candidate
 from lightning_twa.candidates.disk import Disk
-from lightning_twa.candidates.files import CandidateFileError, Reference
+from lightning_twa.candidates.files import RESTORE, CandidateFileError, Reference
 from lightning_twa.candidates.reference import resolve
 from lightning_twa.config import SubspaceConfig
-from lightning_twa.machine import all_ranks, say, warn
+from lightning_twa.machine import all_ranks, say, warn, world_size
 from lightning_twa.subspace import Columns, ParameterLayout
 
 __all__ = ["SubspaceFiles", "name_of_subspace"]
@@ -76,17 +76,20 @@ class SubspaceFiles:
         return [reference.state_dict() for reference in self._files]
 
     def write(self, tensors: Mapping[str, Tensor], name: str) -> None:
-        """Write a subspace; where that fails, a warning.
+        """Write a subspace, instead of the one before; where that fails, a warning.
 
         Args:
             tensors: Of :meth:`~lightning_twa.subspace.Subspace.state_dict`.
             name: Of :func:`name_of_subspace`.
         """
+        self._unlink()  # but no directory: another process may be writing there by now
         try:
             _, self._files = self._disk.write(
                 lambda: Candidate(name, {key: t.cpu() for key, t in tensors.items()}, {})
             )
         except OSError as error:
+            if self._disk.directory is not None:
+                self._tidy(self._disk.directory)
             warn(
                 f"The subspace could not be written to {self._disk.root} ({error}). The phase goes "
                 f"on without: resumed, it builds the subspace again. Make room there, or set "
@@ -101,26 +104,44 @@ class SubspaceFiles:
             state: Of :meth:`state_dict`, from a checkpoint.
             name: Of :func:`name_of_subspace`.
         """
+        processes = world_size() if self._disk.shards else 1
         try:
             files = [Reference.from_state(entry) for entry in state]
+            if len(files) != processes:
+                raise CandidateFileError(
+                    f"the checkpoint has {len(files)} for as many processes, and now there "
+                    f"{'is' if processes == 1 else 'are'} {processes} to read one each"
+                )
             candidate = self._disk.read(files)
             if not all_ranks(candidate.name == name, self._device):
-                raise CandidateFileError("what it is built of has changed.")
+                raise CandidateFileError("what it is built of has changed")
         except (CandidateFileError, ValueError) as error:
-            say(f"TWA: the subspace is built again, because its file cannot be used: {error}")
+            reason = str(error).removesuffix(RESTORE).rstrip(" .")
+            say(f"TWA: the subspace is built again, because its file cannot be used: {reason}.")
             return None
         self._files = files
         return candidate.parameters
 
     def delete(self) -> None:
         """The subspace is not needed any more. What cannot be deleted stays."""
-        root = self._disk.root
+        for directory in self._unlink():
+            self._tidy(directory)
+
+    def _unlink(self) -> list[Path]:
+        """Delete the files; returns where they were."""
+        paths = []
         for reference in self._files:
             with contextlib.suppress(OSError, CandidateFileError):
-                path = resolve(root, reference)
-                path.unlink(missing_ok=True)
-                directory = path.parent
-                while directory != root.resolve():
-                    directory.rmdir()  # unless another process has a file there
-                    directory = directory.parent
+                paths.append(resolve(self._disk.root, reference))
+                paths[-1].unlink(missing_ok=True)
         self._files = []
+        return [path.parent for path in paths]
+
+    def _tidy(self, directory: Path) -> None:
+        """Delete a directory, and those above it in the root, as far as they are empty."""
+        root = self._disk.root.resolve()
+        with contextlib.suppress(OSError):
+            while directory.resolve().is_relative_to(root) and directory.resolve() != root:
+                with contextlib.suppress(FileNotFoundError):  # another process was here
+                    directory.rmdir()
+                directory = directory.parent

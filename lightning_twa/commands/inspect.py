@@ -19,6 +19,7 @@ from lightning_twa.candidates import (
     SUFFIX,
     CandidateFileError,
     Reference,
+    check_name,
     decode,
     find_files,
     load_checkpoint,
@@ -315,7 +316,9 @@ def _describe_safetensors(path: Path) -> list[str]:
 
 
 def _read(path: Path) -> _File:
-    if "candidate" not in _metadata_of(path):
+    metadata = _metadata_of(path)
+    check_name(path, metadata.get("candidate", ""))
+    if "candidate" not in metadata:
         raise ValueError(
             f"{path} is no candidate of a run, and no average of files that says so: another "
             f"program wrote this file. Average such files with the command 'average'."

@@ -38,8 +38,8 @@ class StorageConfig:
             begins, also with candidates in memory. A run that is interrupted in the phase and
             resumed then reads it instead of building it from the candidates: the same weights,
             sooner. It takes as much room as the subspace in memory, for each host that does not see
-            the other's files once, and is deleted when the phase is over. What cannot be used any
-            more is built again, and a line says so.
+            the other's files once, and is deleted when the phase is over, unless another run wrote
+            it. What cannot be used any more is built again, and a line says so.
 
     Raises:
         ValueError: When a value is outside its range, or ``dirpath`` goes with ``"memory"``.

@@ -62,7 +62,6 @@ class CachedSubspace:
                 return found
         built = build(mixing)
         if self._files is not None:
-            self._files.delete()
             name = self._name(built.mixing, names, starts_at_mean)
             self._files.write(built.state_dict(), name)
         return built

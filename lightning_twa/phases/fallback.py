@@ -86,6 +86,8 @@ def _fall_back(
             put_average(module, store, averaged_names(module, averaging.settings.collect))
     except Exception as second:
         raise error from second
+    if averaging.optimization.cached is not None:
+        averaging.optimization.cached.delete()
     averaging.optimization.stand_still(trainer)
     averaging.keep_uniform()
     then = (

@@ -113,7 +113,8 @@ class Run:
         Raises:
             ValueError: When it is a file of the average, which has nothing to go on with.
         """
-        if state and state.get("phase") == "done" and "optimizer_states" not in checkpoint:
+        # Not by optimizer_states, which a sharded checkpoint has elsewhere
+        if state and state.get("phase") == "done" and "lr_schedulers" not in checkpoint:
             raise ValueError(
                 f"{trainer.ckpt_path} holds an average alone: there is no optimizer's state in it "
                 f"to go on with. To train on from the average, load its weights into the module "

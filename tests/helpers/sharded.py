@@ -182,8 +182,8 @@ def fit(
         if processes > 1:
             several = {"strategy": ModelParallelStrategy(**options), "devices": processes}
         the_trainer = trainer(
-            folder, max_epochs=5, callbacks=callbacks, use_distributed_sampler=False,
-            enable_checkpointing=save_to is not None, **several, **kwargs
+            folder, callbacks=callbacks, use_distributed_sampler=False,
+            enable_checkpointing=save_to is not None, **several, **{"max_epochs": 5, **kwargs}
         )  # fmt: skip
         the_trainer.fit(
             module,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
+import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_twa
 from helpers import ddp, sharded
 from helpers.common import Regressor, trainer
+from helpers.plain import CollectConfig
 from helpers.resume import differences, equal, interrupted, ordered, run, saved, twa
 from lightning_twa import SolverConfig, StorageConfig, SubspaceConfig, average
-from lightning_twa.candidates import SubspaceFiles, disk, find_files, name_of_subspace
+from lightning_twa.candidates import SubspaceFiles, disk, find_files
 from lightning_twa.commands import inspect
 from lightning_twa.phases import span
-from lightning_twa.subspace import ParameterLayout, held_everywhere
+from lightning_twa.phases.step_watch import StepWatch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss"),
@@ -195,6 +197,7 @@ def test_a_file_that_cannot_be_used_costs_time_only(tmp_path: Path, caplog: Any,
         resumed = run(tmp_path, Regressor, lambda: twa(**cached(tmp_path / "c")), ckpt_path=path)
     (line,) = [r.message for r in caplog.records if "built again" in r.message]
     assert said in line
+    assert not any(word in line for word in ("Restore", "Error", "candidate"))
     assert not differences(whole, resumed)
 
 
@@ -358,40 +361,36 @@ def test_the_file_is_no_candidate(tmp_path: Path) -> None:
         find_files(tmp_path / "c")
 
 
-def test_every_part_of_a_subspace_is_in_its_name() -> None:
-    """Where a part changes, the file is not used."""
-    tensors = {"a": torch.zeros(3, 4), "b": torch.zeros(5)}
+def test_a_phase_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any) -> None:
+        assert len(files(tmp_path / "c")) == 1
+        raise RuntimeError("planned")
 
-    def name(**changes: Any) -> str:
-        config = SubspaceConfig(bits=changes.get("bits", 4), blocks=changes.get("blocks", "tensor"))
-        layout = ParameterLayout.from_tensors(changes.get("tensors", tensors), config.blocks)
-        columns = changes.get("columns", held_everywhere(layout, 0, 1))
-        mixing = torch.arange(12.0, dtype=torch.float64).view(2, 2, 3) + changes.get("more", 0.0)
-        return name_of_subspace(
-            config,
-            columns,
-            mixing.view(changes.get("shape", (2, 2, 3))),
-            changes.get("names", ["x", "y", "z"]),
-            starts_at_mean=changes.get("starts_at_mean", True),
-        )
+    monkeypatch.setattr(StepWatch, "look", lambda self, module: fail(self))
+    with pytest.warns(UserWarning, match="The TWA phase failed in its optimizer step 1"):
+        run(tmp_path, Regressor, lambda: twa(**cached(tmp_path / "c")))
+    assert files(tmp_path / "c") == []
 
-    layout = ParameterLayout.from_tensors(tensors, "tensor")
-    cuts = lightning_twa.subspace.cut_evenly(layout, 2)
-    different = [
-        {},
-        {"bits": 8},
-        {"blocks": "global"},
-        {"tensors": {"a": torch.zeros(4, 3), "b": torch.zeros(5)}},
-        {"tensors": {"a": torch.zeros(3, 4), "c": torch.zeros(5)}},
-        {"tensors": {"b": torch.zeros(5), "a": torch.zeros(3, 4)}},
-        {"tensors": {"a": torch.zeros(3, 4).double(), "b": torch.zeros(5)}},
-        {"columns": cuts[0]},
-        {"columns": cuts[1]},
-        {"more": 1e-12},
-        {"shape": (2, 3, 2)},
-        {"names": ["x", "z", "y"]},
-        {"starts_at_mean": False},
-    ]
-    names = [name(**changes) for changes in different]
-    assert len(set(names)) == len(names)
-    assert name() == names[0]
+
+@pytest.mark.parametrize("name", ["a.safetensors", "SUBSPACE.safetensors"])
+def test_nor_is_it_under_another_name(tmp_path: Path, name: str) -> None:
+    interrupted_in_phase(tmp_path)
+    (path,) = [tmp_path / "c" / found for found in files(tmp_path / "c")]
+    other = path.rename(tmp_path / name)
+    for use in (lambda text: inspect.describe(Path(text)), average):
+        with pytest.raises(ValueError, match="holds the subspace of a phase"):
+            use(str(other))
+
+
+@pytest.mark.slow
+def test_a_change_of_group_in_two_processes_finds_its_directory(tmp_path: Path) -> None:
+    """Which no process deletes while another one writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The subspace could not be written")
+        for i in range(3):
+            options = {**cached(tmp_path / str(i)), "subspace": SubspaceConfig(group_size=2)}
+            options["collect"] = CollectConfig(start=0)
+            the_twa = twa(start_epoch=8, **options)
+            reports = ddp.fit(tmp_path / f"r{i}", the_twa, Regressor(), max_epochs=14)
+            assert [report["phase"] for report in reports] == ["done", "done"]
+            assert not list((tmp_path / str(i)).iterdir())

@@ -153,6 +153,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, epoch, kind) -> Non
         assert equal(dict(plain.state_dict()), uninterrupted[0]["state"])
 
 
+def test_a_checkpoint_of_a_finished_cycle_is_more_than_its_average(tmp_path) -> None:
+    """Though its optimizer states are elsewhere: the run goes on."""
+    how = {"strategy_options": {"save_distributed_checkpoint": True}, "max_epochs": 6}
+    options = {"cycles": 2, "start_epoch": 2, "collect": CollectConfig(start=0)}
+    saved = tmp_path / "saved"
+    whole = fit(tmp_path / "whole", Sharded(), 2, options, save_to=saved, **how)
+    path = saved / "epoch=2.ckpt"
+    again = fit(tmp_path / "again", Sharded(), 2, options, ckpt_path=path, **how)
+    for a, b in zip(whole, again, strict=True):
+        assert equal(a["state"], b["state"])
+
+
 @pytest.mark.long
 def test_the_file_of_the_average_is_that_of_the_last_cycle(tmp_path) -> None:
     """A directory, which replaces that of the cycle before."""
