@@ -249,7 +249,8 @@ def test_checkpointing_prints_what_checkpoints_and_candidates_take() -> None:
     rows = rows_of(output, "candidates in")
     moments = ["collecting", "in the phase", "finished"]
     assert [row[:2] for row in rows] == [
-        [name, moment] for name in ("plain", "memory", "files") for moment in moments
+        *([name, moment] for name in ("plain", "memory", "files") for moment in moments),
+        *([f"{name}, subspace in a file", "in the phase"] for name in ("memory", "files")),
     ]
     megabytes = {(name, moment): float(cells[0]) for name, moment, *cells in rows}
     parameters = 4 * (width + 1) * width * 4 / 1e6
@@ -257,6 +258,9 @@ def test_checkpointing_prints_what_checkpoints_and_candidates_take() -> None:
         added = megabytes["memory", moment] - megabytes["plain", moment]
         assert added == pytest.approx(copies * parameters, abs=0.1)
         assert megabytes["files", moment] == pytest.approx(megabytes["plain", moment], abs=0.1)
+    for kind in ("memory", "files"):  # checkpoints do not hold it
+        cached = megabytes[f"{kind}, subspace in a file", "in the phase"]
+        assert cached == pytest.approx(megabytes[kind, "in the phase"], abs=0.1)
     kept = {row[0]: float(row[3]) for row in rows_of(output, "| what |")}
     assert kept["memory, float32"] == kept["files, float32"] == pytest.approx(parameters, abs=0.1)
 
