@@ -42,7 +42,8 @@ class StorageConfig:
             it. What cannot be used any more is built again, and a line says so.
 
     Raises:
-        ValueError: When a value is outside its range, or ``dirpath`` goes with ``"memory"``.
+        ValueError: When a value is outside its range, or ``dirpath`` goes with ``"memory"`` and
+            there is nothing else to write.
     """
 
     kind: Literal["auto", "memory", "disk"] = "auto"
