@@ -274,9 +274,12 @@ def test_every_group_has_its_rows_and_the_report_has_them(parts, small) -> None:
     assert "| TWA |" in parts.tables.study(studied, {"digits-cnn": task})
 
 
-def test_every_setting_of_the_study_is_one(parts) -> None:
-    from lightning_twa import TWACallback
+def test_trained_on_held_out_data_a_part_of_them_is_left_to_choose_by(parts, small) -> None:
+    group = parts.groups.study(small, 3, "trained on held-out data")
+    assert group["notes"]["losses"]
 
+
+def test_every_setting_of_the_study_is_one(parts) -> None:
     for setting in parts.groups.STUDY.values():
         TWACallback(**setting)
 
