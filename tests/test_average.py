@@ -302,3 +302,8 @@ def test_averages_among_ordinary_weights_are_named(tmp_path) -> None:
     average([tmp_path / f"epoch={epoch}.ckpt" for epoch in range(5)])
     average([tmp_path / "twa.ckpt", tmp_path / "epoch=5.ckpt"])
     average([tmp_path / "twa.ckpt"])
+    soup = CollectConfig(checkpoints=str(tmp_path / "*.ckpt"))
+    with pytest.warns(UserWarning, match=message):
+        trainer(tmp_path, callbacks=[TWACallback(start_epoch=0, collect=soup)], max_epochs=1).fit(
+            Regressor(), loader()
+        )

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import update_bn
 
+from lightning_twa import TWACallback
+
 EMA_DECAYS = (0.9, 0.97, 0.99, 0.995, 0.998)  # per optimizer step
 SIGMAS = (0.02, 0.056, 0.13, 0.23)  # relative widths of power averages
 WINDOWS = (2, 4, 8, 16)  # snapshots
@@ -208,7 +210,7 @@ def scores(module: nn.Module, data: Data, kind: str, steps: int) -> Row:
 
 def default_phase(steps: int) -> int:
     """The length of the phase that the callback takes by default, in steps."""
-    return max(min(max(round(0.01 * steps), 32), steps // 30), 1)
+    return TWACallback().settings.steps_of_phase(steps) or 0
 
 
 def paper_phase(task: Task) -> int:

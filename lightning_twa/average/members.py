@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +16,8 @@ from lightning_twa.candidates import (
     unique_names,
     without_wrappers,
 )
-from lightning_twa.checkpoint import read_state
+from lightning_twa.checkpoint import warn_of_averages
 from lightning_twa.config import check_patterns, is_selected, matches
-from lightning_twa.machine import warn
 from lightning_twa.results import RunResults
 from lightning_twa.subspace import check_finite
 
@@ -133,34 +131,11 @@ def members_of(candidates: Any) -> list[Member]:
             for i, c in enumerate(candidates)
         ]
     paths = find_files(candidates)
-    _tell_of_averages(paths)
+    warn_of_averages(paths)
     return [
         Member(name, lambda p=path: read_file(p))  # type: ignore[misc]
         for path, name in zip(paths, unique_names(paths), strict=True)
     ]
-
-
-def _tell_of_averages(paths: Sequence[Path]) -> None:
-    """Warn where files of ordinary weights and of finished runs, which hold averages of such, come
-    together: a folder of checkpoints often has both.
-    """
-    averages = [path for path in paths if len(paths) > 1 and _is_average(path)]
-    if 0 < len(averages) < len(paths):
-        first = averages[0].name
-        more = f" and {len(averages) - 1} more" if len(averages) > 1 else ""
-        warn(
-            f"{first}{more} of {len(paths)} files hold the average that a run ended with, the "
-            f"others ordinary weights: what went into that average counts twice. Name the files "
-            f"of one kind."
-        )
-
-
-def _is_average(path: Path) -> bool:
-    """Whether a file is the checkpoint of a run whose phase is over."""
-    try:
-        return path.suffix == ".ckpt" and read_state(path)["phase"] == "done"
-    except ValueError:  # of something else
-        return False
 
 
 def _state_dict(candidate: Candidate, further: Mapping[str, str]) -> State:

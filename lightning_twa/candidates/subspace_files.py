@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_twa.candidates.candidate import Candidate
@@ -66,7 +67,7 @@ class SubspaceFiles:
         device: Device whose backend carries messages.
     """
 
-    def __init__(self, root: Path, columns: Columns, device: Any) -> None:
+    def __init__(self, root: Path, columns: Columns, device: torch.device) -> None:
         self._disk = Disk(root, shards=not columns.everywhere, kind=KIND)
         self._device = device
         self._files: list[Reference] = []

@@ -7,14 +7,15 @@ that this package writes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_twa.candidates import Reference, load_checkpoint
 from lightning_twa.checkpoint.format import check_state
+from lightning_twa.machine import warn
 
-__all__ = ["candidate_entries", "file_references", "read_state"]
+__all__ = ["candidate_entries", "file_references", "read_state", "warn_of_averages"]
 
 # Of the state, whatever the class that wrote it is called
 KEYS = {"format_version", "phase", "candidate_names"}
@@ -79,3 +80,26 @@ def file_references(state: Mapping[str, Any]) -> Iterator[Reference]:
     for entry in candidate_entries(state):
         for reference in entry.get("files", []):
             yield Reference.from_state(reference)
+
+
+def warn_of_averages(paths: Sequence[Path]) -> None:
+    """Warn where files of ordinary weights and of finished runs, which hold averages of such, are
+    to be averaged together: a pattern often takes both.
+    """
+    averages = [path for path in paths if len(paths) > 1 and _is_average(path)]
+    if 0 < len(averages) < len(paths):
+        first = averages[0].name
+        more = f" and {len(averages) - 1} more" if len(averages) > 1 else ""
+        warn(
+            f"{first}{more} of {len(paths)} files hold the average that a run ended with, the "
+            f"others ordinary weights: what went into that average counts twice. Name the files "
+            f"of one kind."
+        )
+
+
+def _is_average(path: Path) -> bool:
+    """Whether a file is the checkpoint of a run whose phase is over."""
+    try:
+        return path.suffix == ".ckpt" and read_state(path)["phase"] == "done"
+    except ValueError:  # of something else
+        return False

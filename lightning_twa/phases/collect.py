@@ -18,6 +18,7 @@ from lightning_twa.candidates import (
     read_candidate_from,
     unique_names,
 )
+from lightning_twa.checkpoint import warn_of_averages
 from lightning_twa.config import Settings
 from lightning_twa.machine import in_common
 from lightning_twa.phases.by_steps import check_placed
@@ -95,6 +96,7 @@ class Collector:
         collect, self.timed = self.settings.collect, TimedLength()
         with in_common(ValueError):
             self._files = [] if collect.checkpoints is None else find_files(collect.checkpoints)
+            warn_of_averages(self._files)
         self.plans = check_trainer(self.settings, trainer, module, len(self._files))
         self._names = file_candidate_names(self._files, soup=self.plans[0].start_epoch == 0)
         if len(self.store) > 0:
