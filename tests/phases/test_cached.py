@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
-import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -382,15 +381,20 @@ def test_nor_is_it_under_another_name(tmp_path: Path, name: str) -> None:
             use(str(other))
 
 
-@pytest.mark.slow
-def test_a_change_of_group_in_two_processes_finds_its_directory(tmp_path: Path) -> None:
-    """Which no process deletes while another one writes to it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "The subspace could not be written")
-        for i in range(3):
-            options = {**cached(tmp_path / str(i)), "subspace": SubspaceConfig(group_size=2)}
-            options["collect"] = CollectConfig(start=0)
-            the_twa = twa(start_epoch=8, **options)
-            reports = ddp.fit(tmp_path / f"r{i}", the_twa, Regressor(), max_epochs=14)
-            assert [report["phase"] for report in reports] == ["done", "done"]
-            assert not list((tmp_path / str(i)).iterdir())
+def test_a_directory_stays_while_it_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a change of group: of several processes another one may be writing by then."""
+    found: list[bool] = []
+    write = disk.Disk.write
+
+    def look(self: Any, make: Any) -> Any:
+        if self.kind == "subspace" and self.directory is not None:
+            found.append(self.directory.is_dir() and not files(tmp_path / "c"))
+        return write(self, make)
+
+    monkeypatch.setattr(disk.Disk, "write", look)
+    options = {**cached(tmp_path / "c"), "subspace": SubspaceConfig(group_size=2)}
+    run(tmp_path, Regressor, lambda: twa(**options, collect=CollectConfig(start=0)))
+    assert found == [True]
+    assert not list((tmp_path / "c").iterdir())
