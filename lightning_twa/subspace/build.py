@@ -7,11 +7,9 @@ known one pass is enough.
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,15 +17,10 @@ from torch import Tensor
 from lightning_twa.config import SubspaceConfig, as_config
 from lightning_twa.machine import (
     all_ranks,
-    from_rank_,
     from_rank_zero,
     full_precision,
     in_common,
-    in_order,
-    rank,
-    sum_over_ranks,
     threads_here,
-    world_size,
 )
 from lightning_twa.subspace.bases import mix
 from lightning_twa.subspace.candidate_tiles import CandidateTiles
@@ -36,10 +29,10 @@ from lightning_twa.subspace.directions import (
     DenseDirections,
     Directions,
     PackedDirections,
-    Scratch,
     fill,
 )
 from lightning_twa.subspace.layout import ParameterLayout
+from lightning_twa.subspace.passes import Passes
 from lightning_twa.subspace.subspace import Subspace
 from lightning_twa.subspace.tensors import without_autocast
 
@@ -47,10 +40,6 @@ __all__ = ["build_subspace", "restore_subspace"]
 
 # Numbers of candidates up to which products are in float64, which is as fast as one notices
 SMALL = 1 << 22
-LARGEST = 2.0**100  # of a mixing in float32
-PARTS = 64  # that processes with the same candidates can share
-
-Found = TypeVar("Found")
 
 
 def build_subspace(
@@ -69,7 +58,8 @@ def build_subspace(
     The candidates are read tile by tile in two passes (center and Gram matrices, directions), so
     beyond candidates and result each thread (``torch.get_num_threads()``) only holds some ``n *
     8192 * 28`` bytes. The result does not depend on the number of threads. Beyond 4 million numbers
-    products are in float32, summed up in float64.
+    products are in float32, summed up in float64. What a CUDA device is to keep it builds itself,
+    in float64, in 256 MiB of its memory; what it cannot do the CPU does.
 
     Args:
         candidates: At least two mappings from name to tensor (state dicts), on any device.
@@ -117,7 +107,7 @@ def build_subspace(
     tiles = CandidateTiles(layout, members, columns, centered=centered, narrow=narrow)
     # Where others build nothing, they are not asked how many threads this process may have.
     threads = torch.get_num_threads() if columns is None else threads_here()
-    build = _Build(tiles, threads if large else 1, tick, carrier)
+    build = Passes(tiles, threads if large else 1, tick, carrier, target)
     with full_precision(), without_autocast(torch.device("cpu")), torch.no_grad():
         given = None if start is None else _flat(tiles, start)
         if mixing is None:
@@ -222,137 +212,9 @@ def _flat(tiles: CandidateTiles, tensors: Mapping[str, Tensor]) -> Tensor:
     return flat
 
 
-class _Build:
-    """Passes over the candidates.
-
-    Tiles are summed up in :data:`PARTS` parts, and the parts in their order, so that the sums are
-    the same whatever the number of processes that take some of the parts each.
-
-    Args:
-        tiles: Of them.
-        threads: That take a tile each.
-        tick: Called after each tile with its number of columns.
-        carrier: Device whose backend carries what processes exchange.
-    """
-
-    def __init__(
-        self,
-        tiles: CandidateTiles,
-        threads: int,
-        tick: Callable[[int], object] | None,
-        carrier: torch.device,
-    ) -> None:
-        self.tiles = tiles
-        self.threads = threads
-        self.tick = tick
-        self.carrier = carrier
-        self.alone = tiles.columns is None  # the only process
-        everywhere = tiles.columns is not None and tiles.columns.everywhere
-        count = world_size() if everywhere else 1
-        cuts = [part * len(tiles) // PARTS for part in range(PARTS + 1)]
-        self.part_of = [part for part in range(PARTS) for _ in range(cuts[part], cuts[part + 1])]
-        shares = [cuts[share * PARTS // count] for share in range(count + 1)]
-        self.shares = [slice(*ends) for ends in itertools.pairwise(shares)]
-        self.own = self.shares[rank() if everywhere else 0]
-
-    def _each(self, work: Callable[[int, Scratch], Found]) -> Iterator[tuple[int, Found]]:
-        """What a function gives for each of this process's tiles with columns, in their order."""
-        jobs = [tile for tile in range(len(self.tiles))[self.own] if self.tiles.spans[tile]]
-        found = in_order(work, jobs, Scratch, min(self.threads, len(jobs)))
-        for tile, result in zip(jobs, found, strict=True):
-            yield tile, result
-            if self.tick is not None:
-                self.tick(self.tiles.size(tile))
-
-    def _total(self, parts: Tensor, owners: Sequence[int], count: int) -> Tensor:
-        """Sums of parts by their owners, over all processes.
-
-        Args:
-            parts: Of this process, zero where another one has them.
-            owners: Of each part, in ``range(count)``.
-            count: Number of owners.
-        """
-        divided = len(self.shares) > 1
-        if divided:
-            parts = sum_over_ranks(parts, self.carrier)  # with zeros: exact
-        total = parts.new_zeros(count, *parts.shape[1:])
-        for owner, part in zip(owners, parts, strict=True):
-            total[owner] += part
-        return total if self.alone or divided else sum_over_ranks(total, self.carrier)
-
-    def moments(
-        self, given: Tensor | None, together: Callable[[], AbstractContextManager[None]]
-    ) -> tuple[Tensor, Tensor]:
-        """``(B, n, n)`` products of the candidates, and ``(B,)`` squared norms of the center, over
-        all columns; float64.
-
-        Args:
-            given: The center, flat, if it is not the mean.
-            together: What may fail in one process is done in this.
-        """
-        tiles, n = self.tiles, len(self.tiles.members)
-        keys = list(dict.fromkeys(zip(self.part_of, tiles.blocks, strict=True)))
-        at = {key: i for i, key in enumerate(keys)}
-        gram = torch.zeros(len(keys), n, n, dtype=torch.float64, device="cpu")
-        norm2 = torch.zeros(len(keys), dtype=torch.float64, device="cpu")
-
-        def work(tile: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
-            read = tiles.read(tile, scratch)
-            squares = tiles.squares(tile, read.mean, given)
-            return tiles.gram(tile, read.rows, scratch), squares
-
-        with together():
-            for tile, (products, squares) in self._each(work):
-                part = at[self.part_of[tile], tiles.blocks[tile]]
-                gram[part] += products
-                norm2[part] += squares
-        blocks, count = [block for _, block in keys], tiles.layout.num_blocks
-        return self._total(gram, blocks, count), self._total(norm2, blocks, count)
-
-    def fill(
-        self,
-        make: Callable[[], Directions],
-        mixing: Tensor,
-        together: Callable[[], AbstractContextManager[None]],
-    ) -> tuple[Directions, Tensor]:
-        """The directions, closed, and the mean, flat.
-
-        Args:
-            make: Gives empty directions.
-            mixing: ``(B, k, n)`` float64.
-            together: What may fail in one process is done in this.
-        """
-        tiles, k = self.tiles, mixing.shape[1]
-        narrow = mixing.float() if float(mixing.abs().max()) <= LARGEST else mixing
-        squares = torch.zeros(PARTS, 2, dtype=torch.float64, device="cpu")
-        with together():
-            mean = torch.empty(tiles.layout.numel, dtype=tiles.layout.dtype, device="cpu")
-            stored = make()
-
-            def work(tile: int, scratch: Scratch) -> Tensor:
-                read = tiles.read(tile, scratch)
-                tiles.put(tile, read.mean, mean)
-                rows = read.rows if narrow.dtype == torch.float32 else read.rows.double()
-                matrix = (narrow if rows.dtype == torch.float32 else mixing)[tiles.blocks[tile]]
-                values = scratch.take("directions", (k, rows.shape[1]), rows.dtype)
-                torch.mm(matrix, rows, out=values)
-                return stored.write(tile, values, scratch)
-
-            for tile, found in self._each(work):
-                squares[self.part_of[tile]] += found
-        if len(self.shares) > 1:
-            for source, share in enumerate(self.shares):
-                pieces = [mean[tiles.columns_of(share)], *stored.pieces(share)]
-                from_rank_(pieces, source, self.carrier)
-        stored.close(self._total(squares, [0] * PARTS, 1)[0])
-        if not self.alone:
-            stored.prepare(lambda compiled: all_ranks(compiled, self.carrier))
-        return stored, mean
-
-
 def _mixing(
     config: SubspaceConfig,
-    build: _Build,
+    build: Passes,
     given: Tensor | None,
     together: Callable[[], AbstractContextManager[None]],
 ) -> Tensor:

@@ -105,13 +105,13 @@ class CandidateTiles:
         for span in spans:
             wide[:, position : span.target.start].zero_()
             position = span.target.stop
-            flat = self._tensor(span.tensor)
+            flat = self.tensor(span.tensor)
             target = wide[:, span.target].unbind(0)
             torch._foreach_copy_(target, [values[span.source] for values in flat])
         wide[:, position:].zero_()
         mean = wide.mean(dim=0)
         if not bool(torch.isfinite(mean).all()):
-            self._refuse(spans)
+            self.refuse(spans)
         if self.layout.dtype == torch.float64:  # narrower ones are summed up without rounding
             # Of a column with one value everywhere that value
             mean = torch.where((wide == wide[0]).all(dim=0), wide[0], mean)
@@ -137,7 +137,7 @@ class CandidateTiles:
         """
         total = torch.zeros((), dtype=torch.float64, device="cpu")
         for span in self.spans[tile]:
-            if not self._counts(span):
+            if not self.counts(span):
                 continue
             values = mean[span.target].to(self.layout.dtype)
             if flat is not None:
@@ -146,7 +146,7 @@ class CandidateTiles:
             total += values.double().square().sum()
         return total
 
-    def _counts(self, span: Span) -> bool:
+    def counts(self, span: Span) -> bool:
         """Whether a tensor's part counts here; a tile that one process reads for all counts."""
         held = self.columns
         return held is None or held.everywhere or held.counted[span.tensor]
@@ -156,7 +156,7 @@ class CandidateTiles:
         lose those that do not.
         """
         for span in self.spans[tile]:
-            if not self._counts(span):
+            if not self.counts(span):
                 rows[:, span.target].zero_()
         if rows.dtype == torch.float64:
             return rows @ rows.T
@@ -178,7 +178,7 @@ class CandidateTiles:
             return wide
         return scratch.take("narrow", tuple(wide.shape), torch.float32).copy_(wide)
 
-    def _tensor(self, tensor: int) -> list[Tensor]:
+    def tensor(self, tensor: int) -> list[Tensor]:
         """What is held here of a tensor of each candidate, flat."""
         with self._lock:
             if tensor not in self._flat:
@@ -193,7 +193,7 @@ class CandidateTiles:
                 self._flat.popitem(last=False)
             return found
 
-    def _refuse(self, spans: Sequence[Span]) -> None:
+    def refuse(self, spans: Sequence[Span]) -> None:
         """Raise for what is not finite in a tile's tensors; a sum of float64 may overflow too."""
         for span in spans:
             name = self.layout.specs[span.tensor].name

@@ -12,7 +12,7 @@ from reference import BASES, F64, Net, candidates, check_products, expand, membe
 from torch import nn
 
 from lightning_twa import SubspaceConfig, SubspaceOptimizer, build_subspace
-from lightning_twa.subspace import Columns, ParameterLayout, build, held_everywhere
+from lightning_twa.subspace import Columns, ParameterLayout, build, held_everywhere, passes
 from lightning_twa.subspace.candidate_tiles import CandidateTiles
 from lightning_twa.subspace.directions import DenseDirections, PackedDirections
 
@@ -233,7 +233,7 @@ def test_a_mixing_gives_exactly_the_directions_again() -> None:
 @BASES
 def test_with_all_columns_a_process_builds_what_one_builds(name, monkeypatch) -> None:
     agreed: list[bool] = []
-    monkeypatch.setattr(build, "all_ranks", lambda value, device: agreed.append(value) or value)
+    monkeypatch.setattr(passes, "all_ranks", lambda value, device: agreed.append(value) or value)
     ms, config = members(5), SubspaceConfig(basis=name, blocks="tensor", bits=4)
     one = build_subspace(ms, config)
     assert not agreed, "there is nobody to agree with"
@@ -251,7 +251,7 @@ def test_sums_over_columns_are_of_those_that_are_counted(monkeypatch) -> None:
     whole = build_subspace(ms)
     counted = Columns(whole.layout, whole.layout, None, (True, False))
     sums = []
-    monkeypatch.setattr(build, "sum_over_ranks", lambda t, device: sums.append(t.clone()) or t)
+    monkeypatch.setattr(passes, "sum_over_ranks", lambda t, device: sums.append(t.clone()) or t)
     found = build_subspace(ms, columns=counted)
     assert torch.equal(found.mixing, first.mixing)
     assert torch.equal(found.center, whole.center), "of all columns, counted or not"

@@ -53,13 +53,16 @@ NORMAL_STEP = {
 }
 
 
-def quantize(values: Tensor, bits: int, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+def quantize(
+    values: Tensor, bits: int, scratch: Scratch | None = None, *, look: bool = True
+) -> tuple[Tensor, Tensor]:
     """Choose scale and codes of each group.
 
     Args:
-        values: ``(..., GROUP)`` float32 or float64, on the CPU.
+        values: ``(..., GROUP)`` float32 or float64.
         bits: 1 to 8.
-        scratch: Memory to work in; the codes are good until it is used again.
+        scratch: Memory to work in, where the values are; the codes are good until it is used again.
+        look: Whether to find out if all are finite, for which a device is waited for.
 
     Returns:
         Codes ``(..., GROUP)`` uint8 and scales ``(...)`` bfloat16. A group of zeros has scale 0 and
@@ -74,9 +77,9 @@ def quantize(values: Tensor, bits: int, scratch: Scratch | None = None) -> tuple
         raise ValueError(
             f"The last dimension of values must be {GROUP}, got {tuple(values.shape)}."
         )
-    scratch = scratch or Scratch()
+    scratch = scratch or Scratch(values.device)
     fit = _Fit(values, bits, scratch)
-    if values.numel() and not math.isfinite(fit.widest.amax().item()):
+    if look and values.numel() and not math.isfinite(fit.widest.amax().item()):
         raise ValueError("Cannot quantize NaN or infinite values.")
     # Several starts, since the error has several minima: as if normal, unclipped, and between.
     normal = fit.rms * NORMAL_STEP[bits]

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_twa.subspace.directions import kernels
-from lightning_twa.subspace.directions.interface import fill, relative, squared_error
+from lightning_twa.subspace.directions.interface import (
+    fill,
+    relative,
+    squared_error,
+    squared_errors,
+)
 from lightning_twa.subspace.directions.rows import RowProducts
 from lightning_twa.subspace.directions.scratch import Scratch
 from lightning_twa.subspace.directions.tiles import pad
@@ -77,6 +82,16 @@ class DenseDirections:
             else:
                 squares[1] += torch.linalg.vector_norm(exact, dim=-1).double().square().sum()
         return squares
+
+    def write_tiles(self, first: int, values: Tensor, scratch: Scratch) -> Tensor:
+        """See :class:`Directions`."""
+        for spans, exact in zip(self._spans[first : first + len(values)], values, strict=True):
+            for span in spans:
+                start = self.layout.specs[span.tensor].start
+                columns = slice(start + span.source.start, start + span.source.stop)
+                self.rows[:, columns] = exact[:, span.target]
+        stored = scratch.take("stored", tuple(values.shape), values.dtype)
+        return squared_errors(stored.copy_(values.to(self.rows.dtype)), values)
 
     def pieces(self, tiles: slice) -> list[Tensor]:
         """See :class:`Directions`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_twa.subspace.directions.scratch import Scratch
 
-__all__ = ["Directions", "fill", "relative", "squared_error"]
+__all__ = ["Directions", "fill", "relative", "squared_error", "squared_errors"]
 
 
 class Directions(Protocol):
@@ -40,6 +40,18 @@ class Directions(Protocol):
 
         Returns:
             ``(2,)`` float64 on the CPU: squares of what storing loses, and of the values.
+        """
+
+    def write_tiles(self, first: int, values: Tensor, scratch: Scratch) -> Tensor:
+        """Take whole tiles at once, where the directions are kept. The host does not wait.
+
+        Args:
+            first: The first one's index.
+            values: ``(tiles, k, TILE)`` float64, 0 in padding. They may be overwritten.
+            scratch: Memory on their device.
+
+        Returns:
+            ``(tiles, 2)`` float64 there: as :meth:`write`, of each tile.
         """
 
     def pieces(self, tiles: slice) -> list[Tensor]:
@@ -118,6 +130,17 @@ def squared_error(stored: Tensor, exact: Tensor) -> Tensor:
     """
     norms = [torch.linalg.vector_norm(t, dim=-1).double() for t in (stored.sub_(exact), exact)]
     return torch.stack([norm.square().sum() for norm in norms])
+
+
+def squared_errors(stored: Tensor, exact: Tensor) -> Tensor:
+    """What :meth:`Directions.write_tiles` returns.
+
+    Args:
+        stored: ``(tiles, k, columns)`` float32 or float64; overwritten by the error.
+        exact: The same in full.
+    """
+    norms = [torch.linalg.vector_norm(t, dim=-1).double() for t in (stored.sub_(exact), exact)]
+    return torch.stack([norm.square().sum(dim=1) for norm in norms], dim=1)
 
 
 def relative(squares: Tensor) -> float:

@@ -22,7 +22,13 @@ from lightning_twa.subspace.directions.codec import (
     quantize,
     unpack,
 )
-from lightning_twa.subspace.directions.interface import fill, relative, squared_error
+from lightning_twa.subspace.directions.interface import (
+    fill,
+    relative,
+    squared_error,
+    squared_errors,
+)
+from lightning_twa.subspace.directions.padding import fill_group, pad_groups
 from lightning_twa.subspace.directions.scratch import Scratch
 from lightning_twa.subspace.directions.tiles import TILE, TILE_GROUPS, pad
 from lightning_twa.subspace.layout import ParameterLayout
@@ -105,7 +111,7 @@ class PackedDirections:
             stop, end = span.target.stop, -(-span.target.stop // GROUP) * GROUP
             if stop < end:  # only at the end of a tensor
                 padding.append(slice(stop, end))
-                _fill_group(values, stop)
+                fill_group(values, stop)
         groups = values.view(self.num_directions, -1, GROUP)
         found, scales = quantize(groups, self.bits, scratch)
         codes = found
@@ -146,6 +152,28 @@ class PackedDirections:
         stored[:, still] = 0.0
         assert self._still is not None
         self._still[tile, : len(still)] = still.to(self._still.device)
+
+    def write_tiles(self, first: int, values: Tensor, scratch: Scratch) -> Tensor:
+        """See :class:`Directions`."""
+        assert self._still is not None
+        tiles = slice(first, first + len(values))
+        real = pad_groups(values, self._spans[tiles])
+        found, scales = quantize(
+            values.view(*values.shape[:2], -1, GROUP), self.bits, scratch, look=False
+        )
+        for plane, packed in zip(self.planes, pack(found, self.bits), strict=True):
+            plane[tiles] = packed.transpose(1, 2)
+        self.scales[tiles] = scales.transpose(1, 2)
+        stored = scratch.take("work", tuple(found.shape), values.dtype)
+        dequantize(found, scales, self.bits, values.dtype, out=stored)
+        stored = stored.view(values.shape)
+        still = (values == 0).all(dim=1)
+        if real is not None:
+            still &= real
+            for each in (values, stored):
+                each.masked_fill_(~real.unsqueeze(1), 0.0)
+        self._still[tiles] = still
+        return squared_errors(stored.masked_fill_(still.unsqueeze(1), 0.0), values)
 
     def pieces(self, tiles: slice) -> list[Tensor]:
         """See :class:`Directions`."""
@@ -248,15 +276,6 @@ class PackedDirections:
                 columns = slice(first + span.source.start, first + span.source.stop)
                 result[:, columns] = values[:, span.target]
         return result
-
-
-def _fill_group(values: Tensor, stop: int) -> None:
-    """Pad the group that a tensor ends in with copies of its entries, so that padding does not pull
-    the group's scale.
-    """
-    first = (stop - 1) // GROUP * GROUP
-    padding = torch.arange(stop, first + GROUP, device="cpu")
-    values[:, padding] = values[:, first + (padding - stop) % (stop - first)]
 
 
 def stored_bytes(layout: ParameterLayout, num_directions: int, bits: int) -> int:

@@ -11,9 +11,14 @@ __all__ = ["Scratch"]
 
 
 class Scratch:
-    """Tensors on the CPU by name, made once; for one thread."""
+    """Tensors by name, made once; for one thread.
 
-    def __init__(self) -> None:
+    Args:
+        device: Where they are.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -27,5 +32,5 @@ class Scratch:
         size = torch.Size(shape).numel()
         held = self._held.get((name, dtype))
         if held is None or held.numel() < size:
-            held = self._held[name, dtype] = torch.empty(size, dtype=dtype, device="cpu")
+            held = self._held[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
         return held[:size].view(shape)
