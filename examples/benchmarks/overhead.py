@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from lightning_twa import SubspaceOptimizer, build_subspace
-from lightning_twa.candidates.candidate import persistent_buffers, take
+from lightning_twa.candidates.candidate import persistent_buffers
+from lightning_twa.candidates.taking import take
 
 
 def convnet(width: int) -> nn.Module:

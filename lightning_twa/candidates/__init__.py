@@ -12,6 +12,7 @@ from lightning_twa.candidates.candidate import (
     persistent_buffers,
     varying,
 )
+from lightning_twa.candidates.changes import drop, misfit_of, name_files, take_anew
 from lightning_twa.candidates.copying import copies_on_host
 from lightning_twa.candidates.encoding import decode
 from lightning_twa.candidates.files import CandidateFileError
@@ -41,7 +42,7 @@ from lightning_twa.candidates.running_averages import average_name
 from lightning_twa.candidates.running_mean import RunningMean
 from lightning_twa.candidates.selected import averaged_names, check_selection
 from lightning_twa.candidates.spectral import fit_singular_vectors_
-from lightning_twa.candidates.store import Store, drop, misfit_of, name_files, take_anew
+from lightning_twa.candidates.store import Store
 from lightning_twa.candidates.subspace_files import SubspaceFiles, name_of_subspace
 from lightning_twa.candidates.unchanged import same
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import UninitializedParameter
 
-from lightning_twa.candidates.copying import to_cpu, to_host
-from lightning_twa.candidates.unchanged import equal, same
+from lightning_twa.candidates.unchanged import equal
 from lightning_twa.machine import (
     from_rank_zero_,
     gather_objects,
@@ -34,7 +33,6 @@ __all__ = [
     "misfit",
     "persistent_buffers",
     "put_buffer",
-    "take",
     "varying",
 ]
 
@@ -47,13 +45,11 @@ class Candidate:
         name: ``"epoch=3"`` or ``"step=120"``.
         parameters: Name to tensor, tied parameters once.
         buffers: Name to tensor, the buffers that a state dict holds.
-        finite: Whether what is trained is known to be finite.
     """
 
     name: str
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    finite: bool = False
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -141,20 +137,21 @@ def check_weights(
 
 @torch.no_grad()
 def agreed_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of a module's persistent buffers on the CPU, the same on every process: means of
-    floating-point ones (running statistics differ), rank 0's values of the others. Those that have
-    another shape on another process are left out.
+    """A module's persistent buffers, the same on every process: means of floating-point ones
+    (running statistics differ), rank 0's values of the others. Those that have another shape on
+    another process are left out.
+
+    Returns:
+        Name to tensor: copies on the CPU, and on another device the module's own or a copy there.
     """
     own = _common_buffers(module)
     if world_size() > 1:
-        own = _agreed(own)
-    if all(buffer.is_cpu for buffer in own.values()):
-        if world_size() == 1:
-            whole = torch.contiguous_format
-            own = {k: local_part(b).clone(memory_format=whole) for k, b in own.items()}
-        return own
-    copies, _ = to_host([*own.values()], [buffer.dtype for buffer in own.values()])
-    return dict(zip(own, copies, strict=True))
+        return _agreed(own)
+    whole = torch.contiguous_format
+    return {
+        name: local_part(buffer).clone(memory_format=whole) if buffer.is_cpu else local_part(buffer)
+        for name, buffer in own.items()
+    }
 
 
 @torch.no_grad()
@@ -209,63 +206,6 @@ def _common_buffers(module: nn.Module) -> dict[str, Tensor]:
         return own
     forms = gather_objects({n: (tuple(b.shape), b.dtype) for n, b in own.items()})
     return {n: b for n, b in own.items() if all(n in f and f[n] == forms[0][n] for f in forms)}
-
-
-@torch.no_grad()
-def take(
-    module: nn.Module,
-    name: str,
-    buffers: dict[str, Tensor],
-    previous: Candidate | None = None,
-    dtype: torch.dtype | None = None,
-    weights: Mapping[str, Tensor] | None = None,
-    *,
-    stay: bool = True,
-) -> Candidate:
-    """Copy a module's weights, of a sharded one this process's part, to the CPU. Parameters of lazy
-    layers that have no values are left out, and it is not finite then.
-
-    A frozen parameter that is as in ``previous`` shares its memory, so that fine-tuning a few
-    adapters keeps one copy of the backbone.
-
-    Args:
-        module: The model.
-        name: Name of the candidate.
-        buffers: From :func:`agreed_buffers`.
-        previous: The candidate taken before.
-        dtype: What trainable parameters are rounded to; ``None`` keeps their own dtype.
-        weights: Values that take the place of the module's, by name of the parameter.
-        stay: Whether it stays in memory.
-    """
-    _to_shards(module)
-    parameters: dict[str, Tensor] = {}
-    trained: dict[str, Tensor] = {}
-    dtypes: list[torch.dtype] = []
-    complete = True
-    for key, parameter in module.named_parameters():
-        if is_lazy(parameter):
-            complete = False
-        elif is_kept(parameter):
-            own = weights.get(key, parameter) if weights else parameter
-            own = own if type(own) is nn.Parameter else local_part(own)
-            parameters[key] = own
-            if parameter.requires_grad:
-                trained[key] = own
-                dtypes.append(dtype or parameter.dtype)
-                continue
-            old = None if previous is None else previous.parameters.get(key)
-            if old is None or not same(old, own):
-                old = to_cpu(own, parameter.dtype)
-            parameters[key] = old
-    copies, finite = to_host([*trained.values()], dtypes, look=True, stay=stay)
-    parameters.update(zip(trained, copies, strict=True))
-    return Candidate(name, parameters, buffers, finite and complete)
-
-
-def _to_shards(module: nn.Module) -> None:
-    """Which takes a while, and is needed where there are processes only."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        to_shards(module)
 
 
 def misfit(candidate: Candidate, module: nn.Module, left_out: Collection[str] = ()) -> str | None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
-__all__ = ["copies_on_host", "to_cpu", "to_host"]
+from lightning_twa.machine import free_bytes
+
+__all__ = ["HostCopies", "copies_on_host", "to_cpu", "to_host"]
 
 unflatten: Any = _unflatten_dense_tensors  # views of a piece, as DDP makes them
 PLAIN = (Tensor, nn.Parameter)
 LARGE = 2**16  # elements of a tensor that has memory of its own
 PINNING = {"cuda"}  # devices that copy into pinned memory without the host
+ROOM = 0.5  # of what is free on a device, that copies may take there
 
 
 def to_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -25,7 +28,141 @@ def to_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     )
 
 
-@torch.no_grad()
+class HostCopies:
+    """Contiguous copies of tensors on the CPU, small ones of one dtype in one piece of memory. They
+    are begun where this is made: whatever happens to the tensors afterwards does not change them.
+
+    Args:
+        tensors: Dense ones.
+        dtypes: What each is rounded to.
+        look: Whether to find out if all are finite.
+        stay: Whether the copies stay for long: they are then not in pinned memory.
+        aside: Whether a device goes on meanwhile: it copies within its own memory, where there is
+            room for that, and a stream of its own sends that to the host.
+
+    Attributes:
+        copies: The copies; those of devices that copy without the host have no values before
+            :meth:`finish`.
+        on_their_way: Whether there are such.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
+        *,
+        look: bool = False,
+        stay: bool = True,
+        aside: bool = False,
+    ) -> None:
+        self.copies: list[Tensor] = list(tensors)
+        self._look = look
+        self._stay = stay
+        self._sums: list[Tensor] = []
+        self._pieces: list[tuple[Tensor, list[int]]] = []  # in pinned memory
+        self._wait: list[Callable[[], object]] = []
+        sent: dict[torch.device, list[list[int]]] = {}
+        for device, members in self._grouped(tensors, dtypes):
+            if device.type in PINNING:
+                sent.setdefault(device, []).append(members)
+            else:
+                piece = self._piece(tensors, dtypes, members, pinned=False)
+                torch._foreach_copy_(self._parts(piece, members), [tensors[i] for i in members])
+                self._sums += [_sum(piece)] if look else []  # while it is in the cache
+        for device, groups in sent.items():
+            self._send(tensors, dtypes, device, groups, aside=aside)
+
+    @property
+    def on_their_way(self) -> bool:
+        """Whether some have no values yet."""
+        return bool(self._wait)
+
+    def _grouped(
+        self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    ) -> Iterator[tuple[torch.device, list[int]]]:
+        """Indices of tensors that become one piece, with their device; others are copied here."""
+        small: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
+            if not tensor.numel():
+                self.copies[i] = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+            elif type(tensor) not in PLAIN:
+                self.copies[i] = to_cpu(tensor, dtype)
+                self._sums += [_sum(self.copies[i])] if self._look else []
+            elif tensor.numel() >= LARGE:
+                yield tensor.device, [i]
+            else:  # a device is slow to hash
+                small.setdefault((dtype, tensor.device), []).append(i)
+        for (_, device), members in small.items():
+            yield device, members
+
+    def _piece(
+        self,
+        tensors: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
+        members: list[int],
+        *,
+        pinned: bool,
+    ) -> Tensor:
+        size, dtype = sum(tensors[i].numel() for i in members), dtypes[members[0]]
+        piece = _pinned(size, dtype) if pinned else torch.empty(size, dtype=dtype, device="cpu")
+        for i, part in zip(members, unflatten(piece, [tensors[i] for i in members]), strict=True):
+            self.copies[i] = part
+        return piece
+
+    def _parts(self, piece: Tensor, members: list[int]) -> list[Tensor]:
+        parts: list[Tensor] = unflatten(piece, [self.copies[i] for i in members])
+        return parts
+
+    def _send(
+        self,
+        tensors: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
+        device: torch.device,
+        groups: Sequence[list[int]],
+        *,
+        aside: bool,
+    ) -> None:
+        stream = torch.cuda.current_stream(device)
+        size = sum(tensors[i].numel() * dtypes[i].itemsize for members in groups for i in members)
+        later = aside
+        free = free_bytes(device) if aside else 0
+        aside = aside and (free is None or size <= ROOM * free)
+        beside = torch.cuda.Stream(device) if aside else stream  # type: ignore[no-untyped-call]
+        for members in groups:
+            piece = self._piece(tensors, dtypes, members, pinned=True)
+            self._pieces.append((piece, members))
+            held = [tensors[i] for i in members]
+            if aside:
+                there = torch.empty(piece.shape, dtype=piece.dtype, device=device)
+                torch._foreach_copy_(self._parts(there, members), held)
+                beside.wait_stream(stream)
+                with torch.cuda.stream(beside):
+                    piece.copy_(there, non_blocking=True)
+                there.record_stream(beside)  # it is given back when that has been done
+            else:
+                torch._foreach_copy_(self._parts(piece, members), held, non_blocking=True)
+        # An event is of what has been asked for until now, and not of the steps that follow
+        self._wait.append(beside.record_event().synchronize if later else stream.synchronize)
+
+    def finish(self) -> bool:
+        """Wait until all copies have their values.
+
+        Returns:
+            Whether all are finite: ``False`` also where their sum overflows, and where that was not
+            asked for.
+        """
+        for wait in self._wait:
+            wait()
+        self._wait = []
+        for piece, members in self._pieces if self._stay else ():
+            for i, part in zip(members, self._parts(piece.clone(), members), strict=True):
+                self.copies[i] = part
+        self._sums += [_sum(piece) for piece, _ in self._pieces] if self._look else []
+        self._pieces = []
+        return self._look and all(math.isfinite(value.item()) for value in self._sums)
+
+
 def to_host(
     tensors: Sequence[Tensor],
     dtypes: Sequence[torch.dtype],
@@ -33,55 +170,12 @@ def to_host(
     look: bool = False,
     stay: bool = True,
 ) -> tuple[list[Tensor], bool]:
-    """Contiguous copies on the CPU, small ones of one dtype in one piece of memory. A device is
-    waited for once, and not for every tensor.
-
-    Args:
-        tensors: Dense ones.
-        dtypes: What each is rounded to.
-        look: Whether to find out if all are finite.
-        stay: Whether the copies stay for long: they are then not in pinned memory.
-
-    Returns:
-        The copies, and whether all are finite: ``False`` also where their sum overflows, and where
-        that was not asked for.
+    """Copies as in :class:`HostCopies`, and whether all are finite. A device is waited for once,
+    and not for every tensor.
     """
-    copies: list[Tensor] = list(tensors)
-    small: dict[tuple[torch.dtype, torch.device | None], list[int]] = {}
-    pieces: list[list[int]] = []
-    sums: list[Tensor] = []
-    for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
-        if type(tensor) not in PLAIN or not tensor.numel():
-            copies[i] = to_cpu(tensor, dtype)
-            sums += [_sum(copies[i])] if look else []
-        elif tensor.numel() >= LARGE:
-            pieces.append([i])
-        else:  # a device is slow to hash
-            small.setdefault((dtype, None if tensor.is_cpu else tensor.device), []).append(i)
-    made: list[tuple[Tensor, list[int]]] = []  # in pinned memory
-    waiting: set[torch.device] = set()
-    for members in (*pieces, *small.values()):
-        held = [tensors[i] for i in members]
-        size, dtype = sum(tensor.numel() for tensor in held), dtypes[members[0]]
-        pinned = not held[0].is_cpu and held[0].device.type in PINNING
-        piece = _pinned(size, dtype) if pinned else torch.empty(size, dtype=dtype, device="cpu")
-        parts: list[Tensor] = unflatten(piece, held)
-        torch._foreach_copy_(parts, held, non_blocking=pinned)
-        for i, part in zip(members, parts, strict=True):
-            copies[i] = part
-        if pinned:
-            waiting.add(held[0].device)
-            made.append((piece, members))
-        elif look:  # while it is in the cache
-            sums.append(_sum(piece))
-    for device in waiting:
-        torch.cuda.current_stream(device).synchronize()
-    for piece, members in made if stay else ():
-        parts = unflatten(piece.clone(), [copies[i] for i in members])
-        for i, part in zip(members, parts, strict=True):
-            copies[i] = part
-    sums += [_sum(piece) for piece, _ in made] if look else []
-    return copies, look and all(math.isfinite(value.item()) for value in sums)
+    held = HostCopies(tensors, dtypes, look=look, stay=stay)
+    finite = held.finish()
+    return held.copies, finite
 
 
 def _pinned(size: int, dtype: torch.dtype) -> Tensor:
@@ -100,5 +194,7 @@ def copies_on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _sum(piece: Tensor) -> Tensor:
     """Which is not finite where something is not."""
+    if not piece.is_floating_point():
+        return torch.zeros(())
     wide = piece.float() if piece.itemsize == 1 else piece
     return wide.sum(dtype=torch.float32 if wide.itemsize == 2 else None)

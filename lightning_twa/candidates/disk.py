@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from lightning_twa.candidates.background import Writing
 from lightning_twa.candidates.candidate import Candidate
 from lightning_twa.candidates.files import (
     CandidateFileError,
@@ -18,7 +19,6 @@ from lightning_twa.candidates.files import (
     verify_candidate,
     write_candidate,
 )
-from lightning_twa.candidates.writing import Writing
 from lightning_twa.machine import (
     gather_objects,
     in_order,

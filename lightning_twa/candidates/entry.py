@@ -3,35 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from lightning_twa.candidates.background import Writing
 from lightning_twa.candidates.candidate import Candidate
 from lightning_twa.candidates.disk import Disk
 from lightning_twa.candidates.files import CandidateFileError, Reference
-from lightning_twa.candidates.writing import Writing
+from lightning_twa.candidates.taking import Taking
 
 __all__ = ["Entry", "entry_state", "joined", "keep_some", "read_entries"]
 
 
-@dataclass(eq=False)
 class Entry:
     """A candidate and, where it is on disk, its files. A checkpoint may leave out parameters that
-    are as in the module that it holds. Compared by identity: tensors have no truth value.
+    are as in the module that it holds.
 
-    Attributes:
+    Args:
         candidate: Mapped where there are files, else in memory.
         files: ``None`` in memory.
         as_in_module: Names of what a checkpoint has left out.
+        taking: While a device is sending it.
+
+    Attributes:
         writing: While a thread writes the files; the candidate is in memory until they are there.
     """
 
-    candidate: Candidate
-    files: list[Reference] | None = None
-    as_in_module: tuple[str, ...] = ()
-    writing: Writing | None = None
+    def __init__(
+        self,
+        candidate: Candidate,
+        files: list[Reference] | None = None,
+        as_in_module: tuple[str, ...] = (),
+        taking: Taking | None = None,
+    ) -> None:
+        self._candidate = candidate
+        self.files = files
+        self.as_in_module = as_in_module
+        self.taking = taking
+        self.writing: Writing | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the candidate; nobody waits for it."""
+        return self._candidate.name
+
+    @property
+    def candidate(self) -> Candidate:
+        """The candidate, once it has its values."""
+        if self.taking is not None:
+            self.taking.wait()
+        return self._candidate
+
+    @candidate.setter
+    def candidate(self, candidate: Candidate) -> None:
+        self._candidate = candidate
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is not on its way."""
+        return self.taking is None and self.writing is None
 
     @property
     def in_memory(self) -> bool:
@@ -39,7 +70,8 @@ class Entry:
         return self.files is None and self.writing is None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "writing": None}  # a copy has it in memory
+        whole = {**vars(self), "_candidate": self.candidate}
+        return {**whole, "taking": None, "writing": None}  # a copy has it in memory
 
 
 def joined(own: Candidate, frozen: Mapping[str, Tensor]) -> Candidate:
@@ -111,7 +143,7 @@ def keep_some(window: Sequence[Entry], limit: int, *, evenly: bool) -> list[Entr
     """
     if not evenly:
         return list(window[-limit:])
-    times = [int(entry.candidate.name.partition("=")[2]) for entry in window]
+    times = [int(entry.name.partition("=")[2]) for entry in window]
     if len(window) < 3:
         return list(window)
     on_grid = (times[-2] - times[0]) % (times[1] - times[0]) == 0

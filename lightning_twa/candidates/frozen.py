@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_twa.candidates.candidate import Candidate, take
+from lightning_twa.candidates.candidate import Candidate
 from lightning_twa.candidates.copying import to_cpu
-from lightning_twa.candidates.unchanged import same
+from lightning_twa.candidates.taking import take
+from lightning_twa.candidates.unchanged import all_same
 from lightning_twa.subspace import local_part
 
 __all__ = [
@@ -40,13 +41,13 @@ def frozen_part(module: nn.Module, weights: Mapping[str, Tensor]) -> Candidate:
 def changing_part(
     module: nn.Module,
     name: str,
-    buffers: dict[str, Tensor],
+    buffers: Mapping[str, Tensor],
     frozen: dict[str, Tensor],
     dtype: torch.dtype | None,
     weights: Mapping[str, Tensor],
 ) -> Candidate:
     """The rest of a candidate: what is trained, and what is frozen and has changed; see
-    :func:`take`.
+    :class:`Taking`.
 
     Args:
         module: The model.
@@ -70,15 +71,16 @@ def leave_out_frozen(state: Mapping[str, Any], module: nn.Module) -> None:
         module: The model.
     """
     frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    compared: dict[tuple[str, int], bool] = {}  # a copy that candidates share, only once
-    for entry in (*state["given"], *state["window"]):
-        held = entry.get("parameters", {})
-        for name in [name for name in held if name in frozen]:
-            key = (name, id(held[name]))
-            if key not in compared:
-                compared[key] = same(held[name], frozen[name])
-            if compared[key]:
-                del held[name]
+    entries = [*state["given"], *state["window"]]
+    held = [entry.get("parameters", {}) for entry in entries]
+    # A copy that candidates share is compared once
+    pairs = {(n, id(t)): (t, frozen[n]) for own in held for n, t in own.items() if n in frozen}
+    olds, news = [old for old, _ in pairs.values()], [new for _, new in pairs.values()]
+    unchanged = dict(zip(pairs, all_same(olds, news), strict=True))
+    for entry, own in zip(entries, held, strict=True):
+        for name in [name for name in own if name in frozen]:
+            if unchanged[name, id(own[name])]:
+                del own[name]
                 entry.setdefault("as_in_module", []).append(name)
 
 
@@ -95,7 +97,9 @@ def unchanged_names(candidates: Iterable[Candidate], module: nn.Module) -> set[s
     for candidate in others:
         shared = {n: t for n, t in shared.items() if candidate.parameters.get(n) is t}
     frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    return {n for n in shared.keys() & frozen.keys() if same(shared[n], local_part(frozen[n]))}
+    names = [name for name in shared if name in frozen]
+    olds, news = [shared[n] for n in names], [local_part(frozen[n]) for n in names]
+    return {n for n, is_same in zip(names, all_same(olds, news), strict=True) if is_same}
 
 
 def put_frozen_back(entries: Iterable[tuple[Candidate, Iterable[str]]], module: nn.Module) -> None:

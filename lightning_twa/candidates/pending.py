@@ -1,8 +1,9 @@
-"""Candidates that are on their way into files, while training goes on."""
+"""Candidates that are on their way, from a device and into files, while training goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,32 +12,88 @@ from torch import Tensor
 from lightning_twa.candidates.candidate import Candidate
 from lightning_twa.candidates.disk import Disk
 from lightning_twa.candidates.entry import Entry, entry_state, joined
-from lightning_twa.machine import all_ranks, free_bytes, warn, world_size
+from lightning_twa.machine import all_ranks, free_bytes, in_common, warn, world_size
+from lightning_twa.subspace import check_finite
 
 __all__ = ["SMALL", "Pending", "files_for", "warn_not_written"]
 
 SMALL = 0.25  # of free memory that candidates may take there
-MOST = 2  # candidates on their way at the same time
+MOST = 2  # candidates on their way into files at the same time
+STEPS = 8  # of the optimizer, after which a device has sent what it was asked for before
 
 
 class Pending:
-    """Candidates whose files threads are writing, oldest first. Each waits in the memory of every
-    process until its file is there. Every process calls every method but :meth:`leave`.
+    """The newest candidate while a device is sending it, and those whose files threads are writing,
+    oldest first. Each waits in the memory of every process until its file is there. Every process
+    calls every method but :meth:`leave`.
 
     Args:
         disk: Where they go; ``None`` where none goes there.
         processes_on_host: Number of processes that share the memory of this one.
         device: Device whose backend carries messages.
+        refuse: Called with an entry that is not to be kept.
     """
 
-    def __init__(self, disk: Disk | None, processes_on_host: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        disk: Disk | None,
+        processes_on_host: int,
+        device: torch.device,
+        refuse: Callable[[Entry], None],
+    ) -> None:
         self._disk = disk
         self._processes = processes_on_host
         self._device = device
+        self._refuse = refuse
         self._entries: list[Entry] = []
+        self._sent: tuple[Entry, Mapping[str, Tensor] | None] | None = None
+        self._steps = 0  # since then
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_entries": []}  # a copy has them in memory
+        return {**vars(self), "_entries": [], "_sent": None}  # a copy has them in memory
+
+    def send(self, entry: Entry, frozen: Mapping[str, Tensor] | None) -> None:
+        """A device sends a candidate; the one before has arrived.
+
+        Args:
+            entry: Of the candidate.
+            frozen: What another file holds of it; ``None`` where it stays in memory.
+        """
+        self._sent, self._steps = (entry, frozen), 0
+
+    def arrive(self, *, after_steps: bool = False) -> bool:
+        """Wait for the newest candidate where a device is still sending it.
+
+        Args:
+            after_steps: Only after some optimizer steps; to be called after each.
+
+        Returns:
+            Whether it has arrived now.
+
+        Raises:
+            ValueError: Naming the tensor that is not finite; the candidate is not kept then.
+        """
+        self._steps += after_steps
+        if self._sent is None or (after_steps and self._steps < STEPS):
+            return False
+        (entry, frozen), self._sent = self._sent, None
+        taking = entry.taking
+        assert taking is not None
+        try:
+            with in_common():
+                finite = taking.wait()
+            if not all_ranks(finite, self._device):
+                with in_common(ValueError):
+                    for name in taking.trained:
+                        values = entry.candidate.parameters[name]
+                        check_finite(values, f"Candidate {entry.name!r}, tensor {name!r},")
+        except BaseException:
+            self._refuse(entry)
+            raise
+        entry.taking = None
+        if frozen is not None:
+            self.begin(entry, frozen)
+        return True
 
     def has_room(self, size: int) -> bool:
         """Whether candidates of so many bytes may wait in memory, in every process of a host."""
@@ -44,24 +101,26 @@ class Pending:
         room = free is None or size * MOST * self._processes <= SMALL * free
         return all_ranks(room, self._device)
 
-    def begin(self, candidate: Candidate, frozen: Mapping[str, Tensor]) -> Entry:
-        """Begin to write a candidate. Of those before it one may still be on its way.
+    def begin(self, entry: Entry, frozen: Mapping[str, Tensor]) -> None:
+        """Begin to write a candidate, which gets its files when it has arrived. Of those before it
+        one may still be on its way.
 
         Args:
-            candidate: In memory.
+            entry: With the candidate in memory.
             frozen: What another file holds of it.
         """
         assert self._disk is not None
         self.settle(MOST - 1)
+        candidate = entry.candidate
         changing = {k: t for k, t in candidate.parameters.items() if t is not frozen.get(k)}
         own = Candidate(candidate.name, changing, candidate.buffers)
         try:
-            entry = Entry(joined(own, frozen), writing=self._disk.begin(own))
+            entry.writing = self._disk.begin(own)
         except OSError as error:
             warn_not_written(candidate.name, self._disk, error)
-            return Entry(candidate)
+            return
+        entry.candidate = joined(own, frozen)
         self._entries.append(entry)
-        return entry
 
     def settle(self, most: int = 0) -> bool:
         """Wait until no more are on their way than ``most``. What could not be written stays in
@@ -88,7 +147,7 @@ class Pending:
             own, files = self._disk.finish(entry.writing)
         except OSError as error:
             entry.writing = None
-            warn_not_written(entry.candidate.name, self._disk, error)
+            warn_not_written(entry.name, self._disk, error)
             return
         held = entry.candidate.parameters
         frozen = {name: tensor for name, tensor in held.items() if name not in own.parameters}
@@ -97,11 +156,18 @@ class Pending:
     def leave(self) -> None:
         """After an exception, which other processes may not have had: nothing is on its way any
         more. Of several processes each keeps what was in memory; their files stay, complete, for
-        whoever needs them, and what comes goes to other ones.
+        whoever needs them, and what comes goes to other ones. What is not finite is not kept.
         """
         if world_size() == 1:
+            with suppress(Exception):
+                self.arrive()
             self.settle()
             return
+        if self._sent is not None:
+            (entry, _), self._sent = self._sent, None
+            if not _is_finite(entry):
+                self._refuse(entry)
+            entry.taking = None
         for entry in self._entries:
             if entry.writing is not None:
                 entry.writing.wait()
@@ -109,6 +175,13 @@ class Pending:
         if self._entries and self._disk is not None:
             self._disk.begin_part()
         self._entries = []
+
+
+def _is_finite(entry: Entry) -> bool:
+    try:
+        return entry.taking is None or entry.taking.wait()
+    except Exception:  # of the device
+        return False
 
 
 def files_for(states: list[dict[str, Any]], entries: Sequence[Entry]) -> set[str]:
@@ -121,7 +194,7 @@ def files_for(states: list[dict[str, Any]], entries: Sequence[Entry]) -> set[str
     Returns:
         The files.
     """
-    by_name = {entry.candidate.name: entry for entry in entries if entry.files is not None}
+    by_name = {entry.name: entry for entry in entries if entry.files is not None}
     named: set[str] = set()
     for i, state in enumerate(states):
         entry = by_name.get(state["name"])

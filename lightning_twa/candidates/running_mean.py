@@ -45,12 +45,13 @@ class RunningMean:
         self, store: Store, only: Collection[str] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """The mean of each parameter, one after another: float64, or, where candidates share one
-        tensor, that tensor.
+        tensor, that tensor. Every process calls it.
 
         Args:
             store: Of one candidate at least.
             only: Names of those that are averaged; ``None`` for all.
         """
+        store.pending.arrive()
         entries = store._entries
         fixed, newest = entries[:-1], entries[-1].candidate.parameters
         known = [reference() for reference in self._summed]

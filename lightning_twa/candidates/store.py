@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -17,22 +17,18 @@ from lightning_twa.candidates.candidate import (
     agreed_buffers,
     check_weights,
     is_kept,
-    misfit,
-    persistent_buffers,
-    take,
 )
-from lightning_twa.candidates.copying import to_cpu
+from lightning_twa.candidates.copying import PINNING
 from lightning_twa.candidates.disk import Disk
 from lightning_twa.candidates.entry import Entry, entry_state, joined, keep_some, read_entries
 from lightning_twa.candidates.files import CandidateFileError
 from lightning_twa.candidates.frozen import FROZEN, changing_part, frozen_part, put_frozen_back
-from lightning_twa.candidates.pending import SMALL, Pending, files_for, warn_not_written
-from lightning_twa.candidates.unchanged import same
+from lightning_twa.candidates.pending import SMALL, Pending, warn_not_written
+from lightning_twa.candidates.taking import Taking
 from lightning_twa.config import StorageConfig
 from lightning_twa.machine import all_ranks, free_bytes, in_common, warn, world_size
-from lightning_twa.subspace import local_part
 
-__all__ = ["Store", "drop", "keep_last", "misfit_of", "name_files", "take_anew"]
+__all__ = ["Store"]
 
 EMPTY: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -78,7 +74,7 @@ class Store:
         self._device = device or torch.device("cpu")
         on_disk = None if self.config.kind == "memory" else root
         self.disk = None if on_disk is None else Disk(on_disk, shards=shards)
-        self.pending = Pending(self.disk, processes_on_host, self._device)
+        self.pending = Pending(self.disk, processes_on_host, self._device, self._refuse)
         self._dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else None
         self._given: list[Entry] = []  # not taken from this run's training: no window
         self._window: list[Entry] = []
@@ -90,7 +86,7 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         if world_size() == 1:
             self.settle()
-        return {**vars(self), "_dropped": [e for e in self._dropped if e.writing is None]}
+        return {**vars(self), "_dropped": [e for e in self._dropped if e.is_here]}
 
     @property
     def _entries(self) -> list[Entry]:
@@ -105,12 +101,12 @@ class Store:
     @property
     def names(self) -> list[str]:
         """Names of the candidates, oldest first."""
-        return [entry.candidate.name for entry in self._entries]
+        return [entry.name for entry in self._entries]
 
     @property
     def given_names(self) -> list[str]:
         """Names of those before the window: from files, and of running averages."""
-        return [entry.candidate.name for entry in self._given]
+        return [entry.name for entry in self._given]
 
     @property
     def files(self) -> tuple[Path, int] | None:
@@ -159,7 +155,7 @@ class Store:
 
     def clear(self) -> None:
         """Forget the window and what was given; files stay as for those out of the window."""
-        self.pending.settle()
+        self.settle()
         self._dropped += self._entries
         self._given, self._window = [], []
         if self.disk is not None:
@@ -171,9 +167,11 @@ class Store:
         module: nn.Module,
         name: str,
         weights: Mapping[str, Tensor],
-        buffers: dict[str, Tensor],
+        buffers: Mapping[str, Tensor],
     ) -> Entry:
-        frozen = self._frozen_in_file(module, name, weights) if self._goes_to_disk(module) else None
+        self.pending.arrive()
+        on_disk = _goes_to_disk(self, module)
+        frozen = _frozen_in_file(self, module, name, weights) if on_disk else None
         if frozen is not None and not self.pending.has_room(_bytes_of(module, trained=True)):
             check_weights(module, name, weights)
             self.pending.settle()
@@ -185,12 +183,26 @@ class Store:
         previous = self._entries[-1].candidate if len(self) else None
         if frozen is not None:
             previous = Candidate(FROZEN, frozen, {})
-        stay = frozen is None
+        stay, aside = frozen is None, self._device.type in PINNING
         with in_common():
-            new = take(module, name, buffers, previous, self._dtype, weights, stay=stay)
-        if not all_ranks(new.finite, self._device):
+            taking = Taking(
+                module, name, buffers, previous, self._dtype, weights, stay=stay, aside=aside
+            )
+            finite = taking.on_its_way or taking.wait()
+        if not all_ranks(finite, self._device):
             check_weights(module, name, weights)
-        return Entry(new) if frozen is None else self.pending.begin(new, frozen)
+        entry = Entry(taking.candidate)
+        if taking.on_its_way:
+            entry.taking = taking
+            self.pending.send(entry, frozen)
+        elif frozen is not None:
+            self.pending.begin(entry, frozen)
+        return entry
+
+    def _refuse(self, entry: Entry) -> None:
+        for entries in (self._given, self._window, self._dropped):
+            if entry in entries:
+                entries.remove(entry)
 
     def _delete_dropped(self) -> None:
         """Delete files out of the window that no checkpoint to go on from names. Of the two newest
@@ -199,39 +211,15 @@ class Store:
         named = set().union(*self._checkpoints)
         for entry in list(self._dropped):
             files = entry.files or []
-            if entry.writing is None and not named & {reference.file for reference in files}:
+            if entry.is_here and not named & {reference.file for reference in files}:
                 self._dropped.remove(entry)
                 if files and self.disk is not None:
                     self.disk.delete(files)
 
-    def _goes_to_disk(self, module: nn.Module) -> bool:
-        if self.disk is None or self.config.kind == "disk" or self._shared:
-            return self.disk is not None
-        new = _bytes_of(module)
-        self._spare -= new
-        if self._spare >= 0 and world_size() == 1:
-            return False
-        free = free_bytes(torch.device("cpu"))
-        room = math.inf if free is None else SMALL * (free + self.nbytes) - self.nbytes
-        self._spare = room / 4 - new  # in this it need not be looked at, which takes a while
-        return not all_ranks(new <= room, self._device)
-
-    def _frozen_in_file(
-        self, module: nn.Module, name: str, weights: Mapping[str, Tensor]
-    ) -> dict[str, Tensor] | None:
-        """What is frozen, from a file of its own, written once; ``None`` where that fails."""
-        assert self.disk is not None
-        if self._frozen is None and not all(p.requires_grad for p in module.parameters()):
-            try:
-                self._frozen = Entry(*self.disk.write(lambda: frozen_part(module, weights)))
-            except OSError as error:
-                warn_not_written(name, self.disk, error)
-                return None
-        return {} if self._frozen is None else self._frozen.candidate.parameters
-
     def settle(self) -> None:
-        """Wait until what is being written is in files, or was found not to be writable."""
-        if self.pending.settle():
+        """Wait until what is on its way has arrived: in files, or was found not to be writable."""
+        arrived = self.pending.arrive()
+        if self.pending.settle() or arrived:
             self._delete_dropped()
 
     def drop_damaged(self) -> None:
@@ -279,7 +267,7 @@ class Store:
             CandidateFileError: Naming a file that is missing, damaged or outside of the directory.
             ValueError: When the state is not one of :meth:`state_dict`.
         """
-        self.pending.settle()
+        self.settle()
         frozen = state["frozen"]
         (self._frozen,) = [None] if frozen is None else read_entries(self.disk, [frozen], {})
         shared = {} if self._frozen is None else self._frozen.candidate.parameters
@@ -297,65 +285,31 @@ def _thin_out(store: Store) -> None:
     store._delete_dropped()
 
 
-def keep_last(store: Store, module: nn.Module, name: str) -> None:
-    """Keep the module's weights as the newest candidate, whatever the window holds, unless its
-    newest are these already; every process calls it.
-    """
-    dtype, held = store._dtype, store._window[-1:]
-    same_as_newest = bool(held)
-    for key, parameter in module.named_parameters():
-        if not (same_as_newest and parameter.requires_grad and is_kept(parameter)):
-            continue
-        newest, now = held[0].candidate.parameters.get(key), to_cpu(local_part(parameter))
-        same_as_newest = newest is not None and same(newest, now.to(dtype or now.dtype))
-    if not all_ranks(same_as_newest, store._device) and name not in store.names:
-        store._window.append(store._keep(module, name, {}, agreed_buffers(module)))
+def _goes_to_disk(store: Store, module: nn.Module) -> bool:
+    if store.disk is None or store.config.kind == "disk" or store._shared:
+        return store.disk is not None
+    new = _bytes_of(module)
+    store._spare -= new
+    if store._spare >= 0 and world_size() == 1:
+        return False
+    free = free_bytes(torch.device("cpu"))
+    room = math.inf if free is None else SMALL * (free + store.nbytes) - store.nbytes
+    store._spare = room / 4 - new  # in this it need not be looked at, which takes a while
+    return not all_ranks(new <= room, store._device)
 
 
-def name_files(store: Store, state: dict[str, Any]) -> None:
-    """Have what is still being written in files, before the checkpoint that has it is; every
-    process calls it.
-
-    Args:
-        store: The candidates.
-        state: Of :meth:`Store.state_dict`; changed in place.
-    """
-    store.settle()
-    for key, entries in (("given", store._given), ("window", store._window)):
-        store._checkpoints[-1] |= files_for(state[key], entries)
-
-
-def drop(store: Store, names: Collection[str]) -> None:
-    """Leave candidates of the window out, as those that have left it."""
-    store._dropped += [e for e in store._window if e.candidate.name in names]
-    store._window = [e for e in store._window if e.candidate.name not in names]
-    store._delete_dropped()
-
-
-def misfit_of(store: Store, module: nn.Module) -> str | None:
-    """What the first candidate that is not of a module's form lacks, in a sentence."""
-    found = (misfit(e.candidate, module, e.as_in_module) for e in store._entries)
-    return next((text for text in found if text is not None), None)
-
-
-def take_anew(store: Store, module: nn.Module, load: Callable[[Candidate], None]) -> None:
-    """Replace every candidate by what a module holds once it has loaded it.
-
-    Args:
-        store: The candidates.
-        module: The model.
-        load: Puts a candidate into the module.
-    """
-    store.settle()
-    given, window = store._given, store._window
-    store._given, store._window, store._frozen = [], [], None
-    if store.disk is not None:
-        store.disk.begin_part()
-    for entries, kept in ((given, store._given), (window, store._window)):
-        for entry in entries:
-            load(entry.candidate)
-            buffers = {n: to_cpu(b) for n, b in persistent_buffers(module).items()}
-            kept.append(store._keep(module, entry.candidate.name, {}, buffers))
+def _frozen_in_file(
+    store: Store, module: nn.Module, name: str, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """What is frozen, from a file of its own, written once; ``None`` where that fails."""
+    assert store.disk is not None
+    if store._frozen is None and not all(p.requires_grad for p in module.parameters()):
+        try:
+            store._frozen = Entry(*store.disk.write(lambda: frozen_part(module, weights)))
+        except OSError as error:
+            warn_not_written(name, store.disk, error)
+            return None
+    return {} if store._frozen is None else store._frozen.candidate.parameters
 
 
 def _write_at_once(

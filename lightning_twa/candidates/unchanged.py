@@ -8,11 +8,13 @@ is remembered with the copy that it was found equal to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["equal", "fingerprint", "same"]
+__all__ = ["all_same", "equal", "fingerprints", "same"]
 
 HOSTS = {"cpu"}  # types of devices whose tensors are compared
 SIDE = 1024  # columns that sums are taken over
@@ -23,15 +25,30 @@ _found: WeakIdKeyDictionary = WeakIdKeyDictionary()  # fingerprints by copy
 
 def same(old: Tensor, new: Tensor) -> bool:
     """Whether a tensor on the CPU, which nobody changes, equals another on any device."""
-    new = new.detach()
-    if new.device.type in HOSTS or old.shape != new.shape or old.dtype != new.dtype:
-        return equal(old, new.cpu())
-    now = fingerprint(new)
-    if old not in _found or _found[old] != now:
-        if not equal(old, new.cpu()):
-            return False
-        _found[old] = now
-    return True
+    return all_same([old], [new])[0]
+
+
+def all_same(olds: Sequence[Tensor], news: Sequence[Tensor]) -> list[bool]:
+    """Of each pair what :func:`same` says; a device is waited for once.
+
+    Args:
+        olds: Tensors on the CPU, which nobody changes.
+        news: As many, on any device.
+    """
+    pairs = [(old, new.detach()) for old, new in zip(olds, news, strict=True)]
+    there = [
+        i
+        for i, (old, new) in enumerate(pairs)
+        if new.device.type not in HOSTS and old.shape == new.shape and old.dtype == new.dtype
+    ]
+    prints = dict(zip(there, fingerprints([pairs[i][1] for i in there]), strict=True))
+    found = []
+    for i, (old, new) in enumerate(pairs):
+        known = i in prints and old in _found and _found[old] == prints[i]
+        found.append(known or equal(old, new.cpu()))
+        if found[-1] and i in prints:
+            _found[old] = prints[i]
+    return found
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
@@ -44,15 +61,28 @@ def equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*plain) or torch.equal(a, b)
 
 
-@torch.no_grad()
-def fingerprint(tensor: Tensor) -> tuple[int, int]:
-    """Two numbers of 64 bits from a tensor's bits, computed where it is, at memory speed. Those of
-    two tensors of a shape and dtype that differ are the same by a chance that can be left out of
-    account, unless somebody means them to be.
+def fingerprints(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Two numbers of 64 bits from each tensor's bits, computed where it is, at memory speed. Those
+    of two tensors of a shape and dtype that differ are the same by a chance that can be left out of
+    account, unless somebody means them to be. A device is waited for once.
 
     Args:
-        tensor: Of at most eight bytes an element.
+        tensors: Of at most eight bytes an element.
     """
+    by_device: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(i)
+    found = [(0, 0)] * len(tensors)
+    for members in by_device.values():
+        values = torch.stack([_fingerprint(tensors[i]) for i in members]).cpu().tolist()
+        for i, (first, second) in zip(members, values, strict=True):
+            found[i] = (int(first), int(second))
+    return found
+
+
+@torch.no_grad()
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """``(2,)`` int64."""
     # No integers of 64 bits: their highest bit is the same in every odd multiple
     whole = {1: torch.uint8, 2: torch.int16}.get(tensor.itemsize, torch.int32)
     bits = tensor.contiguous().view(-1).view(whole)
@@ -63,8 +93,7 @@ def fingerprint(tensor: Tensor) -> tuple[int, int]:
     last = rest.to(torch.int64)
     first = (by_column * _weights(SIDE, bits)).sum() + (last * _weights(len(last), bits, 1)).sum()
     second = (by_row * _weights(rows, bits, 2)).sum() + (last * _weights(len(last), bits, 3)).sum()
-    values = torch.stack([first, second]).tolist()
-    return int(values[0]), int(values[1])
+    return torch.stack([first, second])
 
 
 def _weights(n: int, like: Tensor, kind: int = 0) -> Tensor:

@@ -181,6 +181,7 @@ class Collector:
         if steps == self.followed or not step_was_taken(trainer):
             return False
         before, self.followed = self.followed, steps
+        self.store.pending.arrive(after_steps=True)
         self.averages.follow(module, in_window=self.plan.covers(epoch, steps))
         if self.plan.takes_step(epoch, steps, before):
             self._take(module, f"step={steps}", f"after step {steps}, in epoch {epoch}")

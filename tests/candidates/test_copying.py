@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers.counting import count, pretended
 from lightning_twa.candidates import Store, copying
-from lightning_twa.candidates.candidate import take
 from lightning_twa.candidates.copying import to_host
+from lightning_twa.candidates.taking import Taking, take
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -65,7 +65,7 @@ def test_a_sum_that_overflows_is_no_error() -> None:
     net = nn.Linear(64, 64)
     with torch.no_grad():
         net.weight.fill_(torch.finfo(torch.float32).max)
-    assert not take(net, "epoch=0", {}).finite
+    assert not Taking(net, "epoch=0", {}).wait()
     store = Store()
     store.add(net, "epoch=0")
     (candidate,) = store

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from lightning_twa.candidates import Store, mean_buffers, persistent_buffers, varying
-from lightning_twa.candidates.candidate import agreed_buffers, take
+from lightning_twa.candidates.candidate import agreed_buffers
 from lightning_twa.candidates.into_model import mean_parameters
+from lightning_twa.candidates.taking import take
 
 
 class Net(nn.Module):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.simulated import DEVICE, Simulated
 from lightning_twa.candidates import Store, unchanged
 from lightning_twa.candidates.frozen import leave_out_frozen
-from lightning_twa.candidates.unchanged import fingerprint, same
+from lightning_twa.candidates.unchanged import all_same, fingerprints, same
 
 
 @pytest.fixture
@@ -159,7 +160,27 @@ def test_a_copy_that_has_gone_is_forgotten() -> None:
     assert len(unchanged._found) == before
 
 
+def test_a_device_is_waited_for_once_for_all_that_is_frozen() -> None:
+    tensors = [torch.randn(300, 20), torch.randn(7), torch.randn(2, 2).half(), torch.tensor(3.0)]
+    with Simulated() as device:
+        held = [t.to(DEVICE) for t in tensors]
+        assert all_same(tensors, held) == [True] * 4, "compared, and remembered"
+        before = device.waits
+        assert all_same(tensors, held) == [True] * 4
+        assert device.waits == before + 1
+        held[1].add_(1.0)
+        assert all_same(tensors, held) == [True, False, True, True]
+        mixed = [*held[:2], *tensors[2:]]
+        assert all_same(tensors, mixed) == [True, False, True, True]
+    assert all_same([], []) == []
+
+
 # --- fingerprints
+
+
+def fingerprint(tensor: Tensor) -> tuple[int, int]:
+    return fingerprints([tensor])[0]
+
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "a bit": lambda t: _with(t, 17, -t.flatten()[17]),

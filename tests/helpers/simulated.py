@@ -6,7 +6,7 @@ and what races with that is an error.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,7 +34,6 @@ class There(Tensor):
 
     held: Tensor
     written: int  # when, by the operations of the main stream
-    recorded: list[Stream]
 
     @staticmethod
     def __new__(cls, held: Tensor, written: int = 0) -> There:
@@ -46,7 +45,7 @@ class There(Tensor):
             dtype=held.dtype,
             device="meta",
         )
-        made.held, made.written, made.recorded = held, written, []
+        made.held, made.written = held, written
         return made
 
     device = property(lambda self: DEVICE)  # type: ignore[assignment]
@@ -55,7 +54,10 @@ class There(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def record_stream(self, stream: Any) -> None:
-        self.recorded.append(stream)
+        """Its memory is given back when the stream has done what it was asked for."""
+        for work in stream.queue:
+            if work.source() is self:
+                work.kept = self
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"There({self.held!r})"
@@ -73,7 +75,7 @@ class Stream:
     def __init__(self, device: Any = None, *, simulated: Simulated | None = None) -> None:
         self.main = simulated is not None
         self.simulated = simulated or Simulated.current
-        self.queue: list[Callable[[], None]] = []
+        self.queue: list[_Late] = []
         self.behind = 0  # what the main stream had done when this one has waited for it
 
     def wait_stream(self, other: Stream) -> None:
@@ -101,7 +103,7 @@ class Event:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.moment = 0
-        self.left: list[Callable[[], None]] = []
+        self.left: list[_Late] = []
         self.stream: Stream | None = None
 
     def record(self, stream: Stream | None = None) -> None:
@@ -202,6 +204,8 @@ class _Functions(TorchFunctionMode):
             made = function(*args, **kwargs)
             self.simulated.pinned.add(made.untyped_storage().data_ptr())
             return made
+        if function is Tensor.tolist and args[0].is_cuda:
+            return args[0].cpu().tolist()
         if function is Tensor.is_pinned:
             return self.simulated.is_pinned(args[0])
         if function is Tensor.to:
@@ -299,15 +303,15 @@ class _Dispatch(TorchDispatchMode):
             value = source.held.clone() if stream.main else None
             if target.is_floating_point():
                 target.fill_(torch.nan)  # until it is there
-            kept = source if stream.main or stream in source.recorded else None
-            stream.queue.append(_Late(target, weakref.ref(source), kept, value))
+            stream.queue.append(_Late(target, weakref.ref(source), value))
 
 
 class _Late:
     """A copy to the host that a stream will make."""
 
-    def __init__(self, target: Tensor, source: Any, kept: Any, value: Tensor | None) -> None:
-        self.target, self.source, self.kept, self.value = target, source, kept, value
+    def __init__(self, target: Tensor, source: Any, value: Tensor | None) -> None:
+        self.target, self.source, self.value = target, source, value
+        self.kept: There | None = None
 
     def __call__(self) -> None:
         source = self.source()
