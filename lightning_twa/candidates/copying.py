@@ -43,7 +43,6 @@ class HostCopies:
     Attributes:
         copies: The copies; those of devices that copy without the host have no values before
             :meth:`finish`.
-        on_their_way: Whether there are such.
     """
 
     @torch.no_grad()
@@ -72,11 +71,6 @@ class HostCopies:
                 self._sums += [_sum(piece)] if look else []  # while it is in the cache
         for device, groups in sent.items():
             self._send(tensors, dtypes, device, groups, aside=aside)
-
-    @property
-    def on_their_way(self) -> bool:
-        """Whether some have no values yet."""
-        return bool(self._wait)
 
     def _grouped(
         self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]

@@ -32,7 +32,8 @@ class Taking:
         dtype: What trainable parameters are rounded to; ``None`` keeps their own dtype.
         weights: Values that take the place of the module's, by name of the parameter.
         stay: Whether it stays in memory.
-        aside: Whether a device may go on meanwhile; else :meth:`wait` is due at once.
+        aside: Whether a device may go on meanwhile; else :meth:`wait` is due at once, as it is where
+            parameters are left out.
 
     Attributes:
         candidate: The candidate. What a device is sending has no values before :meth:`wait`.
@@ -87,7 +88,7 @@ class Taking:
         self._put()
         self._finite: bool | None = None
         self._rest: Background[bool] | None = None
-        if aside and self._copies.on_their_way:
+        if aside and self._complete:
             self._rest = Background(self._copies.finish)
 
     @property

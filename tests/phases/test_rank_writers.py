@@ -104,7 +104,7 @@ def test_what_one_rank_cannot_write_stays_in_the_memory_of_all(
 def test_a_copy_that_fails_on_one_rank_is_one_error_of_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    on_one_rank(monkeypatch, store, "take", failing, 2)
+    on_one_rank(monkeypatch, store, "Taking", failing, 2)
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="planned, here"):
         fit(tmp_path, twa(storage=StorageConfig(kind="memory")), Regressor())
 
