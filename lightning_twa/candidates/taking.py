@@ -32,8 +32,8 @@ class Taking:
         dtype: What trainable parameters are rounded to; ``None`` keeps their own dtype.
         weights: Values that take the place of the module's, by name of the parameter.
         stay: Whether it stays in memory.
-        aside: Whether a device may go on meanwhile; else :meth:`wait` is due at once, as it is where
-            parameters are left out.
+        aside: Whether a device may go on meanwhile; else, and where parameters are left out,
+            :meth:`wait` is due at once.
 
     Attributes:
         candidate: The candidate. What a device is sending has no values before :meth:`wait`.
