@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from lightning_twa.candidates.parked import Parked
 from lightning_twa.candidates.power_averages import PowerAverages, interval_of
+from lightning_twa.candidates.retake import keep_last
 from lightning_twa.candidates.running_averages import RunningAverages, average_name
 from lightning_twa.candidates.selected import averaged_names
-from lightning_twa.candidates.store import Store, keep_last
+from lightning_twa.candidates.store import Store
 from lightning_twa.config import CollectConfig
 
 __all__ = ["Averages"]

@@ -175,6 +175,14 @@ class Disk:
             found.append(candidates[i] if problem is None else CandidateFileError(problem))
         return found
 
+    def read_here(self, files: Files) -> Candidate:
+        """Map a candidate in this process alone, after comparing its digest.
+
+        Raises:
+            CandidateFileError: Naming the file that could not be read.
+        """
+        return read_candidate(self.root, files[rank() if self.shards else 0])
+
     def _damages(self, references: Mapping[int, Reference]) -> dict[int, str]:
         """What is wrong with files, of those that fall to this process."""
         here = (_host(), rank() if self.shards else 0)

@@ -26,17 +26,30 @@ class Entry:
         files: ``None`` in memory.
         as_in_module: Names of what a checkpoint has left out.
         writing: While a thread writes the files; the candidate is in memory until they are there.
+        verified: Whether the files have been compared with their digests since a checkpoint named
+            them. Before that nothing but names and shapes may be used.
     """
 
     candidate: Candidate
     files: list[Reference] | None = None
     as_in_module: tuple[str, ...] = ()
     writing: Writing | None = None
+    verified: bool = True
 
     @property
     def in_memory(self) -> bool:
         """Whether it is there to stay."""
         return self.files is None and self.writing is None
+
+    def joined_with(self, own: Candidate) -> Candidate:
+        """What a file holds, with what another file holds of this candidate."""
+        held = self.candidate.parameters
+        frozen = {name: tensor for name, tensor in held.items() if name not in own.parameters}
+        return joined(own, frozen)
+
+    def hold(self, own: Candidate) -> None:
+        """Take what its file holds, which has been written or verified."""
+        self.candidate, self.verified = self.joined_with(own), True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "writing": None}  # a copy has it in memory
@@ -61,7 +74,11 @@ def entry_state(entry: Entry) -> dict[str, Any]:
 
 
 def read_entries(
-    disk: Disk | None, states: Sequence[dict[str, Any]], frozen: Mapping[str, Tensor]
+    disk: Disk | None,
+    states: Sequence[dict[str, Any]],
+    frozen: Mapping[str, Tensor],
+    *,
+    verify: bool = True,
 ) -> list[Entry]:
     """Candidates of a checkpoint, from :func:`entry_state`.
 
@@ -69,6 +86,7 @@ def read_entries(
         disk: Where files are; every process calls it where there are some.
         states: Of the candidates.
         frozen: What another file holds of them.
+        verify: Compare files with their digests now.
 
     Raises:
         CandidateFileError: Naming a file that is missing, damaged or outside of the directory.
@@ -85,14 +103,15 @@ def read_entries(
             f"The checkpoint's candidates are in files ({first[0].file}), but this callback "
             f"has StorageConfig(kind='memory'). Resume with kind='auto' or 'disk'."
         )
-    mapped = iter([] if disk is None or not files else disk.read_all([*files.values()]))
+    named = [*files.values()]
+    mapped = iter([] if disk is None or not files else disk.read_all(named, verify=verify))
     entries = []
     for i, state in enumerate(states):
         if i in files:
             found = next(mapped)
             if isinstance(found, CandidateFileError):
                 raise found
-            entries.append(Entry(joined(found, frozen), files[i]))
+            entries.append(Entry(joined(found, frozen), files[i], verified=verify))
         else:
             held = Candidate(state["name"], dict(state["parameters"]), state["buffers"])
             entries.append(Entry(held, as_in_module=tuple(state.get("as_in_module", ()))))

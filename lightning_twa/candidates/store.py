@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -18,21 +19,18 @@ from lightning_twa.candidates.candidate import (
     check_weights,
     is_kept,
     misfit,
-    persistent_buffers,
     take,
 )
-from lightning_twa.candidates.copying import to_cpu
 from lightning_twa.candidates.disk import Disk
 from lightning_twa.candidates.entry import Entry, entry_state, joined, keep_some, read_entries
 from lightning_twa.candidates.files import CandidateFileError
 from lightning_twa.candidates.frozen import FROZEN, changing_part, frozen_part, put_frozen_back
 from lightning_twa.candidates.pending import SMALL, Pending, files_for, warn_not_written
-from lightning_twa.candidates.unchanged import same
+from lightning_twa.candidates.unverified import damaged, verified
 from lightning_twa.config import StorageConfig
 from lightning_twa.machine import all_ranks, free_bytes, in_common, warn, world_size
-from lightning_twa.subspace import local_part
 
-__all__ = ["Store", "drop", "keep_last", "misfit_of", "name_files", "take_anew"]
+__all__ = ["Store", "check_files", "delete_dropped", "drop", "misfit_of", "name_files"]
 
 EMPTY: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -90,6 +88,8 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         if world_size() == 1:
             self.settle()
+            with contextlib.suppress(CandidateFileError):
+                check_files(self)  # a copy may go where the files are not
         return {**vars(self), "_dropped": [e for e in self._dropped if e.writing is None]}
 
     @property
@@ -100,7 +100,14 @@ class Store:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Candidate]:
-        return (entry.candidate for entry in self._entries)
+        if world_size() == 1:
+            check_files(self)
+        return (verified(self.disk, entry) for entry in self._entries)
+
+    @property
+    def forms(self) -> list[Candidate]:
+        """The candidates, to use names and shapes of; values may not have been verified yet."""
+        return [entry.candidate for entry in self._entries]
 
     @property
     def names(self) -> list[str]:
@@ -164,7 +171,7 @@ class Store:
         self._given, self._window = [], []
         if self.disk is not None:
             self.disk.begin_part()
-        self._delete_dropped()
+        delete_dropped(self)
 
     def _keep(
         self,
@@ -191,18 +198,6 @@ class Store:
         if not all_ranks(new.finite, self._device):
             check_weights(module, name, weights)
         return Entry(new) if frozen is None else self.pending.begin(new, frozen)
-
-    def _delete_dropped(self) -> None:
-        """Delete files out of the window that no checkpoint to go on from names. Of the two newest
-        one may be just being written, and then the other is what a killed run goes on from.
-        """
-        named = set().union(*self._checkpoints)
-        for entry in list(self._dropped):
-            files = entry.files or []
-            if entry.writing is None and not named & {reference.file for reference in files}:
-                self._dropped.remove(entry)
-                if files and self.disk is not None:
-                    self.disk.delete(files)
 
     def _goes_to_disk(self, module: nn.Module) -> bool:
         if self.disk is None or self.config.kind == "disk" or self._shared:
@@ -232,19 +227,15 @@ class Store:
     def settle(self) -> None:
         """Wait until what is being written is in files, or was found not to be writable."""
         if self.pending.settle():
-            self._delete_dropped()
+            delete_dropped(self)
 
     def drop_damaged(self) -> None:
         """Before the candidates are used: drop those whose file has changed, with a warning."""
         self.settle()
-        if self.disk is None:
-            return
-        in_files = [(entry, entry.files) for entry in self._entries if entry.files is not None]
-        found = self.disk.read_all([files for _, files in in_files]) if in_files else []
-        for (entry, _), answer in zip(in_files, found, strict=True):
-            if isinstance(answer, CandidateFileError):
-                warn(f"A candidate is left out: {answer}")
-                (self._given if entry in self._given else self._window).remove(entry)
+        in_files = [entry for entry in self._entries if entry.files is not None]
+        for entry, error in damaged(self.disk, in_files):
+            warn(f"A candidate is left out: {error}")
+            (self._given if entry in self._given else self._window).remove(entry)
 
     def state_dict(self) -> dict[str, Any]:
         """The candidates, oldest first: names with tensors, or with the files that hold them."""
@@ -272,8 +263,9 @@ class Store:
         """Undo :func:`leave_out_frozen`, once the module has the weights of the checkpoint."""
         put_frozen_back([(e.candidate, e.as_in_module) for e in self._entries], module)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the candidates by those of :meth:`state_dict`.
+    def load_state_dict(self, state: dict[str, Any], *, verify: bool = True) -> None:
+        """Replace the candidates by those of :meth:`state_dict`; without ``verify`` every byte of
+        their files is compared only when the first value is used.
 
         Raises:
             CandidateFileError: Naming a file that is missing, damaged or outside of the directory.
@@ -284,7 +276,7 @@ class Store:
         (self._frozen,) = [None] if frozen is None else read_entries(self.disk, [frozen], {})
         shared = {} if self._frozen is None else self._frozen.candidate.parameters
         given = state.get("given", [])
-        entries = read_entries(self.disk, [*given, *state["window"]], shared)
+        entries = read_entries(self.disk, [*given, *state["window"]], shared, verify=verify)
         self._given, self._window = entries[: len(given)], entries[len(given) :]
         _thin_out(self)
 
@@ -294,22 +286,31 @@ def _thin_out(store: Store) -> None:
         kept = keep_some(store._window, store.max_candidates, evenly=store.evenly)
         store._dropped += [entry for entry in store._window if entry not in kept]
         store._window = kept
-    store._delete_dropped()
+    delete_dropped(store)
 
 
-def keep_last(store: Store, module: nn.Module, name: str) -> None:
-    """Keep the module's weights as the newest candidate, whatever the window holds, unless its
-    newest are these already; every process calls it.
+def delete_dropped(store: Store) -> None:
+    """Delete files out of the window that no checkpoint to go on from names. Of the two newest
+    one may be just being written, and then the other is what a killed run goes on from.
     """
-    dtype, held = store._dtype, store._window[-1:]
-    same_as_newest = bool(held)
-    for key, parameter in module.named_parameters():
-        if not (same_as_newest and parameter.requires_grad and is_kept(parameter)):
-            continue
-        newest, now = held[0].candidate.parameters.get(key), to_cpu(local_part(parameter))
-        same_as_newest = newest is not None and same(newest, now.to(dtype or now.dtype))
-    if not all_ranks(same_as_newest, store._device) and name not in store.names:
-        store._window.append(store._keep(module, name, {}, agreed_buffers(module)))
+    named = set().union(*store._checkpoints)
+    for entry in list(store._dropped):
+        files = entry.files or []
+        if entry.writing is None and not named & {reference.file for reference in files}:
+            store._dropped.remove(entry)
+            if files and store.disk is not None:
+                store.disk.delete(files)
+
+
+def check_files(store: Store) -> None:
+    """Before values are used of candidates that were loaded without: compare the files that have
+    not been compared yet; every process calls it.
+
+    Raises:
+        CandidateFileError: On every process, naming the file that is damaged.
+    """
+    for _, error in damaged(store.disk, [e for e in store._entries if not e.verified]):
+        raise error
 
 
 def name_files(store: Store, state: dict[str, Any]) -> None:
@@ -329,33 +330,13 @@ def drop(store: Store, names: Collection[str]) -> None:
     """Leave candidates of the window out, as those that have left it."""
     store._dropped += [e for e in store._window if e.candidate.name in names]
     store._window = [e for e in store._window if e.candidate.name not in names]
-    store._delete_dropped()
+    delete_dropped(store)
 
 
 def misfit_of(store: Store, module: nn.Module) -> str | None:
     """What the first candidate that is not of a module's form lacks, in a sentence."""
     found = (misfit(e.candidate, module, e.as_in_module) for e in store._entries)
     return next((text for text in found if text is not None), None)
-
-
-def take_anew(store: Store, module: nn.Module, load: Callable[[Candidate], None]) -> None:
-    """Replace every candidate by what a module holds once it has loaded it.
-
-    Args:
-        store: The candidates.
-        module: The model.
-        load: Puts a candidate into the module.
-    """
-    store.settle()
-    given, window = store._given, store._window
-    store._given, store._window, store._frozen = [], [], None
-    if store.disk is not None:
-        store.disk.begin_part()
-    for entries, kept in ((given, store._given), (window, store._window)):
-        for entry in entries:
-            load(entry.candidate)
-            buffers = {n: to_cpu(b) for n, b in persistent_buffers(module).items()}
-            kept.append(store._keep(module, entry.candidate.name, {}, buffers))
 
 
 def _write_at_once(
