@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from helpers.common import Regressor, trainer
 from helpers.fallback import break_step
 from helpers.resume import differences, equal, ordered, run, saved, twa
 from lightning_twa import StorageConfig, SubspaceConfig, average
-from lightning_twa.candidates import CandidateFileError, files
+from lightning_twa.candidates import CandidateFileError, files, reference
 from lightning_twa.phases import span
 
 pytestmark = [
@@ -64,15 +65,14 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def forbid_verifying(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def see_verifying(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are verified from here on."""
     verified: list[str] = []
     check = files._check_bytes
 
-    def look(path: Path, reference: Any, verify: bool) -> None:
-        if verify:
-            verified.append(reference.name)
-        check(path, reference, verify)
+    def look(path: Path, of: Any, piece: int) -> None:
+        verified.append(of.name)
+        check(path, of, piece)
 
     monkeypatch.setattr(files, "_check_bytes", look)
     return verified
@@ -85,7 +85,7 @@ def test_candidates_that_nothing_needs_are_not_read(
     whole = run(tmp_path, Regressor, twa)
     path = interrupted(tmp_path)
     flip(candidate(tmp_path))
-    verified = forbid_verifying(monkeypatch)
+    verified = see_verifying(monkeypatch)
     callback = twa(**cached(tmp_path))
     resumed = run(tmp_path, Regressor, lambda: callback, ckpt_path=path)
     assert not differences(whole, resumed)
@@ -239,3 +239,47 @@ def test_two_processes_end_alike(tmp_path: Path, distribute: str) -> None:
     assert not equal(ends[0]["state"], ends[1]["state"]), "with the rounding of the basis"
     for name, tensor in ends[0]["state"].items():
         torch.testing.assert_close(ends[1]["state"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("at", [0.1, 0.5, 0.99])
+def test_every_piece_of_the_file_of_the_subspace_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, at: float
+) -> None:
+    for module in (files, reference):
+        monkeypatch.setattr(module, "PIECE", 200)
+    whole = run(tmp_path, Regressor, twa)
+    path = interrupted(tmp_path)
+    states = torch.load(path, weights_only=True)["callbacks"].values()
+    (state,) = [found for found in states if "mixing" in found]
+    assert len(state["subspace"][0]["pieces"]) > 4
+    (subspace,) = (tmp_path / "c").glob("subspace_0/*")
+    content = bytearray(subspace.read_bytes())
+    content[int(at * len(content))] ^= 1
+    subspace.write_bytes(content)
+    with caplog.at_level(logging.INFO):
+        resumed = run(tmp_path, Regressor, lambda: twa(**cached(tmp_path)), ckpt_path=path)
+    assert any("built again" in r.message and "SHA-256" in r.message for r in caplog.records)
+    assert not differences(whole, resumed)
+
+
+def test_the_mapped_file_is_not_written_to(tmp_path: Path) -> None:
+    """And the phase goes on where somebody deletes it meanwhile."""
+
+    class Delete(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            for path in (tmp_path / "c").glob("subspace_0/*"):
+                content.append(path.read_bytes())
+                if trainer.global_step > 21:
+                    path.unlink()
+
+    whole = run(tmp_path, Regressor, twa)
+    path = interrupted(tmp_path)
+    (subspace,) = (tmp_path / "c").glob("subspace_0/*")
+    content = [subspace.read_bytes()]
+    L.seed_everything(99, verbose=False)
+    module, callback = Regressor(), twa(**cached(tmp_path))
+    the_trainer = trainer(tmp_path, callbacks=[callback, Delete()])
+    the_trainer.fit(module, ordered(), ordered(32, seed=1), ckpt_path=path)
+    assert len(content) > 2
+    assert set(content) == {content[0]}
+    assert equal(module.state_dict(), whole.state)
