@@ -25,6 +25,7 @@ __all__ = [
     "is_of_phase",
     "load",
     "phase_to_keep",
+    "share_candidates",
     "unfreeze_as_before",
 ]
 
@@ -118,6 +119,23 @@ def unfreeze_as_before(module: LightningModule, state: Mapping[str, Any]) -> Non
         parameters = dict(module.named_parameters())
         for name in parameters.keys() & state.get("trained", []):
             parameters[name].requires_grad_(True)
+
+
+def share_candidates(state: Mapping[str, Any]) -> None:
+    """Let what comes of a checkpoint have the tensors of its candidates, which nobody changes:
+    Lightning copies a callback's whole state before it hands it on.
+
+    Args:
+        state: Checked; changed in place.
+    """
+    held = state.get("candidates", {})
+    for key in held.keys() & {"given", "window"}:
+        held[key] = _Shared(held[key])
+
+
+class _Shared(list[Any]):
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
 
 
 def load(averaging: Averaging, state: dict[str, Any]) -> None:
