@@ -6,6 +6,7 @@ from lightning_twa.candidates.candidate import (
     average_buffers_,
     check_complete,
     check_form,
+    depends_on_values,
     further_names,
     is_dense,
     is_kept,
@@ -41,8 +42,8 @@ from lightning_twa.candidates.reference import SUFFIX, Reference, resolve
 from lightning_twa.candidates.running_averages import average_name
 from lightning_twa.candidates.running_mean import RunningMean
 from lightning_twa.candidates.selected import averaged_names, check_selection
-from lightning_twa.candidates.spectral import fit_singular_vectors_
-from lightning_twa.candidates.store import Store
+from lightning_twa.candidates.spectral import fit_singular_vectors_, has_singular_vectors
+from lightning_twa.candidates.store import Store, check_files
 from lightning_twa.candidates.subspace_files import SubspaceFiles, name_of_subspace
 from lightning_twa.candidates.unchanged import same
 
@@ -61,6 +62,7 @@ __all__ = [
     "average_name",
     "averaged_names",
     "check_complete",
+    "check_files",
     "check_form",
     "check_name",
     "check_selection",
@@ -68,11 +70,13 @@ __all__ = [
     "copy_into",
     "decay_curve",
     "decode",
+    "depends_on_values",
     "drop",
     "find_files",
     "fit_singular_vectors_",
     "fitted_factors",
     "further_names",
+    "has_singular_vectors",
     "is_dense",
     "is_kept",
     "is_running",

@@ -277,6 +277,17 @@ def check_complete(candidates: Iterable[Candidate], module: nn.Module) -> None:
             )
 
 
+def depends_on_values(candidates: Iterable[Candidate], also: Collection[str]) -> bool:
+    """Whether :func:`varying` has to compare values: of a parameter that is not in ``also``, and
+    that candidates do not share.
+    """
+    first, *others = candidates
+    return any(
+        name not in also and any(c.parameters[name] is not tensor for c in others)
+        for name, tensor in first.parameters.items()
+    )
+
+
 def varying(candidates: Iterable[Candidate], also: Collection[str] = ()) -> set[str]:
     """Names of the parameters that differ between candidates, and of those in ``also``; every
     process calls it.

@@ -16,7 +16,7 @@ from lightning_twa.candidates.candidate import (
 )
 from lightning_twa.candidates.copying import to_cpu
 from lightning_twa.candidates.pending import files_for
-from lightning_twa.candidates.store import Store
+from lightning_twa.candidates.store import Store, check_files, delete_dropped
 from lightning_twa.candidates.unchanged import same
 from lightning_twa.machine import all_ranks
 from lightning_twa.subspace import local_part
@@ -56,7 +56,7 @@ def drop(store: Store, names: Collection[str]) -> None:
     """Leave candidates of the window out, as those that have left it."""
     store._dropped += [e for e in store._window if e.name in names]
     store._window = [e for e in store._window if e.name not in names]
-    store._delete_dropped()
+    delete_dropped(store)
 
 
 def misfit_of(store: Store, module: nn.Module) -> str | None:
@@ -74,6 +74,7 @@ def take_anew(store: Store, module: nn.Module, load: Callable[[Candidate], None]
         load: Puts a candidate into the module.
     """
     store.settle()
+    check_files(store)
     given, window = store._given, store._window
     store._given, store._window, store._frozen = [], [], None
     if store.disk is not None:

@@ -44,12 +44,16 @@ class Disk:
         root: Directory of the directories of runs, the same path on every host.
         shards: Whether each process has a part of every parameter.
         kind: What the names of directories begin with.
+        in_pieces: Whether several processes and cores verify one file.
     """
 
-    def __init__(self, root: Path, *, shards: bool = False, kind: str = "version") -> None:
+    def __init__(
+        self, root: Path, *, shards: bool = False, kind: str = "version", in_pieces: bool = False
+    ) -> None:
         self.root = root
         self.shards = shards
         self.kind = kind
+        self.in_pieces = in_pieces
         self.directory: Path | None = None
         self._part = root  # where this process writes
         self._parts = 0  # begun after the first one
@@ -74,7 +78,7 @@ class Disk:
         problem = None
         if self._writes:
             try:
-                written = _write(self.root, self._part, make())
+                written = _write(self.root, self._part, make(), self.in_pieces)
             except Exception as error:  # of any kind: the other processes wait for an answer
                 problem = _said(error)
         return self._map(written, problem)
@@ -93,8 +97,8 @@ class Disk:
         """
         if self.directory is None:
             self._open()
-        write = partial(_write, self.root, self._part, candidate) if self._writes else None
-        return Writing(write)
+        write = partial(_write, self.root, self._part, candidate, self.in_pieces)
+        return Writing(write if self._writes else None)
 
     def finish(self, writing: Writing) -> tuple[Candidate, Files]:
         """Wait for a candidate's files, and map it. Returns and raises what :meth:`write` does."""
@@ -175,21 +179,30 @@ class Disk:
             found.append(candidates[i] if problem is None else CandidateFileError(problem))
         return found
 
+    def read_here(self, files: Files) -> Candidate:
+        """Map a candidate in this process alone, after comparing its digest.
+
+        Raises:
+            CandidateFileError: Naming the file that could not be read.
+        """
+        return read_candidate(self.root, files[rank() if self.shards else 0])
+
     def _damages(self, references: Mapping[int, Reference]) -> dict[int, str]:
-        """What is wrong with files, of those that fall to this process."""
+        """What is wrong with files, of those, or those pieces, that fall to this process."""
         here = (_host(), rank() if self.shards else 0)
         peers = [i for i, host in enumerate(gather_objects(here)) if host == here]
-        jobs = [i for i in references if i % len(peers) == peers.index(rank())]
+        every = [(i, piece) for i, r in references.items() for piece in range(len(r.pieces) or 1)]
+        jobs = every[peers.index(rank()) :: len(peers)]
 
-        def verify(job: int, room: None) -> str | None:
+        def verify(job: tuple[int, int], room: None) -> str | None:
             try:
-                verify_candidate(self.root, references[job])
+                verify_candidate(self.root, references[job[0]], job[1])
             except Exception as error:  # as in write()
                 return _said(error)
             return None
 
         found = in_order(verify, jobs, lambda: None, min(threads_here(), len(jobs)))
-        return {job: said for job, said in zip(jobs, found, strict=True) if said is not None}
+        return {i: said for (i, _), said in zip(jobs, found, strict=True) if said is not None}
 
     def delete(self, files: Files) -> None:
         """Delete a candidate's file where this process has written it; never another run's. One
@@ -230,8 +243,10 @@ class Disk:
         self.directory = directory
 
 
-def _write(root: Path, directory: Path, candidate: Candidate) -> Reference:
+def _write(root: Path, directory: Path, candidate: Candidate, in_pieces: bool) -> Reference:
     directory.mkdir(parents=True, exist_ok=True)
+    if in_pieces:
+        return write_candidate(root, directory, candidate, in_pieces=True)
     return write_candidate(root, directory, candidate)
 
 

@@ -24,9 +24,11 @@ class Entry:
         candidate: Mapped where there are files, else in memory.
         files: ``None`` in memory.
         as_in_module: Names of what a checkpoint has left out.
-        taking: While a device is sending it.
+        verified: Whether the files have been compared with their digests since a checkpoint named
+            them. Before that nothing but names and shapes may be used.
 
     Attributes:
+        taking: While a device is sending it.
         writing: While a thread writes the files; the candidate is in memory until they are there.
     """
 
@@ -35,13 +37,15 @@ class Entry:
         candidate: Candidate,
         files: list[Reference] | None = None,
         as_in_module: tuple[str, ...] = (),
-        taking: Taking | None = None,
+        *,
+        verified: bool = True,
     ) -> None:
         self._candidate = candidate
         self.files = files
         self.as_in_module = as_in_module
-        self.taking = taking
+        self.taking: Taking | None = None
         self.writing: Writing | None = None
+        self.verified = verified
 
     @property
     def name(self) -> str:
@@ -69,6 +73,16 @@ class Entry:
         """Whether it is there to stay."""
         return self.files is None and self.writing is None
 
+    def joined_with(self, own: Candidate) -> Candidate:
+        """What a file holds, with what another file holds of this candidate."""
+        held = self.candidate.parameters
+        frozen = {name: tensor for name, tensor in held.items() if name not in own.parameters}
+        return joined(own, frozen)
+
+    def hold(self, own: Candidate) -> None:
+        """Take what its file holds, which has been written or verified."""
+        self.candidate, self.verified = self.joined_with(own), True
+
     def __getstate__(self) -> dict[str, Any]:
         whole = {**vars(self), "_candidate": self.candidate}
         return {**whole, "taking": None, "writing": None}  # a copy has it in memory
@@ -93,7 +107,11 @@ def entry_state(entry: Entry) -> dict[str, Any]:
 
 
 def read_entries(
-    disk: Disk | None, states: Sequence[dict[str, Any]], frozen: Mapping[str, Tensor]
+    disk: Disk | None,
+    states: Sequence[dict[str, Any]],
+    frozen: Mapping[str, Tensor],
+    *,
+    verify: bool = True,
 ) -> list[Entry]:
     """Candidates of a checkpoint, from :func:`entry_state`.
 
@@ -101,6 +119,7 @@ def read_entries(
         disk: Where files are; every process calls it where there are some.
         states: Of the candidates.
         frozen: What another file holds of them.
+        verify: Compare files with their digests now.
 
     Raises:
         CandidateFileError: Naming a file that is missing, damaged or outside of the directory.
@@ -117,14 +136,15 @@ def read_entries(
             f"The checkpoint's candidates are in files ({first[0].file}), but this callback "
             f"has StorageConfig(kind='memory'). Resume with kind='auto' or 'disk'."
         )
-    mapped = iter([] if disk is None or not files else disk.read_all([*files.values()]))
+    named = [*files.values()]
+    mapped = iter([] if disk is None or not files else disk.read_all(named, verify=verify))
     entries = []
     for i, state in enumerate(states):
         if i in files:
             found = next(mapped)
             if isinstance(found, CandidateFileError):
                 raise found
-            entries.append(Entry(joined(found, frozen), files[i]))
+            entries.append(Entry(joined(found, frozen), files[i], verified=verify))
         else:
             held = Candidate(state["name"], dict(state["parameters"]), state["buffers"])
             entries.append(Entry(held, as_in_module=tuple(state.get("as_in_module", ()))))

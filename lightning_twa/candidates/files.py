@@ -7,12 +7,20 @@ import os
 import secrets
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from errno import EACCES, EEXIST, EINVAL, ENOSYS, ENOTSUP, EOPNOTSUPP, EPERM
 from pathlib import Path, PureWindowsPath
 
 from lightning_twa.candidates.candidate import Candidate
 from lightning_twa.candidates.encoding import decode, encode
-from lightning_twa.candidates.reference import SUFFIX, CandidateFileError, Reference, resolve
+from lightning_twa.candidates.reference import (
+    PIECE,
+    SUFFIX,
+    CandidateFileError,
+    Reference,
+    resolve,
+)
 
 __all__ = [
     "RESTORE",
@@ -29,6 +37,7 @@ RESTORE = (
     "Restore the directory that belongs to the checkpoint, name it as StorageConfig.dirpath (the "
     "default is twa_candidates in the Trainer's default_root_dir), or start anew."
 )
+CHUNK = 1 << 20  # bytes that are read at a time
 _UNSUPPORTED = {EACCES, EINVAL, ENOSYS, ENOTSUP, EOPNOTSUPP, EPERM}
 
 
@@ -54,7 +63,9 @@ def make_directory(root: Path, name: str = "version") -> Path:
         return directory
 
 
-def write_candidate(root: Path, directory: Path, candidate: Candidate) -> Reference:
+def write_candidate(
+    root: Path, directory: Path, candidate: Candidate, *, in_pieces: bool = False
+) -> Reference:
     """Write a candidate to ``<directory>/<name>.safetensors``, completely or not at all.
 
     The tensors are called ``parameters.<name>`` and ``buffers.<name>``. The file appears under its
@@ -64,6 +75,7 @@ def write_candidate(root: Path, directory: Path, candidate: Candidate) -> Refere
         root: The storage root.
         directory: An existing directory in it.
         candidate: On the CPU; its tensors may share memory and need not be contiguous.
+        in_pieces: Whether each piece of the file gets a digest, so that several cores verify it.
 
     Raises:
         FileExistsError: When there is a file of that name.
@@ -79,13 +91,13 @@ def write_candidate(root: Path, directory: Path, candidate: Candidate) -> Refere
     file = path.relative_to(root).as_posix()
     # The random part keeps apart threads, and processes of one number on several machines
     temporary = directory / f"{candidate.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    sha, size = hashlib.sha256(), 0
+    digests, size = _Digests(PIECE if in_pieces else None), 0
     _check_free(path)
     try:
         with open(temporary, "xb") as out:
             for part in encode(candidate):
                 out.write(part)
-                sha.update(part)
+                digests.update(part)
                 size += len(part)
             out.flush()
             os.fsync(out.fileno())
@@ -93,7 +105,39 @@ def write_candidate(root: Path, directory: Path, candidate: Candidate) -> Refere
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(directory)
-    return Reference(candidate.name, file, size, sha.hexdigest())
+    digest, pieces = digests.finish()
+    return Reference(candidate.name, file, size, digest, pieces)
+
+
+class _Digests:
+    """SHA-256 of what is written, or of each of its pieces.
+
+    Args:
+        piece: Bytes of a piece; ``None`` for the whole.
+    """
+
+    def __init__(self, piece: int | None) -> None:
+        self._piece, self._sha, self._taken = piece, hashlib.sha256(), 0
+        self._found: list[str] = []
+
+    def update(self, part: memoryview) -> None:
+        """Take what comes next."""
+        while self._piece is not None and self._taken + len(part) > self._piece:
+            room = self._piece - self._taken
+            self._sha.update(part[:room])
+            part = part[room:]
+            self._found.append(self._sha.hexdigest())
+            self._sha, self._taken = hashlib.sha256(), 0
+        self._sha.update(part)
+        self._taken += len(part)
+
+    def finish(self) -> tuple[str, tuple[str, ...]]:
+        """The digest, and those of the pieces."""
+        last = self._sha.hexdigest()
+        if self._piece is None:
+            return last, ()
+        pieces = (*self._found, last)
+        return hashlib.sha256("".join(pieces).encode()).hexdigest(), pieces
 
 
 def read_candidate(root: Path, reference: Reference, *, verify: bool = True) -> Candidate:
@@ -117,7 +161,9 @@ def read_candidate(root: Path, reference: Reference, *, verify: bool = True) -> 
             another version of the format, or not inside ``root``.
     """
     path = resolve(root, reference)
-    _check_bytes(path, reference, verify)
+    _check_file(path, reference)
+    for piece in range(len(reference.pieces) or 1) if verify else ():
+        _check_bytes(path, reference, piece)
     try:
         candidate = decode(str(path))
     except ValueError as error:
@@ -130,13 +176,20 @@ def read_candidate(root: Path, reference: Reference, *, verify: bool = True) -> 
     return candidate
 
 
-def verify_candidate(root: Path, reference: Reference) -> None:
-    """Compare every byte of a candidate's file with its digest.
+def verify_candidate(root: Path, reference: Reference, piece: int = 0) -> None:
+    """Compare every byte of a candidate's file, or of a piece of it, with its digest.
+
+    Args:
+        root: The storage root.
+        reference: What :func:`write_candidate` returned.
+        piece: Which, where there are pieces.
 
     Raises:
         CandidateFileError: When the file is missing, not readable, damaged, or not inside ``root``.
     """
-    _check_bytes(resolve(root, reference), reference, True)
+    path = resolve(root, reference)
+    _check_file(path, reference)
+    _check_bytes(path, reference, piece)
 
 
 def delete_candidate(root: Path, reference: Reference) -> None:
@@ -149,30 +202,43 @@ def delete_candidate(root: Path, reference: Reference) -> None:
     resolve(root, reference).unlink(missing_ok=True)
 
 
-def _check_bytes(path: Path, reference: Reference, verify: bool) -> None:
-    sha = hashlib.sha256()
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say what is wrong with a file that cannot be read."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CandidateFileError(f"{path} is not a regular file. {RESTORE}")
-        if status.st_size != reference.size:
-            raise CandidateFileError(
-                f"{path} has {status.st_size} bytes instead of {reference.size}: it is truncated "
-                f"or another file. {RESTORE}"
-            )
-        if not verify:
-            return
-        # Read, not mapped: pages of a mapping would count as memory of this process
-        with open(path, "rb") as file:
-            while chunk := file.read(2**20):
-                sha.update(chunk)
+        yield
     except FileNotFoundError as error:
         raise CandidateFileError(f"{path} is missing. {RESTORE}") from error
     except OSError as error:
         raise CandidateFileError(
             f"{path} is not readable ({error}). Check its permissions and the disk."
         ) from error
-    if sha.hexdigest() != reference.digest:
+
+
+def _check_file(path: Path, reference: Reference) -> None:
+    with _reading(path):
+        status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CandidateFileError(f"{path} is not a regular file. {RESTORE}")
+    if status.st_size != reference.size:
+        raise CandidateFileError(
+            f"{path} has {status.st_size} bytes instead of {reference.size}: it is truncated "
+            f"or another file. {RESTORE}"
+        )
+
+
+def _check_bytes(path: Path, reference: Reference, piece: int) -> None:
+    sha = hashlib.sha256()
+    digest = reference.pieces[piece] if reference.pieces else reference.digest
+    left = PIECE if reference.pieces else reference.size
+    # Read, not mapped: pages of a mapping would count as memory of this process
+    buffer = memoryview(bytearray(CHUNK))
+    with _reading(path), open(path, "rb", 0) as file:
+        file.seek(piece * PIECE)
+        while left and (count := file.readinto(buffer[:left])):
+            sha.update(buffer[:count])
+            left -= count
+    if sha.hexdigest() != digest:
         raise CandidateFileError(f"{path} is damaged: its SHA-256 is another one. {RESTORE}")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_twa.candidates.candidate import Candidate
 from lightning_twa.candidates.copying import to_cpu
 from lightning_twa.candidates.entry import Entry, entry_state, read_entries
-from lightning_twa.candidates.store import Store
+from lightning_twa.candidates.store import Store, delete_dropped
 from lightning_twa.machine import warn
 
 __all__ = ["Parked"]
@@ -58,7 +58,7 @@ class Parked:
             self._entries, self._updates = entries, updates
         named = {reference.file for entry in self._entries for reference in entry.files or []}
         store._checkpoints[-1] |= named
-        store._delete_dropped()
+        delete_dropped(store)
         return [entry_state(entry) for entry in self._entries]
 
     def load(

@@ -149,9 +149,8 @@ class Pending:
             entry.writing = None
             warn_not_written(entry.name, self._disk, error)
             return
-        held = entry.candidate.parameters
-        frozen = {name: tensor for name, tensor in held.items() if name not in own.parameters}
-        entry.candidate, entry.files, entry.writing = joined(own, frozen), files, None
+        entry.hold(own)
+        entry.files, entry.writing = files, None
 
     def leave(self) -> None:
         """After an exception, which other processes may not have had: nothing is on its way any

@@ -14,12 +14,17 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["fit_singular_vectors_"]
+__all__ = ["fit_singular_vectors_", "has_singular_vectors"]
 
 _PARAMETRIZED = re.compile(r"(.*parametrizations\.[^.]+\.)original")
 _HOOKED = re.compile(r"(.*)_orig")
 _STEPS = 100  # of the power iteration, at most
 _CONVERGED = 1e-6  # relative change of the singular value between two of them
+
+
+def has_singular_vectors(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether there is anything for :func:`fit_singular_vectors_` to do."""
+    return any(True for _ in _normalised(tensors))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -25,10 +26,11 @@ from lightning_twa.candidates.files import CandidateFileError
 from lightning_twa.candidates.frozen import FROZEN, changing_part, frozen_part, put_frozen_back
 from lightning_twa.candidates.pending import SMALL, Pending, warn_not_written
 from lightning_twa.candidates.taking import Taking
+from lightning_twa.candidates.unverified import damaged, verified
 from lightning_twa.config import StorageConfig
 from lightning_twa.machine import all_ranks, free_bytes, in_common, warn, world_size
 
-__all__ = ["Store"]
+__all__ = ["Store", "check_files", "delete_dropped"]
 
 EMPTY: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -86,6 +88,8 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         if world_size() == 1:
             self.settle()
+            with contextlib.suppress(CandidateFileError):
+                check_files(self)  # a copy may go where the files are not
         return {**vars(self), "_dropped": [e for e in self._dropped if e.is_here]}
 
     @property
@@ -96,7 +100,14 @@ class Store:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Candidate]:
-        return (entry.candidate for entry in self._entries)
+        if world_size() == 1:
+            check_files(self)
+        return (verified(self.disk, entry) for entry in self._entries)
+
+    @property
+    def forms(self) -> list[Candidate]:
+        """The candidates, to use names and shapes of; values may not have been verified yet."""
+        return [entry.candidate for entry in self._entries]
 
     @property
     def names(self) -> list[str]:
@@ -160,7 +171,7 @@ class Store:
         self._given, self._window = [], []
         if self.disk is not None:
             self.disk.begin_part()
-        self._delete_dropped()
+        delete_dropped(self)
 
     def _keep(
         self,
@@ -204,35 +215,19 @@ class Store:
             if entry in entries:
                 entries.remove(entry)
 
-    def _delete_dropped(self) -> None:
-        """Delete files out of the window that no checkpoint to go on from names. Of the two newest
-        one may be just being written, and then the other is what a killed run goes on from.
-        """
-        named = set().union(*self._checkpoints)
-        for entry in list(self._dropped):
-            files = entry.files or []
-            if entry.is_here and not named & {reference.file for reference in files}:
-                self._dropped.remove(entry)
-                if files and self.disk is not None:
-                    self.disk.delete(files)
-
     def settle(self) -> None:
         """Wait until what is on its way has arrived: in files, or was found not to be writable."""
         arrived = self.pending.arrive()
         if self.pending.settle() or arrived:
-            self._delete_dropped()
+            delete_dropped(self)
 
     def drop_damaged(self) -> None:
         """Before the candidates are used: drop those whose file has changed, with a warning."""
         self.settle()
-        if self.disk is None:
-            return
-        in_files = [(entry, entry.files) for entry in self._entries if entry.files is not None]
-        found = self.disk.read_all([files for _, files in in_files]) if in_files else []
-        for (entry, _), answer in zip(in_files, found, strict=True):
-            if isinstance(answer, CandidateFileError):
-                warn(f"A candidate is left out: {answer}")
-                (self._given if entry in self._given else self._window).remove(entry)
+        in_files = [entry for entry in self._entries if entry.files is not None]
+        for entry, error in damaged(self.disk, in_files):
+            warn(f"A candidate is left out: {error}")
+            (self._given if entry in self._given else self._window).remove(entry)
 
     def state_dict(self) -> dict[str, Any]:
         """The candidates, oldest first: names with tensors, or with the files that hold them."""
@@ -260,8 +255,9 @@ class Store:
         """Undo :func:`leave_out_frozen`, once the module has the weights of the checkpoint."""
         put_frozen_back([(e.candidate, e.as_in_module) for e in self._entries], module)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the candidates by those of :meth:`state_dict`.
+    def load_state_dict(self, state: dict[str, Any], *, verify: bool = True) -> None:
+        """Replace the candidates by those of :meth:`state_dict`; without ``verify`` every byte of
+        their files is compared only when the first value is used.
 
         Raises:
             CandidateFileError: Naming a file that is missing, damaged or outside of the directory.
@@ -272,7 +268,7 @@ class Store:
         (self._frozen,) = [None] if frozen is None else read_entries(self.disk, [frozen], {})
         shared = {} if self._frozen is None else self._frozen.candidate.parameters
         given = state.get("given", [])
-        entries = read_entries(self.disk, [*given, *state["window"]], shared)
+        entries = read_entries(self.disk, [*given, *state["window"]], shared, verify=verify)
         self._given, self._window = entries[: len(given)], entries[len(given) :]
         _thin_out(self)
 
@@ -282,7 +278,7 @@ def _thin_out(store: Store) -> None:
         kept = keep_some(store._window, store.max_candidates, evenly=store.evenly)
         store._dropped += [entry for entry in store._window if entry not in kept]
         store._window = kept
-    store._delete_dropped()
+    delete_dropped(store)
 
 
 def _goes_to_disk(store: Store, module: nn.Module) -> bool:
@@ -310,6 +306,30 @@ def _frozen_in_file(
             warn_not_written(name, store.disk, error)
             return None
     return {} if store._frozen is None else store._frozen.candidate.parameters
+
+
+def delete_dropped(store: Store) -> None:
+    """Delete files out of the window that no checkpoint to go on from names. Of the two newest
+    one may be just being written, and then the other is what a killed run goes on from.
+    """
+    named = set().union(*store._checkpoints)
+    for entry in list(store._dropped):
+        files = entry.files or []
+        if entry.is_here and not named & {reference.file for reference in files}:
+            store._dropped.remove(entry)
+            if files and store.disk is not None:
+                store.disk.delete(files)
+
+
+def check_files(store: Store) -> None:
+    """Before values are used of candidates that were loaded without: compare the files that have
+    not been compared yet; every process calls it.
+
+    Raises:
+        CandidateFileError: On every process, naming the file that is damaged.
+    """
+    for _, error in damaged(store.disk, [e for e in store._entries if not e.verified]):
+        raise error
 
 
 def _write_at_once(

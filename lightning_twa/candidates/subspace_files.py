@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ class SubspaceFiles:
     """
 
     def __init__(self, root: Path, columns: Columns, device: torch.device) -> None:
-        self._disk = Disk(root, shards=not columns.everywhere, kind=KIND)
+        shards = not columns.everywhere
+        self._disk = Disk(root, shards=shards, kind=KIND, in_pieces=True)
         self._device = device
         self._files: list[Reference] = []
 
@@ -98,8 +100,8 @@ class SubspaceFiles:
             )
 
     def read(self, state: Any, name: str) -> dict[str, Tensor] | None:
-        """The tensors of a subspace, mapped into memory; ``None`` where its files are not there any
-        more, or another subspace's, after a line that says so.
+        """The tensors of a subspace, mapped where a file in use can be deleted; ``None``
+        where its files are not there any more, or another subspace's, after a line that says so.
 
         Args:
             state: Of :meth:`state_dict`, from a checkpoint.
@@ -121,10 +123,13 @@ class SubspaceFiles:
             say(f"TWA: the subspace is built again, because its file cannot be used: {reason}.")
             return None
         self._files = files
-        return candidate.parameters
+        held = candidate.parameters
+        return {n: t.clone() for n, t in held.items()} if sys.platform == "win32" else held
 
     def delete(self) -> None:
-        """The subspace is not needed any more. What cannot be deleted stays."""
+        """The subspace is not needed any more, by any process. What cannot be deleted stays."""
+        if self._files:
+            all_ranks(True, self._device)  # where another host has deleted it no page can be read
         for directory in self._unlink():
             self._tidy(directory)
 

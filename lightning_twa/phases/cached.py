@@ -81,6 +81,7 @@ class CachedSubspace:
                 mixing,
                 starts_at_mean=starts_at_mean,
                 device=self._device,
+                shares=True,
             )
         except ValueError as error:
             say(f"TWA: the subspace is built again, because its file is of another one: {error}")

@@ -235,16 +235,19 @@ class Collector:
         if self.store.shards:
             state.update(self.averages.park(self.store))
 
-    def load_state_dict(self, state: Mapping[str, Any], *, complete: bool) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, complete: bool, verify: bool = True
+    ) -> None:
         """Go on from :meth:`state_dict`.
 
         Args:
             state: What it returned.
             complete: Whether the phase has begun: it is spanned by all that it began with.
+            verify: See :meth:`Store.load_state_dict`.
         """
         if complete:
             self.store.max_candidates = None
-        self.store.load_state_dict(dict(state))
+        self.store.load_state_dict(dict(state), verify=verify)
         if not complete:
             self.averages.load(self.store, state)
 

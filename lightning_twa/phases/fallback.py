@@ -78,7 +78,9 @@ def _fall_back(
     Raises:
         Exception: The error, where there is no uniform average either.
     """
-    store, n = averaging.store, len(averaging.store)
+    store = averaging.store
+    store.drop_damaged()  # of a phase that was resumed they may not have been looked at yet
+    n = len(store)
     averaging.collector.averages.clear()  # they are candidates by now, or cannot be
     try:
         with in_common():

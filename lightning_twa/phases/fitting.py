@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule, Trainer
+from collections.abc import Mapping
 
-from lightning_twa.candidates import averaged_names, fit_singular_vectors_, weights_and_buffers
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_twa.candidates import (
+    CandidateFileError,
+    averaged_names,
+    check_files,
+    fit_singular_vectors_,
+    has_singular_vectors,
+    weights_and_buffers,
+)
+from lightning_twa.machine import warn
 from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.batchnorm import BATCHES, reestimate_batchnorm
 from lightning_twa.trainer import batches_between_validations, batches_seen, epoch_is_ending
@@ -26,8 +37,7 @@ def fit_buffers(
     Returns:
         The number of batches; ``None`` when there was nothing to do, or no way to.
     """
-    *_, newest = averaging.store
-    fit_singular_vectors_(weights_and_buffers(module), newest.tensors)
+    _fit_singular_vectors(averaging, module)
     if averaging.batches.replaying:  # a hook of the user's saves in one
         return None
     at_most = averaging.settings.batchnorm_batches
@@ -43,6 +53,23 @@ def fit_buffers(
         )
     averaging.batchnorm = {"batches": batches, "step": trainer.global_step}
     return batches
+
+
+def _fit_singular_vectors(averaging: Averaging, module: LightningModule) -> None:
+    now = weights_and_buffers(module)
+    if not has_singular_vectors(now):
+        return
+    fitting: Mapping[str, Tensor] = {}
+    try:
+        check_files(averaging.store)
+        *_, newest = averaging.store
+        fitting = newest.tensors
+    except CandidateFileError as error:  # on every rank
+        warn(
+            f"Spectral norms are computed without the candidate that shows which dimension of a "
+            f"square weight they belong to: {error}"
+        )
+    fit_singular_vectors_(now, fitting)
 
 
 def fit_at_switch(averaging: Averaging, trainer: Trainer, module: LightningModule) -> None:

@@ -21,6 +21,7 @@ from lightning_twa.phases.parameters import ParameterWatch
 from lightning_twa.phases.selection import Selection
 from lightning_twa.phases.start import Switch
 from lightning_twa.phases.step_watch import StepWatch
+from lightning_twa.phases.written import WrittenWeights
 from lightning_twa.subspace import Subspace, SubspaceOptimizer, in_float64
 from lightning_twa.trainer import BatchWatch, batches_seen, shards_parameters, step_was_taken
 
@@ -69,6 +70,7 @@ class Optimization:
         self._doubtful: list[str] = []  # frozen at the switch, though the user's optimizer has them
         self.began = 0.0
         self._step_watch: StepWatch | None = None
+        self._written: WrittenWeights | None = None  # until the next batch
         self._origin: Tensor | None = None  # selection.origin, where the coefficients are
         self._local_buffers = False  # nobody but average_buffers() makes them equal on all ranks
 
@@ -148,7 +150,7 @@ class Optimization:
         assert self.choice is not None
         self.parameters = ParameterWatch(module, subspace.layout)
         steps = self.choice.total_steps if self.groups is None else self.groups.steps
-        return SubspaceOptimizer(
+        optimizer = SubspaceOptimizer(
             module.named_parameters(),
             subspace,
             span.with_radius(self.choice.solver, chosen=self.selection.origin is not None),
@@ -156,6 +158,8 @@ class Optimization:
             exchange=self.choice.share.exchange,
             state=state,
         )
+        self._written = WrittenWeights(optimizer, module.device)
+        return optimizer
 
     # --- steps
 
@@ -164,7 +168,10 @@ class Optimization:
         weights into the model: those of the best checkpoint, say.
         """
         self.switch.follow_optimizer()
-        if self.optimizer is not None and batches_seen(trainer) <= 1:
+        written, self._written = self._written, None
+        if self.optimizer is None or batches_seen(trainer) > 1:
+            return
+        if written is None or not written.stay():
             self.optimizer.write_parameters()
 
     def follow_batch(self, trainer: Trainer, module: LightningModule, store: Store) -> None:
@@ -192,15 +199,8 @@ class Optimization:
     def measure(self, trainer: Trainer, module: LightningModule, *, at_end: bool = False) -> None:
         """Compare what is in the model on held-out data, where that is due."""
         if self.optimizer is not None:
-            self.selection.look(trainer, module, self.steps, self._point, at_end=at_end)
-
-    def _point(self) -> dict[str, Any]:
-        """What the phase can go back to."""
-        assert self.optimizer is not None
-        point: dict[str, Any] = {"averaging_weights": self.averaging_weights}
-        if self.groups is None:
-            point["raw"] = in_float64(self.optimizer.raw).to("cpu", copy=True)
-        return point
+            point = partial(_point, self)
+            self.selection.look(trainer, module, self.steps, point, at_end=at_end)
 
     def _go_to_next_group(self, trainer: Trainer, module: LightningModule, store: Store) -> None:
         """Go on with the next group of candidates where it is due."""
@@ -255,7 +255,7 @@ class Optimization:
     def forget(self) -> None:
         """Free the basis."""
         self.failed = False
-        self.parameters = self._step_watch = self._origin = None
+        self.parameters = self._step_watch = self._written = self._origin = None
         self.optimizer = self.groups = self.choice = self.cached = None
         self.steps_before = self.skipped_before = 0
         self.selection.forget()
@@ -277,6 +277,15 @@ class Optimization:
                 "skipped_before": self.skipped_before,
             }
         return state
+
+
+def _point(phase: Optimization) -> dict[str, Any]:
+    """What a phase can go back to."""
+    assert phase.optimizer is not None
+    point: dict[str, Any] = {"averaging_weights": phase.averaging_weights}
+    if phase.groups is None:
+        point["raw"] = in_float64(phase.optimizer.raw).to("cpu", copy=True)
+    return point
 
 
 def _placed(origin: Tensor | None, like: Tensor) -> Tensor | None:

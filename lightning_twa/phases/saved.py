@@ -25,6 +25,7 @@ __all__ = [
     "is_of_phase",
     "load",
     "phase_to_keep",
+    "share_candidates",
     "unfreeze_as_before",
 ]
 
@@ -120,6 +121,23 @@ def unfreeze_as_before(module: LightningModule, state: Mapping[str, Any]) -> Non
             parameters[name].requires_grad_(True)
 
 
+def share_candidates(state: Mapping[str, Any]) -> None:
+    """Let what comes of a checkpoint have the tensors of its candidates, which nobody changes:
+    Lightning copies a callback's whole state before it hands it on.
+
+    Args:
+        state: Checked; changed in place.
+    """
+    held = state.get("candidates", {})
+    for key in held.keys() & {"given", "window"}:
+        held[key] = _Shared(held[key])
+
+
+class _Shared(list[Any]):
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
 def load(averaging: Averaging, state: dict[str, Any]) -> None:
     """Go on from :func:`dump`.
 
@@ -148,7 +166,11 @@ def load(averaging: Averaging, state: dict[str, Any]) -> None:
     averaging.batchnorm = state.get("batchnorm")
     averaging.restored_names = list(state["candidate_names"])
     if "candidates" in state:
-        averaging.collector.load_state_dict(state["candidates"], complete=phase != "collect")
+        averaging.collector.load_state_dict(
+            state["candidates"],
+            complete=phase != "collect",
+            verify=kept is None or not _reads_subspace(averaging.settings, kept),
+        )
     averaging.learned = state.get("averaging_weights")
     averaging.raw = state.get("raw")
     averaging.result = Result.from_state(state["result"]) if "result" in state else None
@@ -157,6 +179,13 @@ def load(averaging: Averaging, state: dict[str, Any]) -> None:
         averaging.trajectory.load_state_dict(state["path"])
     if phase != "collect":
         averaging.optimization.started = dict(state["started"])
+
+
+def _reads_subspace(settings: Settings, kept: Mapping[str, Any]) -> bool:
+    """Whether a phase may go on without the values of its candidates, until one needs them. With
+    groups of them it needs them at the next group, and at its end they are the result.
+    """
+    return settings.storage.cache_subspace and bool(kept.get("subspace")) and "groups" not in kept
 
 
 def _patterns(settings: Settings) -> dict[str, Any]:

@@ -13,14 +13,16 @@ from lightning_twa.candidates import (
     Store,
     averaged_names,
     check_complete,
+    check_files,
     copy_into,
+    depends_on_values,
     mean_buffers,
     put_weighted,
     varying,
     weighted,
 )
 from lightning_twa.config import CollectConfig, Settings, SolverConfig
-from lightning_twa.machine import in_common, warn, world_size
+from lightning_twa.machine import all_ranks, in_common, warn, world_size
 from lightning_twa.phases.candidate_groups import CandidateGroups
 from lightning_twa.phases.ranks import Sharing, decide
 from lightning_twa.subspace import (
@@ -86,16 +88,21 @@ def choose(
     Raises:
         ValueError: Naming the candidate and the tensor that it lacks; or when a mask would keep all
             of them.
+        CandidateFileError: Naming a damaged file, where values are compared.
     """
     to_shards(module)
     with in_common():
-        check_complete(store, module)
+        check_complete(store.forms, module)
         if settings.subspace.parametrization == "mask":
             kept_by_mask(settings.subspace, len(store))
     named = dict(module.named_parameters())
     held_by_user = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
     optimized = {name: p for name, p in named.items() if id(p) in held_by_user}
-    spanned = varying(store, also={n for n, p in optimized.items() if p.requires_grad})
+    trained = {n for n, p in optimized.items() if p.requires_grad}
+    here = trainer.strategy.root_device
+    if not all_ranks(not depends_on_values(store.forms, trained), here):
+        check_files(store)
+    spanned = varying(store.forms, also=trained)
     averaged = averaged_names(module, settings.collect)
     spanned = spanned if averaged is None else spanned & averaged
     doubtful = [n for n, p in optimized.items() if not p.requires_grad and n in spanned]
@@ -189,6 +196,7 @@ def put_exactly(
         Whether it could be done; a warning says why not.
     """
     try:
+        check_files(store)
         with in_common():
             put_weighted(module, store, optimizer.subspace.layout.specs, weights)
     except Exception as error:  # a file that has gone meanwhile, say
@@ -224,7 +232,11 @@ def build(
         origin: ``(n, B)`` averaging weights of where the phase starts, if not the uniform average
             of all candidates.
         mixing: ``(B, k, n)`` of a phase that goes on.
+
+    Raises:
+        CandidateFileError: Naming a damaged file, where that is looked at only here.
     """
+    check_files(store)
     members, start = list(store), None
     if groups is not None:
         with in_common():

@@ -143,17 +143,20 @@ def restore_subspace(
     *,
     starts_at_mean: bool,
     device: torch.device | str = "cpu",
+    shares: bool = False,
 ) -> Subspace:
     """Make a subspace again that was built before, bit by bit, without its candidates.
 
     Args:
-        state: Of :meth:`Subspace.state_dict`, on any device; copied.
+        state: Of :meth:`Subspace.state_dict`, on any device.
         config: What it was built with.
         columns: What this process holds, as then.
         mixing: ``(B, k, n)`` of the subspace.
         starts_at_mean: Whether it was built without a start of its own.
         device: Where center and directions are kept, unless ``config.device`` says. The products
             are prepared for it by all processes that share the subspace, which call this together.
+        shares: Whether it may have tensors of the state, which then must not change; else it has
+            copies.
 
     Raises:
         ValueError: Where the state is of another subspace, naming the tensor; on every process,
@@ -165,8 +168,9 @@ def restore_subspace(
         stored = _empty_directions(config, columns.local, mixing.shape[1], target)
         center = torch.empty(columns.local.numel, dtype=columns.local.dtype, device=target)
         error = torch.zeros((), dtype=torch.float64, device="cpu")
-        fill({"center": center, "error": error}, state)
-        stored.load_state_dict(state, float(error))
+        filled = fill({"center": center, "error": error}, state, shares=shares)
+        center = filled["center"]
+        stored.load_state_dict(state, float(filled["error"]), shares=shares)
     stored.prepare(lambda compiled: all_ranks(compiled, carrier))
     mixing = mixing.to(device="cpu", dtype=torch.float64)
     return Subspace(config, columns.whole, center, stored, mixing, columns.local, starts_at_mean)

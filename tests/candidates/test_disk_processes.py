@@ -149,7 +149,7 @@ def _write_and_read_many(folder: Path) -> None:
     every = {d: [d.write(lambda c=c: c)[1] for c in candidates] for d in (shared, of_shards)}
     verified: list[str] = []
     verify = disk.verify_candidate
-    disk.verify_candidate = lambda root, r: (verified.append(r.name), verify(root, r))  # type: ignore[assignment]
+    disk.verify_candidate = lambda root, r, piece: (verified.append(r.name), verify(root, r, piece))  # type: ignore[assignment]
     for where, many in every.items():
         if rank == 0:
             path = where.root / many[3][0].file

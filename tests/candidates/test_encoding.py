@@ -119,3 +119,17 @@ def test_at_most_one_tensor_is_copied() -> None:
     next(parts)
     addresses = [torch.frombuffer(part, dtype=torch.uint8).data_ptr() for part in parts]
     assert addresses[:2] == [base.data_ptr(), base[1].data_ptr()]
+
+
+def test_the_largest_tensor_is_aligned_as_memory_of_torch_is(tmp_path: Path) -> None:
+    """The order of sums in a product with it, and so the last bit, may depend on that."""
+    for bytes_before in (1, 3):
+        tensors = {
+            "wide": torch.ones(bytes_before, dtype=torch.float64),
+            "large": torch.arange(300.0),
+            "small": torch.ones(5, dtype=torch.bool),
+        }
+        again = read_candidate(tmp_path, save(tmp_path, Candidate(str(bytes_before), tensors, {})))
+        assert again.parameters["large"].data_ptr() % 64 == 0
+        assert again.parameters["wide"].data_ptr() % 8 == 0
+        assert all(torch.equal(t, tensors[n]) for n, t in again.parameters.items())

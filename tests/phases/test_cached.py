@@ -245,7 +245,7 @@ def test_a_file_that_cannot_be_written_is_a_warning(
 ) -> None:
     whole = run(tmp_path, Regressor, twa)
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(why)
 
     monkeypatch.setattr(disk, "write_candidate", fail)

@@ -88,3 +88,29 @@ def test_in_float64() -> None:
     again = restore_subspace(state, config, columns, built.mixing, starts_at_mean=True)
     assert again.center.dtype == built.center.dtype == torch.float64
     assert torch.equal(again.directions, built.directions)
+
+
+@pytest.mark.parametrize("bits", [4, 16, 32])
+def test_it_may_have_the_tensors_of_the_state(bits: int) -> None:
+    """Which nothing writes to; those that are not aligned as torch's own are copied."""
+    config, columns = SubspaceConfig(bits=bits, blocks="tensor"), CUTS["all columns"]
+    built = build_subspace(members(), config, columns=columns)
+    for offset in (0, 4):
+        state = {}
+        for name, tensor in built.state_dict().items():
+            space = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+            start = -space.data_ptr() % 64 + (8 if name == "error" else offset)
+            view = space[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            state[name] = view.copy_(tensor)
+        before = {name: tensor.clone() for name, tensor in state.items()}
+        again = restore_subspace(
+            state, config, columns, built.mixing, starts_at_mean=True, shares=True
+        )
+        held = again.state_dict()
+        shared = {n for n in held if held[n].data_ptr() == state[n].data_ptr()}
+        assert shared == (set() if offset else held.keys() - {"error"})
+        gradients = [torch.randn(spec.shape) for spec in LAYOUT.specs]
+        assert torch.equal(again.project(gradients), built.project(gradients))
+        out = [torch.empty(spec.shape) for spec in LAYOUT.specs]
+        again.expand(torch.randn(again.num_directions, again.num_blocks), out)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())

@@ -111,9 +111,11 @@ class DenseDirections:
         """See :class:`Directions`."""
         return {"rows": self.rows}
 
-    def load_state_dict(self, state: Mapping[str, Tensor], error: float) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], error: float, *, shares: bool = False
+    ) -> None:
         """See :class:`Directions`."""
-        fill(self.state_dict(), state)
+        self.rows = fill(self.state_dict(), state, shares=shares)["rows"]
         self.error, self._spans = error, []
 
     @torch.no_grad()

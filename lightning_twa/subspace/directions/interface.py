@@ -13,6 +13,9 @@ from lightning_twa.subspace.directions.scratch import Scratch
 __all__ = ["Directions", "fill", "relative", "squared_error", "squared_errors"]
 
 
+ALIGNMENT = 64  # bytes, of torch's memory on the CPU
+
+
 class Directions(Protocol):
     """``k`` directions of ``D`` columns."""
 
@@ -69,13 +72,16 @@ class Directions(Protocol):
     def state_dict(self) -> dict[str, Tensor]:
         """What is stored, by name, where it is kept: the tensors themselves."""
 
-    def load_state_dict(self, state: Mapping[str, Tensor], error: float) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], error: float, *, shares: bool = False
+    ) -> None:
         """Take what other directions of the same layout have stored, instead of :meth:`write` and
         :meth:`close`.
 
         Args:
             state: Of :meth:`state_dict`, on any device.
             error: Theirs.
+            shares: See :func:`fill`; nothing writes to what is stored.
 
         Raises:
             ValueError: Naming the tensor that is missing or of another shape or dtype.
@@ -99,16 +105,21 @@ class Directions(Protocol):
         """``(k, D)`` what is stored, in the layout's dtype; for inspection."""
 
 
-def fill(held: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy tensors into others of the same names.
+def fill(
+    held: Mapping[str, Tensor], state: Mapping[str, Tensor], *, shares: bool = False
+) -> dict[str, Tensor]:
+    """Tensors with the values of a state: others of the same names, which are written to.
 
     Args:
         held: Name to tensor to write to.
         state: Name to tensor, on any device.
+        shares: Take a tensor of the state itself where it is on the device, and aligned as torch's
+            own memory is: the order of the sums in a product may depend on that.
 
     Raises:
         ValueError: Naming the tensor that is missing or of another shape or dtype.
     """
+    filled = {}
     for name, tensor in held.items():
         found = state.get(name)
         if found is None:
@@ -118,7 +129,12 @@ def fill(held: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
                 f"Tensor {name!r} is {tuple(found.shape)} {found.dtype}, not "
                 f"{tuple(tensor.shape)} {tensor.dtype}."
             )
-        tensor.copy_(found)
+        there = found.device == tensor.device and found.is_contiguous()
+        if shares and there and found.data_ptr() % ALIGNMENT == 0:
+            filled[name] = found
+        else:
+            filled[name] = tensor.copy_(found)
+    return filled
 
 
 def squared_error(stored: Tensor, exact: Tensor) -> Tensor:

@@ -194,11 +194,15 @@ class PackedDirections:
         still = {} if self._still is None else {"still": self._still}
         return {**planes, "scales": self.scales, **still}
 
-    def load_state_dict(self, state: Mapping[str, Tensor], error: float) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], error: float, *, shares: bool = False
+    ) -> None:
         """See :class:`Directions`."""
         if "still" not in state:
             self._still = None
-        fill(self.state_dict(), state)
+        filled = fill(self.state_dict(), state, shares=shares)
+        self.planes = tuple(filled[f"plane.{i}"] for i in range(len(self.planes)))
+        self.scales, self._still = filled["scales"], filled.get("still")
         self.error, self._spans = error, []
 
     @torch.no_grad()
