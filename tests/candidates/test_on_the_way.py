@@ -12,11 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.common import Regressor
-from helpers.ddp import fit
 from helpers.resume import equal
 from helpers.simulated import DEVICE, Race, Simulated, There
-from helpers.storage import files, twa
+from helpers.storage import files
 from lightning_twa import StorageConfig
 from lightning_twa.candidates import (
     Candidate,
@@ -27,7 +25,6 @@ from lightning_twa.candidates import (
     pending,
     taking,
 )
-from lightning_twa.candidates import store as store_module
 from lightning_twa.candidates.copying import to_host
 from lightning_twa.candidates.running_mean import RunningMean
 
@@ -357,50 +354,6 @@ def test_copies_for_a_short_time_are_those_of_before(device) -> None:
     assert all(
         torch.equal(c, values[n]) for c, (n, _) in zip(copies, net.named_parameters(), strict=True)
     )
-
-
-# --- whole runs, in which the CPU's candidates are taken as a device's
-
-
-class Broken(Regressor):
-    """Has a weight that is not finite from some step on, in some processes."""
-
-    def __init__(self, ranks: tuple[int, ...]) -> None:
-        super().__init__()
-        self.ranks = ranks
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        if self.trainer.current_epoch == 2 and self.trainer.global_rank in self.ranks:
-            with torch.no_grad():
-                next(self.parameters()).view(-1)[0] = torch.nan
-
-
-@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss")
-@pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
-@pytest.mark.parametrize("processes", [1, 2])
-@KINDS
-@pytest.mark.parametrize("options", [{}, {"validate_average": True}], ids=["", "validated"])
-def test_a_run_has_the_same_result(tmp_path, monkeypatch, processes, kind, options) -> None:
-    storage = StorageConfig(kind=kind)
-    module = Regressor()
-    other = copy.deepcopy(module)
-    plain = fit(tmp_path / "plain", twa(storage=storage, **options), module, processes)
-    monkeypatch.setattr(store_module, "PINNING", {"cpu"})
-    found = fit(tmp_path / "aside", twa(storage=storage, **options), other, processes)
-    for rank in range(processes):
-        assert equal(found[rank]["state"], plain[rank]["state"])
-        assert found[rank]["candidate_names"] == plain[rank]["candidate_names"]
-
-
-@pytest.mark.filterwarnings("ignore:It is recommended to use .self.log.'val_loss")
-@pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
-@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
-def test_what_is_not_finite_in_one_process_ends_all(tmp_path, monkeypatch, ranks) -> None:
-    monkeypatch.setattr(store_module, "PINNING", {"cpu"})
-    with pytest.raises(
-        torch.multiprocessing.ProcessRaisedException, match=r"'epoch=2', tensor .* holds [0-9]+ NaN"
-    ):
-        fit(tmp_path, twa(storage=StorageConfig(kind="memory")), Broken(ranks))
 
 
 # --- a real one
