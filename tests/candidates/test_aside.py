@@ -1,4 +1,4 @@
-"""Whole runs whose candidates, on the CPU, are taken as those of a device that goes on meanwhile."""
+"""Whole runs whose candidates, on the CPU, are taken as those of a device that goes on."""
 
 from __future__ import annotations
 
