@@ -38,7 +38,7 @@ class Model(L.LightningModule):
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """Another direction in each step, so that candidates span as many as there are."""
         output = self.layers(batch[0])
-        return (output * torch.randn_like(output)).sum()
+        return (output * torch.randn_like(output)).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Without a state of its own."""
@@ -57,7 +57,7 @@ def run(bits: int, width: int, n: int) -> float:
             callbacks.append(
                 TWACallback(
                     n,
-                    collect=CollectConfig(start=0, power_averages=()),
+                    collect=CollectConfig(start=0, max_candidates=None, power_averages=()),
                     subspace=SubspaceConfig(bits=bits),  # type: ignore[arg-type]
                     storage=StorageConfig(kind="disk", dirpath=folder),
                 )
