@@ -210,6 +210,7 @@ class Optimization:
         if optimizer.attempts < groups.steps:
             return
         self.groups = groups.following(in_float64(optimizer.averaging_weights).cpu())
+        optimizer.subspace.release()  # there may be no room for two
         try:
             subspace = self._build(trainer, module, store)
         except BaseException:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_twa.config import SubspaceConfig
-from lightning_twa.subspace.directions import Directions
+from lightning_twa.subspace.directions import Directions, Released
 from lightning_twa.subspace.layout import ParameterLayout
 from lightning_twa.subspace.tensors import to_dense, widest, without_autocast
 
@@ -95,6 +95,13 @@ class Subspace:
         """
         error = torch.tensor(self.stored.error, dtype=torch.float64, device="cpu")
         return {"center": self.center, "error": error, **self.stored.state_dict()}
+
+    def release(self) -> None:
+        """Free center and directions, for another subspace to take their room. What follows from
+        coefficients alone stays: :meth:`averaging_weights`.
+        """
+        self.center = self.center.new_empty(0)
+        self.stored = Released(self.stored)
 
     def __repr__(self) -> str:
         held = "" if self.local_layout is self.layout else f"columns={self.local_layout.numel}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from helpers.plain import CollectConfig, TWACallback
 from helpers.resume import differences, run
 from lightning_twa import SolverConfig, SubspaceConfig, SubspaceOptimizer, build_subspace
 from lightning_twa.commands.inspect import describe
+from lightning_twa.phases import span
 from lightning_twa.phases.candidate_groups import CandidateGroups
 
 pytestmark = [
@@ -233,6 +235,42 @@ def test_other_groups_are_refused_on_resuming(tmp_path) -> None:
     (file,) = tmp_path.glob("*=*.ckpt")
     with pytest.raises(ValueError, match=r"^The checkpoint's phase was started with .*group_size"):
         run(tmp_path / "b", Regressor, lambda: make_twa(None), ckpt_path=file, max_epochs=8)
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_only_one_group_is_in_memory(tmp_path, monkeypatch, bits) -> None:
+    """The directions of the one before have been freed when the next ones are made."""
+    build, held = span.build_subspace, []
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        assert all(kept() is None for kept in held)
+        subspace = build(*args, **kwargs)
+        stored = subspace.stored
+        tensors = stored.state_dict().values()
+        held.extend(weakref.ref(kept) for kept in (stored, subspace.center, *tensors))
+        return subspace
+
+    monkeypatch.setattr(span, "build_subspace", checked)
+    twa = TWACallback(
+        6, collect=CollectConfig(start=0), subspace=SubspaceConfig(group_size=2, bits=bits)
+    )
+    the_trainer = trainer(tmp_path, max_epochs=8, callbacks=[twa])
+    the_trainer.fit(Regressor(), loader(), loader(32, seed=1))
+    assert twa.phase == "done"
+    assert len(held) > 3 * 2
+
+
+def test_released_directions_say_so() -> None:
+    subspace = build_subspace([{"w": torch.randn(5)} for _ in range(3)], SubspaceConfig(bits=4))
+    x = torch.randn(subspace.num_directions, 1)
+    weights_before, error = subspace.averaging_weights(x), subspace.stored.error
+    subspace.release()
+    assert subspace.nbytes == 0
+    assert subspace.stored.error == error
+    assert torch.equal(subspace.averaging_weights(x), weights_before)
+    assert "released" not in repr(subspace)
+    with pytest.raises(AttributeError, match="released, so there is no 'expand'"):
+        subspace.expand(x, [torch.empty(5)])
 
 
 def test_groups_need_a_length(tmp_path) -> None:

@@ -4,7 +4,7 @@ with tensors in the model's own shapes.
 
 from lightning_twa.subspace.directions.codec import GROUP
 from lightning_twa.subspace.directions.dense import DenseDirections
-from lightning_twa.subspace.directions.interface import Directions, fill
+from lightning_twa.subspace.directions.interface import Directions, Released, fill
 from lightning_twa.subspace.directions.packed import PackedDirections, stored_bytes
 from lightning_twa.subspace.directions.scratch import Scratch
 from lightning_twa.subspace.directions.tiles import TILE, Span, pad
@@ -15,6 +15,7 @@ __all__ = [
     "DenseDirections",
     "Directions",
     "PackedDirections",
+    "Released",
     "Scratch",
     "Span",
     "fill",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_twa.subspace.directions.scratch import Scratch
 
-__all__ = ["Directions", "fill", "relative", "squared_error", "squared_errors"]
+__all__ = ["Directions", "Released", "fill", "relative", "squared_error", "squared_errors"]
 
 
 ALIGNMENT = 64  # bytes, of torch's memory on the CPU
@@ -103,6 +103,25 @@ class Directions(Protocol):
 
     def dense(self) -> Tensor:
         """``(k, D)`` what is stored, in the layout's dtype; for inspection."""
+
+
+class Released:
+    """What is left of directions whose memory has been freed.
+
+    Args:
+        directions: These.
+    """
+
+    def __init__(self, directions: Directions) -> None:
+        self.num_directions = directions.num_directions
+        self.error = directions.error
+        self.nbytes = 0
+        self.path = "released"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"The directions of this subspace have been released, so there is no {name!r} of them."
+        )
 
 
 def fill(
