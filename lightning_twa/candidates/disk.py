@@ -245,9 +245,7 @@ class Disk:
 
 def _write(root: Path, directory: Path, candidate: Candidate, in_pieces: bool) -> Reference:
     directory.mkdir(parents=True, exist_ok=True)
-    if in_pieces:
-        return write_candidate(root, directory, candidate, in_pieces=True)
-    return write_candidate(root, directory, candidate)
+    return write_candidate(root, directory, candidate, in_pieces=in_pieces)
 
 
 def _host() -> str:

@@ -31,11 +31,11 @@ def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch) -> None:
     memory = run(tmp_path, twa(), deepcopy(module))
     plain, calls = disk.write_candidate, []
 
-    def full(root: Path, directory: Path, candidate: Any) -> Any:
+    def full(root: Path, directory: Path, candidate: Any, **kwargs: Any) -> Any:
         calls.append(candidate.name)
         if candidate.name == "epoch=2":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return plain(root, directory, candidate)
+        return plain(root, directory, candidate, **kwargs)
 
     monkeypatch.setattr(disk, "write_candidate", full)
     with pytest.warns(UserWarning, match=r"Candidate 'epoch=2' could not be written to .*No space"):

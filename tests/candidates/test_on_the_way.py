@@ -331,7 +331,7 @@ def test_what_cannot_be_written_stays_in_memory(device, tmp_path, monkeypatch) -
     net, store = Net(), made("disk", tmp_path)
     monkeypatch.setattr(
         "lightning_twa.candidates.disk.write_candidate",
-        lambda *a: (_ for _ in ()).throw(OSError("full")),
+        lambda *a, **k: (_ for _ in ()).throw(OSError("full")),
     )
     values = net.values()
     store.add(net, "epoch=0")

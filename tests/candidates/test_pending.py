@@ -41,10 +41,10 @@ class Gate:
         self.open, self.begun = threading.Event(), []
         monkeypatch.setattr(disk, "write_candidate", self._write)
 
-    def _write(self, root: Path, directory: Path, candidate: Candidate) -> Any:
+    def _write(self, root: Path, directory: Path, candidate: Candidate, **kwargs: Any) -> Any:
         self.begun.append(candidate.name)
         assert self.open.wait(60)
-        return write_candidate(root, directory, candidate)
+        return write_candidate(root, directory, candidate, **kwargs)
 
     def open_soon(self) -> None:
         threading.Timer(0.2, self.open.set).start()
@@ -96,7 +96,7 @@ def test_what_a_checkpoint_names_is_on_the_disk(tmp_path: Path, gate: Gate) -> N
 def test_what_cannot_be_written_stays_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def fails(*args: Any) -> Any:
+    def fails(*args: Any, **kwargs: Any) -> Any:
         raise error
 
     net, store = nn.Linear(3, 2), on_disk(tmp_path)
@@ -119,7 +119,9 @@ def test_what_cannot_be_written_stays_in_memory(
 def test_an_error_is_told_when_the_next_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk, "write_candidate", lambda *a: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        disk, "write_candidate", lambda *a, **k: (_ for _ in ()).throw(OSError("full"))
+    )
     net, store = nn.Linear(3, 2), on_disk(tmp_path)
     store.add(net, "epoch=0")
     store._window[0].writing._thread.join()
@@ -203,7 +205,7 @@ store.add(net, "epoch=0")
 store.settle()
 encoded, plain = threading.Event(), disk.write_candidate
 
-def half(root, directory, candidate):
+def half(root, directory, candidate, **kwargs):
     (directory / f"{candidate.name}.1.tmp").write_bytes(b"half")
     encoded.set()
     threading.Event().wait()
@@ -232,9 +234,9 @@ class Fails(Regressor):
 def test_an_exception_leaves_no_thread_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.2)
-        return write_candidate(*args)
+        return write_candidate(*args, **kwargs)
 
     monkeypatch.setattr(disk, "write_candidate", slow)
     the_twa, usual, failing = twa(tmp_path / "c"), Regressor(), Fails()
@@ -257,9 +259,9 @@ def test_a_slow_disk_changes_nothing(
     module = kind()
     memory = run(tmp_path, twa(), copy.deepcopy(module))
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.3)
-        return write_candidate(*args)
+        return write_candidate(*args, **kwargs)
 
     monkeypatch.setattr(disk, "write_candidate", slow)
     assert equal(run(tmp_path, twa(tmp_path / "c"), module), memory)
@@ -284,9 +286,9 @@ class Named(L.Callback):
 def test_two_processes_name_what_is_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.3)
-        return write_candidate(*args)
+        return write_candidate(*args, **kwargs)
 
     monkeypatch.setattr(disk, "write_candidate", slow)
     root = tmp_path / "c"
