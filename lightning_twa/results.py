@@ -129,6 +129,12 @@ class Result:
                 f"chosen, {self.start!r}, which is the result: learning gained nothing here.{one}"
             )
         error = "" if math.isnan(self.gain_error) else f" +- {self.gain_error:.2g}"
+        if self.gain < 0:
+            return (
+                f"The result is the average after step {self.accepted} of {self.steps} of the "
+                f"phase, {-self.gain:.2g}{error} above the average that was chosen, "
+                f"{self.start!r}, which could not be put together from the candidates."
+            )
         chance = "" if self.gain > 2 * self.gain_error else ", which may be chance"
         return (
             f"The result is the average after step {self.accepted} of {self.steps} of the phase: "

@@ -54,6 +54,7 @@ class Disk:
         self.shards = shards
         self.kind = kind
         self.in_pieces = in_pieces
+        self._own = rank() if shards else 0  # also when the processes' group is gone
         self.directory: Path | None = None
         self._part = root  # where this process writes
         self._parts = 0  # begun after the first one
@@ -165,7 +166,8 @@ class Disk:
             try:
                 candidates[i] = read_candidate(self.root, many[i][own], verify=False)
             except Exception as error:  # as in write()
-                problems.setdefault(i, _said(error))
+                damage = None if i in problems or verify else self._damage(many[i][own], 0)
+                problems.setdefault(i, damage or _said(error))
         everywhere = gather_objects(problems)
         found: list[Candidate | CandidateFileError] = []
         for i, files in enumerate(many):
@@ -185,7 +187,7 @@ class Disk:
         Raises:
             CandidateFileError: Naming the file that could not be read.
         """
-        return read_candidate(self.root, files[rank() if self.shards else 0])
+        return read_candidate(self.root, files[self._own])
 
     def _damages(self, references: Mapping[int, Reference]) -> dict[int, str]:
         """What is wrong with files, of those, or those pieces, that fall to this process."""
@@ -195,14 +197,17 @@ class Disk:
         jobs = every[peers.index(rank()) :: len(peers)]
 
         def verify(job: tuple[int, int], room: None) -> str | None:
-            try:
-                verify_candidate(self.root, references[job[0]], job[1])
-            except Exception as error:  # as in write()
-                return _said(error)
-            return None
+            return self._damage(references[job[0]], job[1])
 
         found = in_order(verify, jobs, lambda: None, min(threads_here(), len(jobs)))
         return {i: said for (i, _), said in zip(jobs, found, strict=True) if said is not None}
+
+    def _damage(self, reference: Reference, piece: int) -> str | None:
+        try:
+            verify_candidate(self.root, reference, piece)
+        except Exception as error:  # as in write()
+            return _said(error)
+        return None
 
     def delete(self, files: Files) -> None:
         """Delete a candidate's file where this process has written it; never another run's. One

@@ -100,7 +100,7 @@ class Store:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Candidate]:
-        if world_size() == 1:
+        if world_size() == 1 and not self.shards:
             check_files(self)
         return (verified(self.disk, entry) for entry in self._entries)
 

@@ -67,6 +67,7 @@ def _exactly(phase: Optimization, module: LightningModule, store: Store, weights
     assert phase.optimizer is not None
     if span.put_exactly(module, store, phase.optimizer, weights):
         return weights
+    phase.selection.stays = True
     now = phase.averaging_weights
     assert now is not None
     return now

@@ -13,11 +13,13 @@ from torch import Tensor
 from lightning_twa.candidates import (
     Candidate,
     Store,
+    check_files,
     copy_into,
     misfit_of,
     take_anew,
 )
 from lightning_twa.checkpoint import RAW_WEIGHTS
+from lightning_twa.machine import gather_objects
 from lightning_twa.phases.temporary import copies_of
 from lightning_twa.trainer import LoadHook
 
@@ -44,9 +46,9 @@ def load_raw_weights(
 
 def load_candidates(
     store: Store, module: LightningModule, before: Mapping[str, Any], hook: LoadHook
-) -> None:
+) -> bool:
     """Take the candidates of a checkpoint anew, as the module would load them, where its hooks edit
-    what they load or the candidates are of another form of it.
+    what they load or the candidates are of another form of it. Every process calls it.
 
     Args:
         store: The candidates.
@@ -54,12 +56,18 @@ def load_candidates(
         before: ``state_dict`` of the checkpoint, before the module's hook.
         hook: Of the module, that has seen the checkpoint.
 
+    Returns:
+        Whether they were taken anew.
+
     Raises:
         ValueError: Naming the candidate and the tensor that cannot be given to the module.
+        CandidateFileError: Naming a damaged file, before names and shapes in it are believed.
     """
+    if any(gather_objects(hook.edits or misfit_of(store, module) is not None)):
+        check_files(store)
     misfit = misfit_of(store, module)
     if misfit is None and not hook.edits:
-        return
+        return False
     if store.shards:
         raise ValueError(
             "The module's on_load_checkpoint edits the state of the checkpoint, but candidates "
@@ -71,6 +79,7 @@ def load_candidates(
         take_anew(store, module, lambda candidate: _load(module, candidate, before, hook, misfit))
     finally:
         module.load_state_dict(now, strict=module.strict_loading)
+    return True
 
 
 def _load(

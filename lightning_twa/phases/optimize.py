@@ -164,12 +164,12 @@ class Optimization:
     # --- steps
 
     def look_before_batch(self, trainer: Trainer) -> None:
-        """At the start of an epoch others may have put another optimizer into the Trainer, or other
-        weights into the model: those of the best checkpoint, say.
+        """At the start of an epoch, or of a run that goes on within one, others may have put
+        another optimizer into the Trainer, or other weights into the model: of the best checkpoint.
         """
         self.switch.follow_optimizer()
         written, self._written = self._written, None
-        if self.optimizer is None or batches_seen(trainer) > 1:
+        if self.optimizer is None or (written is None and batches_seen(trainer) > 1):
             return
         if written is None or not written.stay():
             self.optimizer.write_parameters()

@@ -17,7 +17,7 @@ from lightning_twa.phases.averaging import Averaging
 from lightning_twa.phases.copies import copied
 from lightning_twa.phases.migrate import load_candidates, load_raw_weights
 from lightning_twa.phases.optimize import Optimization
-from lightning_twa.phases.saved import share_candidates, unfreeze_as_before
+from lightning_twa.phases.saved import unfreeze_as_before
 from lightning_twa.phases.temporary import few_of
 from lightning_twa.phases.transitions import (
     Event,
@@ -126,7 +126,6 @@ class Run:
         self._loaded = self._load_hook.before or checkpoint.get("state_dict", {})
         if state:
             unfreeze_as_before(module, state)
-            share_candidates(state)
             if state["phase"] == "done":
                 self.averaging.finished.restore(checkpoint, module)
         elif checkpoint.get("global_step", 0) > 0:  # not the learning rate finder's own
@@ -142,7 +141,9 @@ class Run:
         """
         self.tell(Event.CHECKPOINT_LOADED, trainer, state)
         if trainer is not None:
-            load_candidates(self.store, trainer.lightning_module, self._loaded, self._load_hook)
+            module, kept = trainer.lightning_module, self.averaging.kept
+            if load_candidates(self.store, module, self._loaded, self._load_hook) and kept:
+                kept.pop("subspace", None)  # it is of the candidates as they were
 
     def _begin_anew(self, trainer: Trainer, module: LightningModule) -> None:
         """What an interrupted run of the same Trainer had is later than the checkpoint."""

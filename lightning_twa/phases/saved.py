@@ -25,7 +25,6 @@ __all__ = [
     "is_of_phase",
     "load",
     "phase_to_keep",
-    "share_candidates",
     "unfreeze_as_before",
 ]
 
@@ -121,23 +120,6 @@ def unfreeze_as_before(module: LightningModule, state: Mapping[str, Any]) -> Non
             parameters[name].requires_grad_(True)
 
 
-def share_candidates(state: Mapping[str, Any]) -> None:
-    """Let what comes of a checkpoint have the tensors of its candidates, which nobody changes:
-    Lightning copies a callback's whole state before it hands it on.
-
-    Args:
-        state: Checked; changed in place.
-    """
-    held = state.get("candidates", {})
-    for key in held.keys() & {"given", "window"}:
-        held[key] = _Shared(held[key])
-
-
-class _Shared(list[Any]):
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
-        return self
-
-
 def load(averaging: Averaging, state: dict[str, Any]) -> None:
     """Go on from :func:`dump`.
 
@@ -182,10 +164,12 @@ def load(averaging: Averaging, state: dict[str, Any]) -> None:
 
 
 def _reads_subspace(settings: Settings, kept: Mapping[str, Any]) -> bool:
-    """Whether a phase may go on without the values of its candidates, until one needs them. With
-    groups of them it needs them at the next group, and at its end they are the result.
+    """Whether a phase may go on, and end, without the values of its candidates. With groups of them
+    it needs them at the next group, and where coefficients are not free it may end with an average
+    that they do not give.
     """
-    return settings.storage.cache_subspace and bool(kept.get("subspace")) and "groups" not in kept
+    free = settings.subspace.parametrization == "free" and "groups" not in kept
+    return free and settings.storage.cache_subspace and bool(kept.get("subspace"))
 
 
 def _patterns(settings: Settings) -> dict[str, Any]:

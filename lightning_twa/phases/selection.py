@@ -42,6 +42,7 @@ class Selection:
             starts; ``None`` where it starts from the uniform average of all candidates.
         averages: ``(n,)`` the averaging weights of each fixed average.
         news: What was measured last, for loggers, by name.
+        stays: Whether the phase ends where its last step was, whatever was chosen.
     """
 
     def __init__(self, settings: Settings, batches: BatchWatch) -> None:
@@ -52,6 +53,7 @@ class Selection:
         self.origin: Tensor | None = None
         self.averages: dict[str, Tensor] = {}
         self.news: dict[str, float] = {}
+        self.stays = False
         self._batches = batches
         self._points: list[int] = []
         self._on = False
@@ -96,6 +98,7 @@ class Selection:
         """
         specs = list(specs)
         self.comparison, self.origin, self.news = Comparison(), None, {}
+        self.stays = False
         self.averages = averages = self._averages(store.names, store.given_names)
         self._points = points_of_path(steps)[:-1]  # the end is compared in any case
         self.training_loss.begin(steps, resumed=kept is not None)
@@ -209,7 +212,7 @@ class Selection:
         Args:
             step: Of the phase, its last.
         """
-        if not self.chose or self.comparison.accepted == step:
+        if not self.chose or self.stays or self.comparison.accepted == step:
             return None
         return {} if self.comparison.accepted is None else dict(self.comparison.best)
 
