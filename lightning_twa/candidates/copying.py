@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
-from lightning_twa.machine import free_bytes
+from lightning_twa.machine import unreserved_bytes
 
 __all__ = ["HostCopies", "copies_on_host", "to_cpu", "to_host"]
 
@@ -18,7 +18,7 @@ unflatten: Any = _unflatten_dense_tensors  # views of a piece, as DDP makes them
 PLAIN = (Tensor, nn.Parameter)
 LARGE = 2**16  # elements of a tensor that has memory of its own
 PINNING = {"cuda"}  # devices that copy into pinned memory without the host
-ROOM = 0.5  # of what is free on a device, that copies may take there
+ROOM = 0.5  # of what nobody has reserved on a device, that copies may take there
 
 
 def to_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -35,7 +35,7 @@ class HostCopies:
     Args:
         tensors: Dense ones.
         dtypes: What each is rounded to.
-        look: Whether to find out if all are finite.
+        look: Of how many, the first ones, to find out if all are finite.
         stay: Whether the copies stay for long: they are then not in pinned memory.
         aside: Whether a device goes on meanwhile: it copies within its own memory, where there is
             room for that, and a stream of its own sends that to the host.
@@ -51,7 +51,7 @@ class HostCopies:
         tensors: Sequence[Tensor],
         dtypes: Sequence[torch.dtype],
         *,
-        look: bool = False,
+        look: int = 0,
         stay: bool = True,
         aside: bool = False,
     ) -> None:
@@ -68,7 +68,7 @@ class HostCopies:
             else:
                 piece = self._piece(tensors, dtypes, members, pinned=False)
                 torch._foreach_copy_(self._parts(piece, members), [tensors[i] for i in members])
-                self._sums += [_sum(piece)] if look else []  # while it is in the cache
+                self._look_at(piece, members)  # while it is in the cache
         for device, groups in sent.items():
             self._send(tensors, dtypes, device, groups, aside=aside)
 
@@ -76,19 +76,23 @@ class HostCopies:
         self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]
     ) -> Iterator[tuple[torch.device, list[int]]]:
         """Indices of tensors that become one piece, with their device; others are copied here."""
-        small: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        small: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
         for i, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
             if not tensor.numel():
                 self.copies[i] = torch.empty(tensor.shape, dtype=dtype, device="cpu")
             elif type(tensor) not in PLAIN:
                 self.copies[i] = to_cpu(tensor, dtype)
-                self._sums += [_sum(self.copies[i])] if self._look else []
+                self._look_at(self.copies[i], [i])
             elif tensor.numel() >= LARGE:
                 yield tensor.device, [i]
             else:  # a device is slow to hash
-                small.setdefault((dtype, tensor.device), []).append(i)
-        for (_, device), members in small.items():
+                small.setdefault((dtype, tensor.device, i < self._look), []).append(i)
+        for (_, device, _), members in small.items():
             yield device, members
+
+    def _look_at(self, piece: Tensor, members: list[int]) -> None:
+        if members[0] < self._look:
+            self._sums.append(_sum(piece))
 
     def _piece(
         self,
@@ -117,27 +121,33 @@ class HostCopies:
         *,
         aside: bool,
     ) -> None:
-        stream = torch.cuda.current_stream(device)
+        stream = beside = torch.cuda.current_stream(device)
         size = sum(tensors[i].numel() * dtypes[i].itemsize for members in groups for i in members)
-        later = aside
-        free = free_bytes(device) if aside else 0
-        aside = aside and (free is None or size <= ROOM * free)
-        beside = torch.cuda.Stream(device) if aside else stream  # type: ignore[no-untyped-call]
+        room = aside and size <= ROOM * unreserved_bytes(device)
+        if room:
+            beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         for members in groups:
             piece = self._piece(tensors, dtypes, members, pinned=True)
             self._pieces.append((piece, members))
             held = [tensors[i] for i in members]
-            if aside:
-                there = torch.empty(piece.shape, dtype=piece.dtype, device=device)
-                torch._foreach_copy_(self._parts(there, members), held)
-                beside.wait_stream(stream)
-                with torch.cuda.stream(beside):
-                    piece.copy_(there, non_blocking=True)
-                there.record_stream(beside)  # it is given back when that has been done
-            else:
+            there = _empty(piece, device) if room else None
+            if there is None:
+                room = False
                 torch._foreach_copy_(self._parts(piece, members), held, non_blocking=True)
+                continue
+            torch._foreach_copy_(self._parts(there, members), held)
+            beside.wait_stream(stream)
+            with torch.cuda.stream(beside):
+                piece.copy_(there, non_blocking=True)
+            there.record_stream(beside)  # it is given back when that has been done
+        if not aside:
+            self._wait.append(stream.synchronize)
+            return
         # An event is of what has been asked for until now, and not of the steps that follow
-        self._wait.append(beside.record_event().synchronize if later else stream.synchronize)
+        for each in {beside, stream}:
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(each)
+            self._wait.append(event.synchronize)
 
     def finish(self) -> bool:
         """Wait until all copies have their values.
@@ -152,9 +162,10 @@ class HostCopies:
         for piece, members in self._pieces if self._stay else ():
             for i, part in zip(members, self._parts(piece.clone(), members), strict=True):
                 self.copies[i] = part
-        self._sums += [_sum(piece) for piece, _ in self._pieces] if self._look else []
+        for piece, members in self._pieces:
+            self._look_at(piece, members)
         self._pieces = []
-        return self._look and all(math.isfinite(value.item()) for value in self._sums)
+        return self._look > 0 and all(math.isfinite(value.item()) for value in self._sums)
 
 
 def to_host(
@@ -167,9 +178,17 @@ def to_host(
     """Copies as in :class:`HostCopies`, and whether all are finite. A device is waited for once,
     and not for every tensor.
     """
-    held = HostCopies(tensors, dtypes, look=look, stay=stay)
+    held = HostCopies(tensors, dtypes, look=len(tensors) if look else 0, stay=stay)
     finite = held.finish()
     return held.copies, finite
+
+
+def _empty(like: Tensor, device: torch.device) -> Tensor | None:
+    """Memory on a device; ``None`` where it has none in one piece."""
+    try:
+        return torch.empty(like.shape, dtype=like.dtype, device=device)
+    except torch.cuda.OutOfMemoryError:
+        return None
 
 
 def _pinned(size: int, dtype: torch.dtype) -> Tensor:

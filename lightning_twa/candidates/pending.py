@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_twa.candidates.candidate import Candidate
+from lightning_twa.candidates.copying import PINNING
 from lightning_twa.candidates.disk import Disk
 from lightning_twa.candidates.entry import Entry, entry_state, joined
 from lightning_twa.machine import all_ranks, free_bytes, in_common, warn, world_size
@@ -32,6 +33,7 @@ class Pending:
         processes_on_host: Number of processes that share the memory of this one.
         device: Device whose backend carries messages.
         refuse: Called with an entry that is not to be kept.
+        accept: Called when one that a device has sent is.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class Pending:
         processes_on_host: int,
         device: torch.device,
         refuse: Callable[[Entry], None],
+        accept: Callable[[], None],
     ) -> None:
         self._disk = disk
         self._processes = processes_on_host
         self._device = device
         self._refuse = refuse
+        self._accept = accept
         self._entries: list[Entry] = []
         self._sent: tuple[Entry, Mapping[str, Tensor] | None] | None = None
         self._steps = 0  # since then
@@ -84,21 +88,24 @@ class Pending:
                 finite = taking.wait()
             if not all_ranks(finite, self._device):
                 with in_common(ValueError):
-                    for name in taking.trained:
-                        values = entry.candidate.parameters[name]
-                        check_finite(values, f"Candidate {entry.name!r}, tensor {name!r},")
-        except BaseException:
+                    _check(entry)
+        except Exception:
             self._refuse(entry)
+            raise
+        except BaseException:  # an interrupt: it is still to be waited for
+            self._sent = (entry, frozen)
             raise
         entry.taking = None
         if frozen is not None:
             self.begin(entry, frozen)
+        self._accept()
         return True
 
     def has_room(self, size: int) -> bool:
         """Whether candidates of so many bytes may wait in memory, in every process of a host."""
         free = free_bytes(torch.device("cpu"))
-        room = free is None or size * MOST * self._processes <= SMALL * free
+        most = MOST + (self._device.type in PINNING)  # of these one is only being sent
+        room = free is None or size * most * self._processes <= SMALL * free
         return all_ranks(room, self._device)
 
     def begin(self, entry: Entry, frozen: Mapping[str, Tensor]) -> None:
@@ -177,10 +184,21 @@ class Pending:
 
 
 def _is_finite(entry: Entry) -> bool:
+    """As far as this process can tell."""
     try:
-        return entry.taking is None or entry.taking.wait()
-    except Exception:  # of the device
+        if entry.taking is not None and not entry.taking.wait():
+            _check(entry)
+    except Exception:  # of the device, too
         return False
+    return True
+
+
+def _check(entry: Entry) -> None:
+    """Raise where what is trained is not finite; a sum that overflows is no error."""
+    assert entry.taking is not None
+    for name in entry.taking.trained:
+        values = entry.candidate.parameters[name]
+        check_finite(values, f"Candidate {entry.name!r}, tensor {name!r},")
 
 
 def files_for(states: list[dict[str, Any]], entries: Sequence[Entry]) -> set[str]:

@@ -76,7 +76,9 @@ class Store:
         self._device = device or torch.device("cpu")
         on_disk = None if self.config.kind == "memory" else root
         self.disk = None if on_disk is None else Disk(on_disk, shards=shards)
-        self.pending = Pending(self.disk, processes_on_host, self._device, self._refuse)
+        self.pending = Pending(
+            self.disk, processes_on_host, self._device, self._refuse, partial(_thin_out, self)
+        )
         self._dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else None
         self._given: list[Entry] = []  # not taken from this run's training: no window
         self._window: list[Entry] = []
@@ -100,6 +102,8 @@ class Store:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Candidate]:
+        if world_size() == 1:
+            self.pending.arrive()
         if world_size() == 1 and not self.shards:
             check_files(self)
         return (verified(self.disk, entry) for entry in self._entries)
@@ -140,8 +144,10 @@ class Store:
         Raises:
             ValueError: Naming the tensor, when a trainable weight is not finite.
         """
-        self._window.append(self._keep(module, name, weights, agreed_buffers(module)))
-        _thin_out(self)
+        entry = self._keep(module, name, weights, agreed_buffers(module))
+        self._window.append(entry)
+        if entry.taking is None:  # else when it has arrived: it may be one to refuse
+            _thin_out(self)
 
     def give(
         self,

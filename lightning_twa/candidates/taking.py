@@ -82,7 +82,11 @@ class Taking:
         self.trained = list(trained)
         self._there = list(there)
         self._copies = HostCopies(
-            [*trained.values(), *there.values()], dtypes, look=True, stay=stay, aside=aside
+            [*trained.values(), *there.values()],
+            dtypes,
+            look=len(trained),
+            stay=stay,
+            aside=aside,
         )
         self.candidate = Candidate(name, parameters, dict(buffers))
         self._put()
@@ -120,7 +124,7 @@ class Taking:
                 if problem is not None:
                     raise problem
             self._put()
-            self._finite = bool(found) and self._complete
+            self._finite = (bool(found) or not self.trained) and self._complete
         return self._finite
 
 

@@ -16,7 +16,7 @@ from lightning_twa.machine.collectives import (
     world_size,
 )
 from lightning_twa.machine.files import why_not_writable
-from lightning_twa.machine.memory import free_bytes, total_bytes
+from lightning_twa.machine.memory import free_bytes, total_bytes, unreserved_bytes
 from lightning_twa.machine.terminal import say, warn
 from lightning_twa.machine.threads import full_precision, in_order, threads_here
 
@@ -39,6 +39,7 @@ __all__ = [
     "sum_over_ranks",
     "threads_here",
     "total_bytes",
+    "unreserved_bytes",
     "warn",
     "why_not_writable",
     "world_size",

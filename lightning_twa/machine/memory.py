@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["free_bytes", "total_bytes"]
+__all__ = ["free_bytes", "total_bytes", "unreserved_bytes"]
 
 # Of a memory cgroup: its limit, what it uses, and what of that is a cache that gives way
 VERSIONS = {
@@ -36,6 +36,13 @@ def free_bytes(device: torch.device, processes: int = 1, root: Path = Path("/"))
     if main is not None:
         free.append(main)
     return max(min(free), 0) // processes if free else None
+
+
+def unreserved_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device that no process has reserved: without what torch keeps for the next
+    training step, which is free between two of them.
+    """
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def total_bytes(device: torch.device, processes: int = 1, root: Path = Path("/")) -> int | None:

@@ -129,9 +129,12 @@ def build_subspace(
             lambda: _empty_directions(config, tiles.layout, mixing.shape[1], target),
             mixing,
             together,
+            with_mean=given is None,
         )
     with together():  # memory may be short on one rank only
-        center = (mean if given is None else given).to(target)
+        found = mean if given is None else given
+        assert found is not None
+        center = found.to(target)
     return Subspace(config, layout, center, stored, mixing, tiles.layout, start is None)
 
 

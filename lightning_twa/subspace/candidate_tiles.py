@@ -73,6 +73,13 @@ class CandidateTiles:
         self._flat: OrderedDict[int, list[Tensor]] = OrderedDict()
         self._lock = Lock()
 
+    @property
+    def wider(self) -> bool:
+        """Whether a candidate is in a wider dtype than the layout's, which is the first one's."""
+        names = [spec.name for spec in self.layout.specs]
+        sizes = [member[name].dtype.itemsize for member in self.members for name in names]
+        return max(sizes, default=0) > self.layout.dtype.itemsize
+
     def __len__(self) -> int:
         return len(self.spans)
 

@@ -8,7 +8,6 @@ only until it has taken what that memory held. Everything is in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -50,7 +49,8 @@ class DeviceTiles:
     Args:
         tiles: Of them.
         device: Where that is.
-        own: Those of the tiles that are read.
+        own: Those of the tiles that are read, in parts: what is summed up of one does not depend on
+            the others.
         tick: Called after each stretch of them with its number of columns.
         width: Tiles in a stretch; as many as there is room for if not given.
 
@@ -62,7 +62,7 @@ class DeviceTiles:
         self,
         tiles: CandidateTiles,
         device: torch.device,
-        own: range,
+        own: Sequence[range],
         tick: Tick = None,
         width: int | None = None,
     ) -> None:
@@ -76,7 +76,7 @@ class DeviceTiles:
             free = free_bytes(device)
             room = BYTES if free is None else min(BYTES, free // 4)
             width = room // (PER_COLUMN * self.n * TILE)
-        self.width = max(min(width, len(own)), 1)
+        self.width = max(min(width, max((len(part) for part in own), default=0)), 1)
         self.scratch = Scratch(device)
         size = self.n * self.width * TILE
         self._staging = [_Staging(size, self.layout.dtype, device) for _ in range(2)]
@@ -88,7 +88,7 @@ class DeviceTiles:
         ``(count,)``, over the columns that count here, by keys of the tiles; float64 on the CPU.
 
         Args:
-            keys: Of each tile, in ``range(count)``; equal ones follow each other.
+            keys: Of each tile, in ``range(count)``.
             count: Number of keys.
             center: Of what is held here, flat; the mean if not given.
         """
@@ -99,22 +99,22 @@ class DeviceTiles:
             for stretch in self._read():
                 squares = self._norms(stretch, center)
                 products = stretch.rows @ stretch.rows.mT
-                for key, part in _runs(stretch.tiles, keys):
-                    gram[key] += products[part].sum(dim=0)
-                    norm2[key] += squares[part].sum()
+                for i, tile in enumerate(stretch.tiles):  # the same sums, whatever the width
+                    gram[keys[tile]].add_(products[i])
+                    norm2[keys[tile]].add_(squares[i])
         return gram.cpu(), norm2.cpu()
 
     def fill(
-        self, mixing: Tensor, keys: Sequence[int], count: int, into: Directions, mean: Tensor
+        self, mixing: Tensor, keys: Sequence[int], count: int, into: Directions, mean: Tensor | None
     ) -> Tensor:
         """Write directions and the mean.
 
         Args:
             mixing: ``(B, k, n)`` float64.
-            keys: Of each tile, in ``range(count)``; equal ones follow each other.
+            keys: Of each tile, in ``range(count)``.
             count: Number of keys.
             into: Directions on the device.
-            mean: Of what is held here, flat, on the device.
+            mean: Of what is held here, flat, on the device; ``None`` where nobody asks for it.
 
         Returns:
             ``(count, 2)`` float64 on the CPU: see :meth:`Directions.write`.
@@ -123,8 +123,9 @@ class DeviceTiles:
         squares = torch.zeros(count, 2, dtype=torch.float64, device=self.device)
         with without_autocast(self.device):
             for stretch in self._read():
-                for i, span in self._spans(stretch.tiles):
-                    mean[self._columns(span)] = stretch.mean[i, span.target]
+                if mean is not None:
+                    for i, span in self._spans(stretch.tiles):
+                        mean[self._columns(span)] = stretch.mean[i, span.target]
                 blocks = [self.tiles.blocks[tile] for tile in stretch.tiles]
                 if len(set(blocks)) == 1:
                     chosen = mixing[blocks[0]].expand(len(blocks), -1, -1)
@@ -132,8 +133,8 @@ class DeviceTiles:
                     chosen = torch.stack([mixing[block] for block in blocks])
                 values = chosen @ stretch.rows
                 found = into.write_tiles(stretch.tiles.start, values, self.scratch)
-                for key, part in _runs(stretch.tiles, keys):
-                    squares[key] += found[part].sum(dim=0)
+                for i, tile in enumerate(stretch.tiles):
+                    squares[keys[tile]].add_(found[i])
         return squares.cpu()
 
     def _read(self) -> Iterator[Stretch]:
@@ -144,8 +145,7 @@ class DeviceTiles:
         """
         read: list[range] = []
         finite: list[Tensor] = []
-        for first in range(self.own.start, self.own.stop, self.width):
-            tiles = range(first, min(first + self.width, self.own.stop))
+        for tiles in (part[i : i + self.width] for part in self.own for i in self._starts(part)):
             rows = self._rows(tiles, self._staging[len(read) % 2])
             mean = rows.sum(dim=1).div_(self.n)
             read.append(tiles)
@@ -162,6 +162,9 @@ class DeviceTiles:
         ):
             for tile in () if good else tiles:
                 self.tiles.refuse(self.tiles.spans[tile])
+
+    def _starts(self, part: range) -> range:
+        return range(0, len(part), self.width)
 
     def _rows(self, tiles: range, staging: _Staging) -> Tensor:
         """``(tiles, n, TILE)`` float64 of the candidates."""
@@ -233,10 +236,3 @@ class _Staging:
         if self._pinned:
             self._taken = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._taken.record(torch.cuda.current_stream(there.device))
-
-
-def _runs(tiles: range, keys: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Consecutive tiles with one key, counted from the first tile."""
-    for key, run in groupby(tiles, key=keys.__getitem__):
-        held = list(run)
-        yield key, slice(held[0] - tiles.start, held[-1] + 1 - tiles.start)

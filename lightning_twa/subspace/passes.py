@@ -59,7 +59,7 @@ class Passes:
         self.threads = threads
         self.tick = tick
         self.carrier = carrier
-        self.device = target if target.type in BUILDS else None
+        self.device = target if target.type in BUILDS and not tiles.wider else None
         self.alone = tiles.columns is None  # the only process
         everywhere = tiles.columns is not None and tiles.columns.everywhere
         count = world_size() if everywhere else 1
@@ -68,14 +68,16 @@ class Passes:
         shares = [cuts[share * PARTS // count] for share in range(count + 1)]
         self.shares = [slice(*ends) for ends in itertools.pairwise(shares)]
         self.own = self.shares[rank() if everywhere else 0]
+        own = range(len(tiles))[self.own]
+        self.parts = [range(*ends) for ends in itertools.pairwise(cuts)]
+        self.own_parts = [part for part in self.parts if part and part[0] in own]
 
     def _on_device(self, work: Callable[[DeviceTiles], Found]) -> Found | None:
         """What a device computes; ``None`` where it cannot, or has no room for that."""
         if self.device is None:
             return None
-        own = range(len(self.tiles))[self.own]
         try:
-            return work(DeviceTiles(self.tiles, self.device, own, self.tick))
+            return work(DeviceTiles(self.tiles, self.device, self.own_parts, self.tick))
         except RuntimeError as error:
             if not isinstance(error, torch.cuda.OutOfMemoryError):
                 warnings.warn(
@@ -150,25 +152,31 @@ class Passes:
         make: Callable[[], Directions],
         mixing: Tensor,
         together: Callable[[], AbstractContextManager[None]],
-    ) -> tuple[Directions, Tensor]:
-        """The directions, closed, and the mean, flat.
+        *,
+        with_mean: bool,
+    ) -> tuple[Directions, Tensor | None]:
+        """The directions, closed, and the mean, flat, where that is asked for.
 
         Args:
             make: Gives empty directions.
             mixing: ``(B, k, n)`` float64.
             together: What may fail in one process is done in this.
+            with_mean: Whether it is; else it takes no memory.
         """
         tiles, k = self.tiles, mixing.shape[1]
         narrow = mixing.float() if float(mixing.abs().max()) <= LARGEST else mixing
         squares = torch.zeros(PARTS, 2, dtype=torch.float64, device="cpu")
         with together():
-            where = self.device or torch.device("cpu")
-            mean = torch.empty(tiles.layout.numel, dtype=tiles.layout.dtype, device=where)
+            mean = None
+            if with_mean:
+                where = self.device or torch.device("cpu")
+                mean = torch.empty(tiles.layout.numel, dtype=tiles.layout.dtype, device=where)
             stored = make()
 
             def work(tile: int, scratch: Scratch) -> Tensor:
                 read = tiles.read(tile, scratch)
-                tiles.put(tile, read.mean, mean)
+                if mean is not None:
+                    tiles.put(tile, read.mean, mean)
                 rows = read.rows if narrow.dtype == torch.float32 else read.rows.double()
                 matrix = (narrow if rows.dtype == torch.float32 else mixing)[tiles.blocks[tile]]
                 values = scratch.take("directions", (k, rows.shape[1]), rows.dtype)
@@ -185,8 +193,8 @@ class Passes:
                     squares[self.part_of[tile]] += of_tile
         if len(self.shares) > 1:
             for source, share in enumerate(self.shares):
-                pieces = [mean[tiles.columns_of(share)], *stored.pieces(share)]
-                from_rank_(pieces, source, self.carrier)
+                of_mean = [] if mean is None else [mean[tiles.columns_of(share)]]
+                from_rank_([*of_mean, *stored.pieces(share)], source, self.carrier)
         stored.close(self._total(squares, [0] * PARTS, 1)[0])
         if not self.alone:
             stored.prepare(lambda compiled: all_ranks(compiled, self.carrier))

@@ -120,6 +120,7 @@ class Event:
     def synchronize(self) -> None:
         assert self.stream is not None
         Simulated.current.waits += 1
+        Simulated.current.events += 1
         Simulated.current.check_sources(self.moment)
         for work in self.left:
             while work in self.stream.queue:
@@ -132,13 +133,14 @@ class Simulated:
     Attributes:
         done: Operations of the main stream, without those that start no kernel.
         waits: How often the host has waited for the device.
+        events: How often for an event alone.
         down: Elements that were copied to the host.
     """
 
     current: Simulated
 
     def __init__(self) -> None:
-        self.done = self.waits = self.down = 0
+        self.done = self.waits = self.events = self.down = 0
         self.main = Stream(simulated=self)
         self.stream = self.main
         self.pinned: set[int] = set()
@@ -206,6 +208,10 @@ class _Functions(TorchFunctionMode):
             return made
         if function is Tensor.tolist and args[0].is_cuda:
             return args[0].cpu().tolist()
+        if function is Tensor.pin_memory:
+            made = args[0].clone()
+            self.simulated.pinned.add(made.untyped_storage().data_ptr())
+            return made
         if function is Tensor.is_pinned:
             return self.simulated.is_pinned(args[0])
         if function is Tensor.to:
@@ -289,6 +295,8 @@ class _Dispatch(TorchDispatchMode):
             else:
                 if late and simulated.is_pinned(source):
                     simulated.sources.append((simulated.done, source, source.clone()))
+                else:
+                    simulated.waits += 1
                 target.held.copy_(source)
         elif not isinstance(source, There):
             target.copy_(source)

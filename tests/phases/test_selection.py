@@ -18,6 +18,7 @@ from helpers.common import Recorder, Regressor, loader, mse, trainer, weights
 from helpers.resume import differences, run
 from helpers.selection import fitted, make, mixed
 from lightning_twa import SolverConfig, SubspaceConfig, TWACallback
+from lightning_twa.phases import span
 from lightning_twa.phases.choose import Comparison, fixed_averages, points_of_path
 from lightning_twa.results import Result
 
@@ -278,6 +279,28 @@ def test_a_path_that_held_out_data_do_not_like_ends_at_its_start(
     expected = averages[twa.result.start]
     torch.testing.assert_close(twa.averaging_weights[:, 0], expected, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(weights(module).double(), mixed(twa), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("parametrization", ["simplex", "mask"])
+def test_a_start_that_cannot_be_written_is_not_said_to_be_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parametrization: str
+) -> None:
+    def gone(*args: Any) -> None:
+        raise OSError("the candidates' file is gone")
+
+    monkeypatch.setattr(span, "put_weighted", gone)
+    subspace = SubspaceConfig(parametrization=parametrization)
+    twa, module = make(subspace=subspace, solver=SolverConfig(radius=20.0)), Backwards()
+    with pytest.warns(UserWarning, match=r"could not be put together .*file is gone"):
+        trainer(tmp_path, callbacks=[twa, Pull(twa)]).fit(module, loader(), loader(32, seed=1))
+    result = twa.result
+    assert result.accepted == result.steps
+    assert result.gain < 0
+    assert "above the average that was chosen" in str(result)
+    assert "could not be put together from the candidates" in result.verdict
+    assert [row.learned for row in result.rows() if row.result] == [True]
+    tolerance = 1e-6 if parametrization == "simplex" else 1.0  # of a mask's last sample
+    torch.testing.assert_close(weights(module).double(), mixed(twa), rtol=tolerance, atol=1e-6)
 
 
 @pytest.mark.matrix(2)

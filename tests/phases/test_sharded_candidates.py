@@ -13,7 +13,8 @@ from helpers.common import Regressor
 from helpers.plain import CollectConfig
 from helpers.resume import equal
 from helpers.sharded import MARKS, Sharded, Split, Unsplit, fit
-from lightning_twa import SolverConfig
+from lightning_twa import SolverConfig, StorageConfig, TWACallback
+from lightning_twa.candidates import SubspaceFiles
 
 pytestmark = MARKS
 
@@ -96,3 +97,34 @@ def test_candidates_from_files_with_tensor_parallelism(tmp_path) -> None:
     how = {"strategy_options": TENSOR_PARALLEL}
     (one,) = fit(tmp_path / "one", Unsplit(), 1, options)
     close(one, fit(tmp_path / "two", Split(), 2, options, **how))
+
+
+class LeavesTheGroup(Sharded):
+    """Asks for the candidates when the processes' group is gone."""
+
+    def teardown(self, stage: str) -> None:
+        (callback,) = (c for c in self.trainer.callbacks if isinstance(c, TWACallback))
+        rank = self.trainer.global_rank
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        parts = [dict(candidate.parameters) for candidate in callback.candidates]
+        torch.save(parts, Path(self.trainer.default_root_dir) / f"parts{rank}.pt")
+
+
+def test_candidates_of_shards_when_the_group_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = str(tmp_path / "c")
+    storage = {"storage": StorageConfig(kind="disk", dirpath=where, cache_subspace=True)}
+    monkeypatch.setattr(SubspaceFiles, "delete", lambda self: None)
+    fit(tmp_path / "whole", Sharded(), 2, storage, save_to=tmp_path / "saved")
+    path = tmp_path / "saved" / "epoch=3.ckpt"
+    folder = tmp_path / "resumed"
+    folder.mkdir()
+    fit(folder, LeavesTheGroup(), 2, storage, ckpt_path=path)
+    found = [torch.load(folder / f"parts{rank}.pt") for rank in range(2)]
+    assert len(found[0]) == len(found[1]) == 3
+    sizes = [sum(t.numel() for t in parts[0].values()) for parts in found]
+    whole = sum(p.numel() for p in Sharded().parameters())
+    assert sum(sizes) >= whole > max(sizes), "each has its own"
+    assert not equal(found[0][0], found[1][0])

@@ -5,6 +5,7 @@ does not pull a group's scale.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -50,12 +51,21 @@ def pad_groups(values: Tensor, spans: Sequence[Sequence[Span]]) -> Tensor | None
             columns += padding
             sources += _copied(span.target.stop) if padding else []
     if tiles:
-        index = torch.tensor([tiles, columns, sources], device="cpu").to(values.device)
+        index = _sent(torch.tensor([tiles, columns, sources], device="cpu"), values.device)
         values[index[0], :, index[1]] = values[index[0], :, index[2]]
-    return real.to(values.device)
+    return _sent(real, values.device)
 
 
 def _copied(stop: int) -> list[int]:
     """The columns that the padding behind a tensor's end has copies of."""
     first = (stop - 1) // GROUP * GROUP
     return [first + i % (stop - first) for i in range(first + GROUP - stop)]
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On a device, which the host does not wait for."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    with suppress(RuntimeError):  # the system has no more of that memory
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
