@@ -92,10 +92,10 @@ def test_when_one_process_cannot_write_all_keep_the_candidate_in_memory(
 ) -> None:
     plain = disk.write_candidate
 
-    def full(root: Path, directory: Path, candidate: Any) -> Any:
+    def full(root: Path, directory: Path, candidate: Any, **kwargs: Any) -> Any:
         if candidate.name == "epoch=2":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return plain(root, directory, candidate)
+        return plain(root, directory, candidate, **kwargs)
 
     module = Regressor()
     whole = fit(tmp_path / "whole", twa(tmp_path / "c"), deepcopy(module))
