@@ -70,9 +70,8 @@ def encode(candidate: Candidate) -> Iterator[memoryview]:
     header = json.dumps({_METADATA: metadata, **specs}).encode()
     header += b" " * (-len(header) % 8)
     largest = max((stop - start, start) for start, stop in offsets.values())[1] if offsets else 0
-    if (
-        largest % 8 == 0
-    ):  # where torch's own memory begins: a mapped tensor is as fast, and as exact
+    # Where torch's own memory begins: a mapped tensor is as fast then, and as exact
+    if largest % 8 == 0:
         header += b" " * (-(8 + len(header) + largest) % ALIGNMENT)
     yield memoryview(len(header).to_bytes(8, "little") + header)
     for key in order:

@@ -283,7 +283,7 @@ def _thin_out(store: Store) -> None:
     if store.max_candidates is not None:
         kept = keep_some(store._window, store.max_candidates, evenly=store.evenly)
         store._dropped += [entry for entry in store._window if entry not in kept]
-        store._window = kept
+        store._window[:] = kept  # in place: somebody may be about to append the next one
     delete_dropped(store)
 
 

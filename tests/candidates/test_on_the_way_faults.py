@@ -18,6 +18,7 @@ from lightning_twa.candidates import (
     drop,
     pending,
 )
+from lightning_twa.candidates.changes import keep_last, take_anew
 from lightning_twa.candidates.running_mean import RunningMean
 
 STEPS = pending.STEPS
@@ -204,3 +205,23 @@ def test_what_cannot_be_written_stays_in_memory(device, tmp_path, monkeypatch) -
     with pytest.warns(UserWarning, match=r"could not be written.*full"):
         store.settle()
     check(next(iter(store)), values)
+
+
+@pytest.mark.parametrize("evenly", [False, True])
+def test_one_that_arrives_where_the_next_is_taken_loses_neither(device, evenly) -> None:
+    """The window is thinned out then, while the next one is about to come into it."""
+    net = Net()
+    store = Store(max_candidates=9, device=DEVICE, evenly=evenly)
+    store.add(net, "epoch=0")
+    step(net, store, 2)
+    last = net.values()
+    keep_last(store, net, "epoch=1")
+    store.settle()
+    assert store.names == ["epoch=0", "epoch=1"]
+    check([*store][-1], last)
+    store.give(net, "mean", {})
+    given = []
+    take_anew(store, net, lambda candidate: given.append(candidate.name))
+    store.settle()
+    assert given == ["mean", "epoch=0", "epoch=1"] == store.names
+    assert store.given_names == ["mean"]
