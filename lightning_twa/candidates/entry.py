@@ -30,6 +30,7 @@ class Entry:
     Attributes:
         taking: While a device is sending it.
         writing: While a thread writes the files; the candidate is in memory until they are there.
+        thins_out: Whether the window, which may hold so many, is thinned out for it.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Entry:
         self.taking: Taking | None = None
         self.writing: Writing | None = None
         self.verified = verified
+        self.thins_out = False
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ class Pending:
         processes_on_host: Number of processes that share the memory of this one.
         device: Device whose backend carries messages.
         refuse: Called with an entry that is not to be kept.
-        accept: Called when one that a device has sent is.
+        accept: Called with one that a device has sent and that is.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Pending:
         processes_on_host: int,
         device: torch.device,
         refuse: Callable[[Entry], None],
-        accept: Callable[[], None],
+        accept: Callable[[Entry], None],
     ) -> None:
         self._disk = disk
         self._processes = processes_on_host
@@ -98,7 +98,7 @@ class Pending:
         entry.taking = None
         if frozen is not None:
             self.begin(entry, frozen)
-        self._accept()
+        self._accept(entry)
         return True
 
     def has_room(self, size: int) -> bool:

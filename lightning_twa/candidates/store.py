@@ -77,7 +77,7 @@ class Store:
         on_disk = None if self.config.kind == "memory" else root
         self.disk = None if on_disk is None else Disk(on_disk, shards=shards)
         self.pending = Pending(
-            self.disk, processes_on_host, self._device, self._refuse, partial(_thin_out, self)
+            self.disk, processes_on_host, self._device, self._refuse, partial(_accept, self)
         )
         self._dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else None
         self._given: list[Entry] = []  # not taken from this run's training: no window
@@ -146,8 +146,9 @@ class Store:
         """
         entry = self._keep(module, name, weights, agreed_buffers(module))
         self._window.append(entry)
+        entry.thins_out = True
         if entry.taking is None:  # else when it has arrived: it may be one to refuse
-            _thin_out(self)
+            _accept(self, entry)
 
     def give(
         self,
@@ -277,6 +278,11 @@ class Store:
         entries = read_entries(self.disk, [*given, *state["window"]], shared, verify=verify)
         self._given, self._window = entries[: len(given)], entries[len(given) :]
         _thin_out(self)
+
+
+def _accept(store: Store, entry: Entry) -> None:
+    if entry.thins_out:
+        _thin_out(store)
 
 
 def _thin_out(store: Store) -> None:

@@ -12,7 +12,7 @@ from helpers.common import Regressor
 from helpers.ddp import fit
 from helpers.resume import equal
 from helpers.storage import twa
-from lightning_twa import StorageConfig
+from lightning_twa import CollectConfig, StorageConfig
 from lightning_twa.candidates import store
 
 
@@ -33,7 +33,16 @@ class Broken(Regressor):
 @pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork")
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("kind", ["memory", "disk"])
-@pytest.mark.parametrize("options", [{}, {"validate_average": True}], ids=["", "validated"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"validate_average": True},
+        {"collect": CollectConfig(start=0, power_averages=(0.1,), max_candidates=2)},
+        {"collect": CollectConfig(start=0, power_averages=(0.1,), dense=True)},
+    ],
+    ids=["plain", "validated", "full window", "dense"],
+)
 def test_a_run_has_the_same_result(tmp_path, monkeypatch, processes, kind, options) -> None:
     storage = StorageConfig(kind=kind)
     module = Regressor()

@@ -225,3 +225,18 @@ def test_one_that_arrives_where_the_next_is_taken_loses_neither(device, evenly) 
     store.settle()
     assert given == ["mean", "epoch=0", "epoch=1"] == store.names
     assert store.given_names == ["mean"]
+
+
+@pytest.mark.parametrize("evenly", [False, True])
+def test_the_last_weights_come_beside_a_full_window(device, evenly) -> None:
+    """And what is given too, whatever their names."""
+    net = Net()
+    store = Store(max_candidates=2, device=DEVICE, evenly=evenly)
+    for i in range(2):
+        store.add(net, f"epoch={i}")
+        step(net, store, 2)
+    store.settle()
+    store.give(net, "mean", {})
+    keep_last(store, net, "last(step=12)")
+    store.settle()
+    assert store.names == ["mean", "epoch=0", "epoch=1", "last(step=12)"]
